@@ -1,0 +1,67 @@
+// What every kernel file needs: the stable tensor type, argument checks, dtype dispatch, host/device and SIMD markers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(__CUDACC__)
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+// One body, three instruction sets, chosen when the library loads: the build stays portable within its architecture.
+// Mark the plain function that holds the loop, not its caller: a lambda would not inherit the target.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12 && \
+    !defined(__CUDACC__)
+#define SIMD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SIMD_CLONES
+#endif
+
+namespace fastrcnn {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Each check prints the expected shape from its own text: CHECK_SHAPE(boxes, n, 4).
+template <class... Dims>
+inline void check_shape(const Tensor& t, const char* name, const char* expected, Dims... dims) {
+  const int64_t want[] = {static_cast<int64_t>(dims)...};
+  bool ok = t.dim() == static_cast<int64_t>(sizeof...(dims));
+  for (int64_t i = 0; ok && i < t.dim(); ++i) ok = t.size(i) == want[i];
+  STD_TORCH_CHECK(ok, name, " must have shape [", expected, "]");
+}
+#define CHECK_SHAPE(t, ...) ::fastrcnn::check_shape(t, #t, #__VA_ARGS__, __VA_ARGS__)
+#define CHECK_DTYPE(t, dtype) \
+  STD_TORCH_CHECK((t).scalar_type() == ::fastrcnn::ScalarType::dtype, #t " must have dtype " #dtype)
+
+// Box and score arithmetic runs in double for double tensors and in float for every other dtype.
+inline ScalarType coordinate_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
+  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+inline Tensor empty_like_device(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype,
+                                std::optional<MemoryFormat> format = std::nullopt) {
+  return torch::stable::empty(shape, dtype, std::nullopt, like.device(), std::nullopt, format);
+}
+
+}  // namespace fastrcnn

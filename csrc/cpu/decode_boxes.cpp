@@ -1,0 +1,72 @@
+// Box regression deltas -> boxes (Girshick et al., R-CNN, 2014, appendix C), clipped to each image's own size.
+#include "box_math.h"
+
+namespace fastrcnn {
+namespace {
+
+// One anchor, its `classes` quadruples of deltas: the loop over anchors of a thread's share.
+template <class T>
+HOST_DEVICE void decode_range_body(const Box<T>* anchors, const T* deltas, const T* max_shape, int64_t first,
+                                   int64_t last, int64_t per_image, int64_t classes, const DeltaCoder<T>& coder,
+                                   Box<T>* out) {
+  for (int64_t c = 0; c < classes; ++c) {
+#pragma omp simd
+    for (int64_t i = first; i < last; ++i) {
+      const T* d = deltas + (i * classes + c) * 4;
+      Box<T> b = decode(anchors[i], d[0], d[1], d[2], d[3], coder);
+      if (max_shape != nullptr) {
+        const T* hw = max_shape + i / per_image * 2;
+        b = clip(b, hw[0], hw[1]);
+      }
+      out[i * classes + c] = b;
+    }
+  }
+}
+
+SIMD_CLONES void decode_range(const Box<float>* anchors, const float* deltas, const float* max_shape, int64_t first,
+                              int64_t last, int64_t per_image, int64_t classes, const DeltaCoder<float>& coder,
+                              Box<float>* out) {
+  decode_range_body<float>(anchors, deltas, max_shape, first, last, per_image, classes, coder, out);
+}
+void decode_range(const Box<double>* anchors, const double* deltas, const double* max_shape, int64_t first,
+                  int64_t last, int64_t per_image, int64_t classes, const DeltaCoder<double>& coder,
+                  Box<double>* out) {
+  decode_range_body<double>(anchors, deltas, max_shape, first, last, per_image, classes, coder, out);
+}
+
+template <class T>
+Tensor run(const Tensor& anchors, const Tensor& deltas, const std::optional<Tensor>& max_shape, ScalarType dtype,
+           const DeltaCoder<T>& coder) {
+  const int64_t batch = anchors.size(0), n = anchors.size(1), classes = deltas.size(2) / 4;
+  const Tensor a = contiguous_as(anchors, dtype), d = contiguous_as(deltas, dtype);
+  std::optional<Tensor> shape;
+  if (max_shape) shape = contiguous_as(*max_shape, dtype);
+  Tensor out = empty_like_device(anchors, {batch, n, classes * 4}, dtype);
+  const auto* a_ptr = reinterpret_cast<const Box<T>*>(a.template const_data_ptr<T>());
+  auto* out_ptr = reinterpret_cast<Box<T>*>(out.template mutable_data_ptr<T>());
+  const T* d_ptr = d.template const_data_ptr<T>();
+  const T* s_ptr = shape ? shape->template const_data_ptr<T>() : nullptr;
+  torch::stable::parallel_for(0, batch * n, 2048 / (classes > 0 ? classes : 1) + 1, [&](int64_t first, int64_t last) {
+    decode_range(a_ptr, d_ptr, s_ptr, first, last, n, classes, coder, out_ptr);
+  });
+  return out;
+}
+
+Tensor decode_boxes(const Tensor& anchors, const Tensor& deltas, std::optional<Tensor> max_shape,
+                    std::vector<double> means, std::vector<double> stds, double wh_ratio_clip, bool symmetric_clip) {
+  const int64_t batch = anchors.size(0), n = anchors.size(1), columns = deltas.size(2);
+  CHECK_SHAPE(anchors, batch, n, 4);
+  CHECK_SHAPE(deltas, batch, n, columns);
+  STD_TORCH_CHECK(columns % 4 == 0, "deltas must have 4 columns a class, got ", columns);
+  if (max_shape) CHECK_SHAPE(*max_shape, batch, 2);
+  const ScalarType dtype = coordinate_type(anchors);
+  return dtype == ScalarType::Double
+             ? run<double>(anchors, deltas, max_shape, dtype, make_coder<double>(means, stds, wh_ratio_clip, symmetric_clip))
+             : run<float>(anchors, deltas, max_shape, dtype, make_coder<float>(means, stds, wh_ratio_clip, symmetric_clip));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastrcnn, CPU, m) { m.impl("decode_boxes", TORCH_BOX(&decode_boxes)); }
+
+}  // namespace fastrcnn

@@ -1,0 +1,1 @@
+from fastrcnn import ops

@@ -1,0 +1,177 @@
+"""Greedy non-maximum suppression: exact, by groups, and with static shapes.
+
+A box survives iff no surviving box with a higher score (and of the same group) has IoU > iou_threshold with it, where
+IoU = intersection / (area_a + area_b - intersection). Equal scores count in index order, NaN scores come first (as
+torch.sort puts them), and a NaN IoU (two empty boxes) suppresses nothing. `nms` gives the indices of
+torchvision.ops.nms; groups are compared by id, never by shifted coordinates, which lose precision.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastrcnn.ops._checks import check_same_device, check_same_length, check_tensor, check_unit, coordinates
+
+
+def _comparable(threshold: float, like: Tensor) -> float:
+    """The threshold for a comparison in `like`'s dtype. On the CPU torchvision compares a float IoU with the double
+    threshold, which equals comparing it with the largest float that does not exceed the threshold; on CUDA both are float.
+    """
+    if like.dtype == torch.float64 or like.device.type != "cpu":
+        return threshold
+    rounded = torch.tensor(threshold, dtype=torch.float32)
+    if rounded.item() > threshold:
+        rounded = torch.nextafter(rounded, torch.tensor(-math.inf))
+    return rounded.item()
+
+
+def _iou_with_rest(boxes: Tensor, areas: Tensor, i: int) -> Tensor:
+    """IoU of box i with boxes i+1.. [N - i - 1]; boxes [N, 4], areas [N]."""
+    box, rest = boxes[i], boxes[i + 1 :]
+    size = (torch.minimum(box[2:], rest[:, 2:]) - torch.maximum(box[:2], rest[:, :2])).clamp(min=0)
+    inter = size[:, 0] * size[:, 1]
+    return inter / (areas[i] + areas[i + 1 :] - inter)
+
+
+def _greedy(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float, max_output: int | None) -> Tensor:
+    boxes, scores = coordinates(boxes), coordinates(scores)
+    order = torch.sort(scores, descending=True, stable=True).indices
+    boxes = boxes[order]
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    group = None if groups is None else groups[order]
+    threshold = _comparable(iou_threshold, boxes)
+    dead = torch.zeros(len(order), dtype=torch.bool, device=boxes.device)
+    kept: list[int] = []
+    for i in range(len(order)):
+        if max_output is not None and len(kept) >= max_output:
+            break
+        if dead[i]:
+            continue
+        kept.append(i)
+        over = _iou_with_rest(boxes, areas, i) > threshold
+        if group is not None:
+            over &= group[i + 1 :] == group[i]
+        dead[i + 1 :] |= over
+    return order[torch.tensor(kept, dtype=torch.int64, device=order.device)]
+
+
+def nms_reference(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    return _greedy(boxes, scores, None, iou_threshold, None)
+
+
+def batched_nms_reference(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_output: int | None = None
+) -> Tensor:
+    return _greedy(boxes, scores, idxs, iou_threshold, max_output)
+
+
+def nms_padded_reference(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    iou_threshold: float,
+    max_output: int,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, n = scores.shape
+    indices = torch.full((batch, max_output), -1, dtype=torch.int64, device=boxes.device)
+    num_kept = torch.zeros(batch, dtype=torch.int64, device=boxes.device)
+    for i in range(batch):
+        valid = n if counts is None else min(max(int(counts[i]), 0), n)
+        group = None if groups is None else groups[i, :valid]
+        kept = _greedy(boxes[i, :valid], scores[i, :valid], group, iou_threshold, max_output)
+        indices[i, : len(kept)] = kept
+        num_kept[i] = len(kept)
+    return indices, num_kept
+
+
+_nms = torch.library.custom_op("fastrcnn::nms", nms_reference, mutates_args=())
+_batched_nms = torch.library.custom_op("fastrcnn::batched_nms", batched_nms_reference, mutates_args=())
+_nms_padded = torch.library.custom_op("fastrcnn::nms_padded", nms_padded_reference, mutates_args=())
+
+
+@_nms.register_fake
+def _(boxes, scores, iou_threshold):
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@_batched_nms.register_fake
+def _(boxes, scores, idxs, iou_threshold, max_output=None):
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@_nms_padded.register_fake
+def _(boxes, scores, groups, iou_threshold, max_output, counts=None):
+    batch = boxes.shape[0]
+    return boxes.new_empty(batch, max_output, dtype=torch.int64), boxes.new_empty(batch, dtype=torch.int64)
+
+
+def _check_max_output(max_output: int) -> None:
+    if max_output < 0:
+        raise ValueError(f"max_output: expected a number >= 0, got {max_output}")
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Indices [K] int64 of the survivors, by descending score: those of torchvision.ops.nms, index for index.
+
+    boxes [N, 4] xyxy pixels, scores [N], any floating dtype; iou_threshold in [0, 1].
+    Raises TypeError or ValueError naming the argument for a wrong type, shape or device.
+    """
+    check_tensor("boxes", boxes, "N, 4", last=4)
+    check_tensor("scores", scores, "N")
+    check_same_length("scores", scores, "boxes", boxes)
+    check_same_device(boxes=boxes, scores=scores)
+    check_unit("iou_threshold", iou_threshold)
+    return torch.ops.fastrcnn.nms(boxes, scores, float(iou_threshold))
+
+
+def batched_nms(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_output: int | None = None
+) -> Tensor:
+    """NMS within each group: boxes suppress one another only where `idxs` (class, level, image...) are equal.
+
+    boxes [N, 4] xyxy pixels, scores [N], idxs [N] integers. Returns indices [K] int64 by descending score, the first
+    `max_output` of them where it is given: work stops as soon as they are known.
+    Raises TypeError or ValueError naming the argument for a wrong type, shape or device.
+    """
+    check_tensor("boxes", boxes, "N, 4", last=4)
+    check_tensor("scores", scores, "N")
+    check_tensor("idxs", idxs, "N", floating=False)
+    check_same_length("scores", scores, "boxes", boxes)
+    check_same_length("idxs", idxs, "boxes", boxes)
+    check_same_device(boxes=boxes, scores=scores, idxs=idxs)
+    check_unit("iou_threshold", iou_threshold)
+    if max_output is not None:
+        _check_max_output(max_output)
+    return torch.ops.fastrcnn.batched_nms(boxes, scores, idxs, float(iou_threshold), max_output)
+
+
+def nms_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    iou_threshold: float,
+    max_output: int,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """NMS of a batch with static shapes and no host synchronisation.
+
+    boxes [B, N, 4] xyxy pixels, scores [B, N], groups [B, N] integers or None (one group an image), counts [B] integers
+    or None: only an image's first counts[b] rows take part. Returns indices [B, max_output] int64 into N, by descending
+    score and -1 after the last survivor, and their counts [B] int64.
+    Raises TypeError or ValueError naming the argument for a wrong type, shape or device.
+    """
+    check_tensor("boxes", boxes, "B, N, 4", last=4)
+    check_tensor("scores", scores, "B, N")
+    check_same_length("scores", scores, "boxes", boxes, 2)
+    if groups is not None:
+        check_tensor("groups", groups, "B, N", floating=False)
+        check_same_length("groups", groups, "boxes", boxes, 2)
+    if counts is not None:
+        check_tensor("counts", counts, "B", floating=False)
+        check_same_length("counts", counts, "boxes", boxes)
+    check_same_device(boxes=boxes, scores=scores, groups=groups, counts=counts)
+    check_unit("iou_threshold", iou_threshold)
+    _check_max_output(max_output)
+    return torch.ops.fastrcnn.nms_padded(boxes, scores, groups, float(iou_threshold), max_output, counts)

@@ -1,0 +1,79 @@
+"""Soft-NMS (Bodla et al., "Soft-NMS: Improving Object Detection With One Line of Code", 2017).
+
+The box with the highest score is taken; every remaining score is multiplied by a weight that falls with its IoU o with
+that box: "linear" 1 - o where o >= iou_threshold, "gaussian" exp(-o^2 / sigma), "naive" 0 where o >= iou_threshold (hard
+NMS). Scores below min_score leave the race. Equal scores go to the lower index. Methods and defaults are mmcv's.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrcnn.ops._checks import check_same_device, check_same_length, check_tensor, coordinates
+
+METHODS = ("naive", "linear", "gaussian")
+
+
+def soft_nms_reference(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    method: str = "linear",
+) -> tuple[Tensor, Tensor]:
+    boxes, scores = coordinates(boxes), coordinates(scores).clone()
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    dets, indices = [], []
+    while len(scores) and bool((best_score := scores.max()) > -torch.inf):
+        best = int((scores == best_score).nonzero()[0])
+        dets.append(torch.cat([boxes[best], best_score[None]]))
+        indices.append(best)
+        size = (torch.minimum(boxes[best, 2:], boxes[:, 2:]) - torch.maximum(boxes[best, :2], boxes[:, :2])).clamp(min=0)
+        inter = size[:, 0] * size[:, 1]
+        overlap = inter / (areas[best] + areas - inter)
+        if method == "gaussian":
+            weight = torch.exp(-(overlap * overlap) / sigma).nan_to_num(nan=1.0)
+        else:
+            below = 1 - overlap if method == "linear" else torch.zeros_like(overlap)
+            weight = torch.where(overlap >= iou_threshold, below, torch.ones_like(overlap))
+        scores[best] = -torch.inf
+        decayed = scores * weight
+        scores = torch.where(decayed >= min_score, decayed, torch.full_like(scores, -torch.inf))
+    if not dets:
+        return boxes.new_empty(0, 5), torch.empty(0, dtype=torch.int64, device=boxes.device)
+    return torch.stack(dets), torch.tensor(indices, dtype=torch.int64, device=boxes.device)
+
+
+_soft_nms = torch.library.custom_op("fastrcnn::soft_nms", soft_nms_reference, mutates_args=())
+
+
+@_soft_nms.register_fake
+def _(boxes, scores, iou_threshold=0.3, sigma=0.5, min_score=1e-3, method="linear"):
+    n = torch.library.get_ctx().new_dynamic_size()
+    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
+    return boxes.new_empty(n, 5, dtype=dtype), boxes.new_empty(n, dtype=torch.int64)
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    method: str = "linear",
+) -> tuple[Tensor, Tensor]:
+    """(dets [K, 5] = xyxy and the decayed score, indices [K] int64), in the order the boxes were taken.
+
+    boxes [N, 4] xyxy pixels, scores [N]; sigma > 0 is the gaussian's variance. dets are float32 (float64 for float64).
+    Raises TypeError or ValueError naming the argument.
+    """
+    check_tensor("boxes", boxes, "N, 4", last=4)
+    check_tensor("scores", scores, "N")
+    check_same_length("scores", scores, "boxes", boxes)
+    check_same_device(boxes=boxes, scores=scores)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if not sigma > 0:
+        raise ValueError(f"sigma: expected a number > 0, got {sigma}")
+    return torch.ops.fastrcnn.soft_nms(boxes, scores, float(iou_threshold), float(sigma), float(min_score), method)
