@@ -1,1 +1,1 @@
-from fastrcnn import ops
+from fastrcnn import models, ops

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-# op -> the part of it that is registered from Python, through a library that torch ships.
 OPS = (
     "nms",
     "batched_nms",

@@ -55,7 +55,7 @@ def _op_reference(
         out = (out * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
     if residual is not None:
         out = out + residual
-    return torch.relu(out) if relu else out.clone() if out is input else out
+    return (torch.relu(out) if relu else out).contiguous(memory_format=torch.channels_last)
 
 
 _conv_bn_relu = torch.library.custom_op("fastrcnn::conv_bn_relu", _op_reference, mutates_args=())

@@ -1,0 +1,48 @@
+"""Layers from MMDetection's configuration dicts: `dict(type="BN", requires_grad=True)` and the like."""
+
+from torch import nn
+
+NORMS = {
+    "BN": ("bn", nn.BatchNorm2d),
+    "BN2d": ("bn", nn.BatchNorm2d),
+    "SyncBN": ("bn", nn.SyncBatchNorm),
+    "GN": ("gn", nn.GroupNorm),
+}
+ACTIVATIONS = {"ReLU": nn.ReLU, "LeakyReLU": nn.LeakyReLU, "GELU": nn.GELU, "SiLU": nn.SiLU}
+
+
+def _split(cfg: dict, what: str, known) -> tuple[str, dict]:
+    """("BN", {"requires_grad": True}) from dict(type="BN", requires_grad=True)."""
+    if not isinstance(cfg, dict) or "type" not in cfg:
+        raise TypeError(f"{what}: expected a dict with the key 'type', got {cfg!r}")
+    options = dict(cfg)
+    kind = options.pop("type")
+    if kind not in known:
+        raise ValueError(f"{what}: unknown type {kind!r}, expected one of {sorted(known)}")
+    return kind, options
+
+
+def build_conv(conv_cfg: dict | None, *args, **kwargs) -> nn.Module:
+    """A convolution; None is nn.Conv2d."""
+    if conv_cfg is None:
+        return nn.Conv2d(*args, **kwargs)
+    _, options = _split(conv_cfg, "conv_cfg", ("Conv2d", "Conv"))
+    return nn.Conv2d(*args, **kwargs, **options)
+
+
+def build_norm(norm_cfg: dict, num_features: int, postfix: int | str = "") -> tuple[str, nn.Module]:
+    """(name, layer): the name is MMDetection's state-dict key, "bn1" for BN with postfix 1, "gn" for GN without."""
+    kind, options = _split(norm_cfg, "norm_cfg", NORMS)
+    requires_grad = options.pop("requires_grad", True)
+    prefix, layer = NORMS[kind]
+    norm = layer(num_channels=num_features, **options) if kind == "GN" else layer(num_features, **options)
+    for parameter in norm.parameters():
+        parameter.requires_grad = requires_grad
+    return f"{prefix}{postfix}", norm
+
+
+def build_activation(act_cfg: dict, inplace: bool = True) -> nn.Module:
+    kind, options = _split(act_cfg, "act_cfg", ACTIVATIONS)
+    if kind != "GELU":
+        options.setdefault("inplace", inplace)
+    return ACTIVATIONS[kind](**options)

@@ -1,0 +1,100 @@
+"""Convolution + normalisation + activation, through the fused operator wherever the normalisation is fixed."""
+
+import torch
+from torch import Tensor, nn
+
+from fastrcnn.layers.builders import build_activation, build_conv, build_norm
+from fastrcnn.ops import conv_bn_relu
+
+
+def _has_fixed_statistics(norm: nn.Module | None) -> bool:
+    if norm is None or isinstance(norm, nn.Identity):
+        return True
+    fixed = isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training
+    return fixed and norm.affine and norm.track_running_stats
+
+
+def conv_norm_act(
+    x: Tensor, conv: nn.Module, norm: nn.Module | None, relu: bool = True, residual: Tensor | None = None
+) -> Tensor:
+    """relu(norm(conv(x)) + residual): one fused pass where `norm` is absent or a batch norm in eval mode, plain modules
+    where it trains or is of another kind. x [B, C, H, W], residual of the output's shape."""
+    plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if plain and _has_fixed_statistics(norm) and not torch.is_autocast_enabled(x.device.type):
+        where = conv.stride, conv.padding, conv.dilation, conv.groups
+        if norm is None or isinstance(norm, nn.Identity):
+            return conv_bn_relu(x, conv.weight, None, conv.bias, None, None, 0.0, *where, residual, relu)
+        if conv.bias is None:
+            statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+            return conv_bn_relu(x, conv.weight, *statistics, *where, residual, relu)
+    out = conv(x) if norm is None else norm(conv(x))
+    if residual is not None:
+        out = out + residual
+    return torch.relu(out) if relu else out
+
+
+class ConvModule(nn.Module):
+    """mmcv's ConvModule in the order conv, norm, act; keys `conv.*` and `bn.*` (or `gn.*`).
+
+    The convolution has a bias exactly when there is no norm (bias="auto").
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool | str = "auto",
+        conv_cfg: dict | None = None,
+        norm_cfg: dict | None = None,
+        act_cfg: dict | None = dict(type="ReLU"),
+        inplace: bool = True,
+    ):
+        super().__init__()
+        bias = norm_cfg is None if bias == "auto" else bias
+        self.conv = build_conv(
+            conv_cfg, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias
+        )
+        self.norm_name = None
+        if norm_cfg is not None:
+            self.norm_name, norm = build_norm(norm_cfg, out_channels)
+            self.add_module(self.norm_name, norm)
+        self.activate = None if act_cfg is None else build_activation(act_cfg, inplace)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        return None if self.norm_name is None else getattr(self, self.norm_name)
+
+    def norm_pairs(self):
+        """(conv, the module that owns the norm, the norm's name in it) for `fold_batch_norm`."""
+        if self.norm_name is not None:
+            yield self.conv, self, self.norm_name
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, in, H, W] -> [B, out, H', W']; `residual` is added before the activation."""
+        relu = isinstance(self.activate, nn.ReLU)
+        out = conv_norm_act(x, self.conv, self.norm, relu, residual)
+        return out if relu or self.activate is None else self.activate(out)
+
+
+@torch.no_grad()
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """Writes every batch norm into its convolution, in place, for a model that will only predict: the weights are then
+    folded once instead of at every call. State-dict keys change, so this is for the deployed copy. Returns `model`."""
+    for module in list(model.modules()):
+        for conv, owner, name in getattr(module, "norm_pairs", tuple)():
+            norm = getattr(owner, name)
+            if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or type(conv) is not nn.Conv2d:
+                continue
+            scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+            bias = norm.bias.double() - norm.running_mean.double() * scale
+            if conv.bias is not None:
+                bias += conv.bias.double() * scale
+            conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+            conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+            setattr(owner, name, nn.Identity())
+    return model

@@ -1,0 +1,267 @@
+"""ResNet (He et al., 2016), ResNeXt (Xie et al., 2017) and ResNet-V1d (He et al., "Bag of Tricks", 2019).
+
+Arguments, defaults and state-dict keys are MMDetection's; a torchvision ResNet's weights fit by name.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastrcnn.layers import build_conv, build_norm, conv_norm_act
+
+
+def _downsample(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
+    """The shortcut: optional average pool, 1x1 convolution, norm."""
+    if downsample is None:
+        return x
+    *pool, conv, norm = downsample
+    return conv_norm_act(pool[0](x) if pool else x, conv, norm, relu=False)
+
+
+class _Block(nn.Module):
+    """What both blocks share: checkpointing, and the list of norms to fold."""
+
+    convs: tuple[str, ...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_cp and x.requires_grad:
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _add_norm(self, norm_cfg: dict, channels: int, index: int) -> None:
+        name, norm = build_norm(norm_cfg, channels, index)
+        setattr(self, f"norm{index}_name", name)
+        self.add_module(name, norm)
+
+    def _conv_norm(self, x: Tensor, index: int, relu: bool = True, residual: Tensor | None = None) -> Tensor:
+        norm = getattr(self, getattr(self, f"norm{index}_name"))
+        return conv_norm_act(x, getattr(self, f"conv{index}"), norm, relu, residual)
+
+    def norm_pairs(self):
+        for i in range(1, self.num_convs + 1):
+            yield getattr(self, f"conv{i}"), self, getattr(self, f"norm{i}_name")
+        if self.downsample is not None:
+            yield self.downsample[-2], self.downsample, str(len(self.downsample) - 1)
+
+
+class BasicBlock(_Block):
+    """3x3, 3x3; the second has neither stride nor dilation."""
+
+    expansion = 1
+    num_convs = 2
+
+    def __init__(self, inplanes, planes, stride=1, dilation=1, downsample=None, style="pytorch", with_cp=False,
+                 conv_cfg=None, norm_cfg=dict(type="BN")):  # fmt: skip
+        super().__init__()
+        self.conv1 = build_conv(conv_cfg, inplanes, planes, 3, stride, dilation, dilation, bias=False)
+        self._add_norm(norm_cfg, planes, 1)
+        self.conv2 = build_conv(conv_cfg, planes, planes, 3, padding=1, bias=False)
+        self._add_norm(norm_cfg, planes, 2)
+        self.downsample = downsample
+        self.with_cp = with_cp
+
+    def _forward(self, x: Tensor) -> Tensor:
+        out = self._conv_norm(x, 1)
+        return self._conv_norm(out, 2, residual=_downsample(x, self.downsample))
+
+
+class Bottleneck(_Block):
+    """1x1, 3x3, 1x1; the stride is on the 3x3 (style "pytorch") or on the first 1x1 ("caffe")."""
+
+    expansion = 4
+    num_convs = 3
+
+    def __init__(self, inplanes, planes, stride=1, dilation=1, downsample=None, style="pytorch", with_cp=False,
+                 conv_cfg=None, norm_cfg=dict(type="BN"), groups=1, base_width=4, base_channels=64):  # fmt: skip
+        super().__init__()
+        if style not in ("pytorch", "caffe"):
+            raise ValueError(f'style: expected "pytorch" or "caffe", got {style!r}')
+        width = planes if groups == 1 else math.floor(planes * (base_width / base_channels)) * groups
+        stride1, stride2 = (1, stride) if style == "pytorch" else (stride, 1)
+        out = planes * self.expansion
+        self.conv1 = build_conv(conv_cfg, inplanes, width, 1, stride1, bias=False)
+        self._add_norm(norm_cfg, width, 1)
+        self.conv2 = build_conv(conv_cfg, width, width, 3, stride2, dilation, dilation, groups, bias=False)
+        self._add_norm(norm_cfg, width, 2)
+        self.conv3 = build_conv(conv_cfg, width, out, 1, bias=False)
+        self._add_norm(norm_cfg, out, 3)
+        self.downsample = downsample
+        self.with_cp = with_cp
+
+    def _forward(self, x: Tensor) -> Tensor:
+        out = self._conv_norm(self._conv_norm(x, 1), 2)
+        return self._conv_norm(out, 3, residual=_downsample(x, self.downsample))
+
+
+def make_res_layer(block, inplanes, planes, num_blocks, stride=1, dilation=1, avg_down=False, conv_cfg=None,
+                   norm_cfg=dict(type="BN"), **kwargs) -> nn.Sequential:  # fmt: skip
+    """One stage: `num_blocks` blocks, the first with the stride and, where shapes differ, the projection shortcut."""
+    out = planes * block.expansion
+    downsample = None
+    if stride != 1 or inplanes != out:
+        pool = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)] if avg_down else []
+        conv = build_conv(conv_cfg, inplanes, out, 1, stride=1 if avg_down else stride, bias=False)
+        downsample = nn.Sequential(*pool, conv, build_norm(norm_cfg, out)[1])
+    shared = dict(dilation=dilation, conv_cfg=conv_cfg, norm_cfg=norm_cfg, **kwargs)
+    blocks = [block(inplanes, planes, stride=stride, downsample=downsample, **shared)]
+    blocks += [block(out, planes, stride=1, **shared) for _ in range(1, num_blocks)]
+    return nn.Sequential(*blocks)
+
+
+class ResNet(nn.Module):
+    """Feature maps of the stages `out_indices`, finest first.
+
+    depth: 18, 34 (BasicBlock), 50, 101, 152 (Bottleneck). frozen_stages: -1 trains everything, 0 freezes the stem, k the
+    stem and the first k stages. norm_eval keeps batch norms on their running statistics while training. with_cp
+    recomputes blocks in the backward pass to save memory. Source: MMDetection's ResNet.
+    """
+
+    arch_settings = {
+        18: (BasicBlock, (2, 2, 2, 2)),
+        34: (BasicBlock, (3, 4, 6, 3)),
+        50: (Bottleneck, (3, 4, 6, 3)),
+        101: (Bottleneck, (3, 4, 23, 3)),
+        152: (Bottleneck, (3, 8, 36, 3)),
+    }
+
+    def __init__(
+        self,
+        depth: int,
+        in_channels: int = 3,
+        stem_channels: int | None = None,
+        base_channels: int = 64,
+        num_stages: int = 4,
+        strides: Sequence[int] = (1, 2, 2, 2),
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        style: str = "pytorch",
+        deep_stem: bool = False,
+        avg_down: bool = False,
+        frozen_stages: int = -1,
+        conv_cfg: dict | None = None,
+        norm_cfg: dict = dict(type="BN", requires_grad=True),
+        norm_eval: bool = True,
+        with_cp: bool = False,
+        zero_init_residual: bool = True,
+    ):
+        super().__init__()
+        if depth not in self.arch_settings:
+            raise ValueError(f"depth: expected one of {sorted(self.arch_settings)}, got {depth}")
+        if not 1 <= num_stages <= 4 or max(out_indices) >= num_stages:
+            raise ValueError(f"out_indices: expected indices below num_stages (1..4), got {out_indices}, {num_stages}")
+        if len(strides) < num_stages or len(dilations) < num_stages:
+            raise ValueError(f"strides, dilations: expected {num_stages} entries, got {strides} and {dilations}")
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(f"frozen_stages: expected -1..{num_stages}, got {frozen_stages}")
+        block, num_blocks = self.arch_settings[depth]
+        self.depth, self.out_indices, self.deep_stem = depth, tuple(out_indices), deep_stem
+        self.frozen_stages, self.norm_eval, self.zero_init_residual = frozen_stages, norm_eval, zero_init_residual
+        inplanes = stem_channels or base_channels
+        self._make_stem(in_channels, inplanes, conv_cfg, norm_cfg)
+        self.res_layers = []
+        for i in range(num_stages):
+            planes = base_channels * 2**i
+            layer = make_res_layer(
+                block, inplanes, planes, num_blocks[i], strides[i], dilations[i], avg_down, conv_cfg, norm_cfg,
+                style=style, with_cp=with_cp, **self._block_options(),
+            )  # fmt: skip
+            inplanes = planes * block.expansion
+            self.add_module(f"layer{i + 1}", layer)
+            self.res_layers.append(f"layer{i + 1}")
+        self.feat_dim = inplanes
+        self.init_weights()
+        self._freeze_stages()
+
+    def _block_options(self) -> dict:
+        return {}
+
+    def _make_stem(self, in_channels: int, channels: int, conv_cfg, norm_cfg) -> None:
+        if self.deep_stem:
+            half = channels // 2
+            layers: list[nn.Module] = []
+            for cin, cout, stride in ((in_channels, half, 2), (half, half, 1), (half, channels, 1)):
+                conv = build_conv(conv_cfg, cin, cout, 3, stride, 1, bias=False)
+                layers += [conv, build_norm(norm_cfg, cout)[1], nn.ReLU(inplace=True)]
+            self.stem = nn.Sequential(*layers)
+        else:
+            self.conv1 = build_conv(conv_cfg, in_channels, channels, 7, 2, 3, bias=False)
+            self.norm1_name, norm1 = build_norm(norm_cfg, channels, 1)
+            self.add_module(self.norm1_name, norm1)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+
+    def norm_pairs(self):
+        if self.deep_stem:
+            for i in (0, 3, 6):
+                yield self.stem[i], self.stem, str(i + 1)
+        else:
+            yield self.conv1, self, self.norm1_name
+
+    def init_weights(self) -> None:
+        """Kaiming-normal convolutions (fan-out), unit norms; with zero_init_residual each block starts as identity."""
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(m, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+                nn.init.ones_(m.weight)
+                nn.init.zeros_(m.bias)
+        if self.zero_init_residual:
+            for m in self.modules():
+                if isinstance(m, _Block):
+                    nn.init.zeros_(getattr(m, getattr(m, f"norm{m.num_convs}_name")).weight)
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        stem = [self.stem] if self.deep_stem else [self.conv1, getattr(self, self.norm1_name)]
+        for module in stem + [getattr(self, f"layer{i}") for i in range(1, self.frozen_stages + 1)]:
+            module.eval()
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for m in self.modules():
+                if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                    m.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [B, in_channels, H, W] -> one [B, C_i, H / stride_i, W / stride_i] for each of `out_indices`."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.deep_stem:
+            for i in (0, 3, 6):
+                x = conv_norm_act(x, self.stem[i], self.stem[i + 1])
+        else:
+            x = conv_norm_act(x, self.conv1, getattr(self, self.norm1_name))
+        x = self.maxpool(x)
+        outs = []
+        for i, name in enumerate(self.res_layers):
+            x = getattr(self, name)(x)
+            if i in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+
+class ResNeXt(ResNet):
+    """ResNet with grouped 3x3 convolutions of width floor(planes * base_width / base_channels) * groups."""
+
+    arch_settings = {d: ResNet.arch_settings[d] for d in (50, 101, 152)}
+
+    def __init__(self, groups: int = 1, base_width: int = 4, base_channels: int = 64, **kwargs):
+        self._width_rule = dict(groups=groups, base_width=base_width, base_channels=base_channels)
+        super().__init__(base_channels=base_channels, **kwargs)
+
+    def _block_options(self) -> dict:
+        return self._width_rule
+
+
+class ResNetV1d(ResNet):
+    """ResNet with a stem of three 3x3 convolutions and average pooling before the projection shortcuts."""
+
+    def __init__(self, **kwargs):
+        super().__init__(deep_stem=True, avg_down=True, **kwargs)

@@ -1,0 +1,287 @@
+"""The second stage: RoI features, box heads, and their predictions and losses (MMDetection's StandardRoIHead)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrcnn.layers import ConvModule
+from fastrcnn.models.box_coder import build_box_coder
+from fastrcnn.models.losses import build_loss
+from fastrcnn.models.matching import assign
+from fastrcnn.models.profiles import Profile, get_profile
+from fastrcnn.models.sampling import sample
+from fastrcnn.ops import batched_nms, multilevel_roi_align
+
+TEST_CFG = dict(score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
+TRAIN_CFG = dict(
+    assigner=dict(
+        type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.5, match_low_quality=False,
+        ignore_iof_thr=-1,
+    ),
+    sampler=dict(type="RandomSampler", num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True),
+    pos_weight=-1,
+)  # fmt: skip
+
+
+class SingleRoIExtractor(nn.Module):
+    """RoIAlign from the pyramid level that fits each RoI (MMDetection's SingleRoIExtractor)."""
+
+    def __init__(self, roi_layer: dict, out_channels: int, featmap_strides: Sequence[int], finest_scale: float = 56):
+        super().__init__()
+        options = dict(roi_layer)
+        if options.pop("type", "RoIAlign") != "RoIAlign":
+            raise ValueError(f"roi_layer: expected type 'RoIAlign', got {roi_layer}")
+        self.output_size = options.pop("output_size")
+        self.sampling_ratio = options.pop("sampling_ratio", 0)
+        self.aligned = options.pop("aligned", True)
+        if options:
+            raise ValueError(f"roi_layer: unknown options {sorted(options)}")
+        self.out_channels, self.featmap_strides = out_channels, list(featmap_strides)
+        self.finest_scale, self.profile = finest_scale, get_profile("mmdet")
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.featmap_strides)
+
+    def forward(self, feats: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """feats: one [B, C, H, W] for each stride (more are left out); rois [K, 5] -> [K, C, out, out]."""
+        return multilevel_roi_align(
+            feats[: self.num_inputs], rois, self.output_size, self.featmap_strides, self.sampling_ratio, self.aligned,
+            self.finest_scale, self.profile.name,
+        )  # fmt: skip
+
+
+class ConvFCBBoxHead(nn.Module):
+    """Shared convolutions and fully connected layers, then optional own ones for classes and for boxes.
+
+    num_classes counts foreground; the background is the last class. Keys: shared_convs.{i}.conv, shared_fcs.{i}, cls_*,
+    reg_*, fc_cls, fc_reg. Source: MMDetection's ConvFCBBoxHead.
+    """
+
+    def __init__(
+        self,
+        num_shared_convs: int = 0,
+        num_shared_fcs: int = 0,
+        num_cls_convs: int = 0,
+        num_cls_fcs: int = 0,
+        num_reg_convs: int = 0,
+        num_reg_fcs: int = 0,
+        conv_out_channels: int = 256,
+        fc_out_channels: int = 1024,
+        conv_cfg: dict | None = None,
+        norm_cfg: dict | None = None,
+        in_channels: int = 256,
+        roi_feat_size: int = 7,
+        num_classes: int = 80,
+        reg_class_agnostic: bool = False,
+        bbox_coder: dict = dict(
+            type="DeltaXYWHBBoxCoder", target_means=(0.0, 0.0, 0.0, 0.0), target_stds=(0.1, 0.1, 0.2, 0.2)
+        ),
+        loss_cls: dict = dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
+        loss_bbox: dict = dict(type="L1Loss", loss_weight=1.0),
+    ):
+        super().__init__()
+        self.num_classes, self.reg_class_agnostic = num_classes, reg_class_agnostic
+        self.bbox_coder = build_box_coder(bbox_coder)
+        self.loss_cls, self.loss_bbox = build_loss(loss_cls), build_loss(loss_bbox)
+        area = roi_feat_size * roi_feat_size
+        convs = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
+
+        def branch(num_convs, num_fcs, channels, is_map):
+            """(convs, fcs, width out, whether the output is still a map)."""
+            widths = [channels] + [conv_out_channels] * num_convs
+            conv_list = nn.ModuleList(ConvModule(a, b, 3, padding=1, **convs) for a, b in zip(widths, widths[1:]))
+            width = widths[-1] * (area if is_map and num_fcs else 1)
+            fc_widths = [width] + [fc_out_channels] * num_fcs
+            fcs = nn.ModuleList(nn.Linear(a, b) for a, b in zip(fc_widths, fc_widths[1:]))
+            return conv_list, fcs, fc_widths[-1], is_map and not num_fcs
+
+        self.shared_convs, self.shared_fcs, width, is_map = branch(num_shared_convs, num_shared_fcs, in_channels, True)
+        if not is_map and (num_cls_convs or num_reg_convs):
+            raise ValueError("num_cls_convs, num_reg_convs: expected 0 after shared fully connected layers")
+        self.cls_convs, self.cls_fcs, cls_width, cls_map = branch(num_cls_convs, num_cls_fcs, width, is_map)
+        self.reg_convs, self.reg_fcs, reg_width, reg_map = branch(num_reg_convs, num_reg_fcs, width, is_map)
+        self.fc_cls = nn.Linear(cls_width * (area if cls_map else 1), num_classes + 1)
+        self.fc_reg = nn.Linear(reg_width * (area if reg_map else 1), 4 * (1 if reg_class_agnostic else num_classes))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        for name, m in self.named_modules():
+            if isinstance(m, nn.Linear) and name not in ("fc_cls", "fc_reg"):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+            elif isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        for layer, std in ((self.fc_cls, 0.01), (self.fc_reg, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    @staticmethod
+    def _run(x: Tensor, convs: nn.ModuleList, fcs: nn.ModuleList) -> Tensor:
+        for conv in convs:
+            x = conv(x)
+        for fc in fcs:
+            x = torch.relu(fc(x.flatten(1)))
+        return x
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """RoI features [K, C, 7, 7] -> class logits [K, num_classes + 1], deltas [K, 4 * num_classes] (or [K, 4])."""
+        x = self._run(x, self.shared_convs, self.shared_fcs)
+        cls, reg = self._run(x, self.cls_convs, self.cls_fcs), self._run(x, self.reg_convs, self.reg_fcs)
+        return self.fc_cls(cls.flatten(1)), self.fc_reg(reg.flatten(1))
+
+    def loss(self, logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor):
+        """(class loss, box loss). rois [K, 5], labels [K] with num_classes for background, gt_boxes [K, 4] (background
+        rows are not read)."""
+        count = max(len(labels), 1)
+        loss_cls = self.loss_cls(logits, labels, count)
+        pos = (labels < self.num_classes).nonzero()[:, 0]
+        if len(pos) == 0:
+            return loss_cls, deltas.sum() * 0.0
+        picked = deltas.view(len(deltas), -1, 4)
+        column = torch.zeros_like(labels[pos]) if self.reg_class_agnostic else labels[pos]
+        target = self.bbox_coder.encode(rois[pos, 1:], gt_boxes[pos])
+        return loss_cls, self.loss_bbox(picked[pos, column], target, count)
+
+
+class Shared2FCBBoxHead(ConvFCBBoxHead):
+    """Two shared fully connected layers."""
+
+    def __init__(self, fc_out_channels: int = 1024, **kwargs):
+        super().__init__(num_shared_fcs=2, fc_out_channels=fc_out_channels, **kwargs)
+
+
+class Shared4Conv1FCBBoxHead(ConvFCBBoxHead):
+    """Four shared convolutions and one shared fully connected layer."""
+
+    def __init__(self, fc_out_channels: int = 1024, **kwargs):
+        super().__init__(num_shared_convs=4, num_shared_fcs=1, fc_out_channels=fc_out_channels, **kwargs)
+
+
+BBOX_HEADS = {c.__name__: c for c in (ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead)}
+
+
+def _build(cfg, table: dict, what: str):
+    if isinstance(cfg, nn.Module):
+        return cfg
+    options = dict(cfg)
+    kind = options.pop("type", None)
+    if kind not in table:
+        raise ValueError(f"{what}: unknown type {kind!r}, expected one of {sorted(table)}")
+    return table[kind](**options)
+
+
+class StandardRoIHead(nn.Module):
+    """RoI extractor and box head; `predict` gives detections, `loss` the two losses."""
+
+    def __init__(
+        self,
+        bbox_roi_extractor: dict | nn.Module,
+        bbox_head: dict | nn.Module,
+        train_cfg: dict | None = None,
+        test_cfg: dict | None = None,
+        profile: str | Profile = "mmdet",
+    ):
+        super().__init__()
+        extractors = {"SingleRoIExtractor": SingleRoIExtractor}
+        self.bbox_roi_extractor = _build(bbox_roi_extractor, extractors, "bbox_roi_extractor")
+        self.bbox_head = _build(bbox_head, BBOX_HEADS, "bbox_head")
+        self.train_cfg = {**TRAIN_CFG, **(train_cfg or {})}
+        self.test_cfg = {**TEST_CFG, **(test_cfg or {})}
+        self.set_profile(profile)
+
+    def set_profile(self, profile: str | Profile) -> None:
+        self.profile = get_profile(profile) if isinstance(profile, str) else profile
+        self.bbox_roi_extractor.profile = self.profile
+        self.bbox_head.bbox_coder.symmetric_clip = self.profile.symmetric_clip
+
+    def forward(self, feats: Sequence[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
+        """rois [K, 5] = (image index, xyxy pixels) -> class logits, deltas."""
+        return self.bbox_head(self.bbox_roi_extractor(feats, rois))
+
+    def predict(
+        self,
+        feats: Sequence[Tensor],
+        proposals: Tensor,
+        counts: Tensor,
+        image_sizes: Tensor,
+        scale_factors: Tensor | None,
+    ) -> list[dict[str, Tensor]]:
+        """Detections of each image: dict of boxes [N, 4] xyxy pixels, scores [N], labels [N], by descending score.
+
+        proposals [B, P, 4], of which counts[b] rows are valid; image_sizes [B, 2] (height, width) before padding;
+        scale_factors [B, 2] (width, height): boxes come back in the coordinates of the unscaled image.
+        """
+        batch, most, _ = proposals.shape
+        valid = torch.arange(most, device=counts.device)[None] < counts[:, None]  # [B, P]
+        image = torch.arange(batch, device=counts.device, dtype=proposals.dtype)[:, None, None].expand(-1, most, 1)
+        rois = torch.cat([image, proposals], -1)[valid]
+        logits, deltas = self(feats, rois)
+        scores = F.softmax(logits.float(), -1)[:, :-1]  # the background is last
+        results = []
+        for i, (s, d, r) in enumerate(zip(*(t.split(counts.tolist()) for t in (scores, deltas, rois[:, 1:])))):
+            scale = None if scale_factors is None else scale_factors[i]
+            results.append(self._detections(s, d, r, image_sizes[i], scale))
+        return results
+
+    def _detections(self, scores, deltas, rois, image_size, scale) -> dict[str, Tensor]:
+        p, cfg = self.profile, self.test_cfg
+        if cfg["nms"].get("type", "nms") != "nms":
+            raise ValueError(f"rcnn nms: expected type 'nms', got {cfg['nms']}")
+        # Candidates first, decoding after: most class scores are far below the threshold.
+        row, label = (scores > cfg["score_thr"]).nonzero(as_tuple=True)
+        column = torch.zeros_like(label) if self.bbox_head.reg_class_agnostic else label
+        boxes = self.bbox_head.bbox_coder.decode(
+            rois[row], deltas.view(len(deltas), -1, 4)[row, column], image_size.float()
+        )
+        scores = scores[row, label]
+        factor = None if scale is None else (1.0 / scale).repeat(2)
+        if factor is not None and p.rescale_before_nms:
+            boxes = boxes * factor
+        if p.min_box_size is not None:
+            keep = ((boxes[:, 2:] - boxes[:, :2]) >= p.min_box_size).all(-1)
+            boxes, scores, label = boxes[keep], scores[keep], label[keep]
+        keep = batched_nms(boxes, scores, label, cfg["nms"]["iou_threshold"], cfg["max_per_img"])
+        boxes, scores, label = boxes[keep], scores[keep], label[keep]
+        if factor is not None and not p.rescale_before_nms:
+            boxes = boxes * factor
+        if p.clip_after_rescale:
+            limit = image_size.flip(0).float() * (1.0 if factor is None else factor[:2])
+            boxes = torch.minimum(boxes.clamp(min=0), limit.repeat(2))
+            keep = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+            boxes, scores, label = boxes[keep], scores[keep], label[keep]
+        return dict(boxes=boxes, labels=label + p.label_offset, scores=scores)
+
+    def loss(
+        self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, targets: list[dict]
+    ) -> tuple[Tensor, Tensor]:
+        """(class loss, box loss). targets: dicts with boxes [M, 4] and labels [M] counted from 0."""
+        rois, labels, gt_boxes = [], [], []
+        for i, target in enumerate(targets):
+            r, la, g = self._targets(proposals[i, : int(counts[i])], target)
+            rois.append(torch.cat([r.new_full((len(r), 1), i), r], 1))
+            labels.append(la)
+            gt_boxes.append(g)
+        rois, labels, gt_boxes = torch.cat(rois), torch.cat(labels), torch.cat(gt_boxes)
+        return self.bbox_head.loss(*self(feats, rois), rois, labels, gt_boxes)
+
+    @torch.no_grad()
+    def _targets(self, proposals: Tensor, target: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """Sampled boxes [S, 4], their labels [S] and matched ground truth [S, 4]; positives first."""
+        gt, gt_labels = target["boxes"], target["labels"]
+        cfg, assigner = self.train_cfg, self.train_cfg["assigner"]
+        add_gt = cfg["sampler"].get("add_gt_as_proposals", True)
+        if add_gt and not self.profile.gt_first:
+            proposals = torch.cat([proposals, gt])
+        matches = assign(proposals[None], [target], assigner, self.profile)[0]
+        if add_gt and self.profile.gt_first:
+            proposals = torch.cat([gt, proposals])
+            matches = torch.cat([torch.arange(len(gt), device=gt.device), matches])
+        pos, neg = sample(matches, cfg["sampler"])
+        boxes = proposals[torch.cat([pos, neg])]
+        labels = torch.cat([gt_labels[matches[pos]], torch.full_like(neg, self.bbox_head.num_classes)])
+        return boxes, labels, torch.cat([gt[matches[pos]], boxes.new_zeros(len(neg), 4)])

@@ -1,0 +1,134 @@
+"""Named models: MMDetection's configs/faster_rcnn as dicts, built with any profile."""
+
+import copy
+
+from fastrcnn.models.faster_rcnn import FasterRCNN
+from fastrcnn.models.profiles import get_profile
+
+_BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
+
+
+def _resnet(depth: int, **options) -> dict:
+    return dict(
+        type="ResNet", depth=depth, num_stages=4, out_indices=(0, 1, 2, 3), frozen_stages=1,
+        norm_cfg=dict(type="BN", requires_grad=True), norm_eval=True, style="pytorch", **options,
+    )  # fmt: skip
+
+
+def _resnext(depth: int, groups: int, base_width: int) -> dict:
+    return {**_resnet(depth), "type": "ResNeXt", "groups": groups, "base_width": base_width}
+
+
+# name -> (backbone, its output channels)
+BACKBONES = {
+    "r18_fpn": (_resnet(18), _BASIC),
+    "r34_fpn": (_resnet(34), _BASIC),
+    "r50_fpn": (_resnet(50), _BOTTLENECK),
+    "r101_fpn": (_resnet(101), _BOTTLENECK),
+    "r152_fpn": (_resnet(152), _BOTTLENECK),
+    "x50_32x4d_fpn": (_resnext(50, 32, 4), _BOTTLENECK),
+    "x101_32x4d_fpn": (_resnext(101, 32, 4), _BOTTLENECK),
+    "x101_32x8d_fpn": (_resnext(101, 32, 8), _BOTTLENECK),
+    "x101_64x4d_fpn": (_resnext(101, 64, 4), _BOTTLENECK),
+    "r50_fpn_v2": (_resnet(50), _BOTTLENECK),
+}
+NAMES = tuple(BACKBONES)
+
+
+def model_config(name: str, num_classes: int = 80, profile: str = "mmdet") -> dict:
+    """The keyword arguments of FasterRCNN for a named model: MMDetection's `model` dict, with the profile's defaults."""
+    if name not in BACKBONES:
+        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(NAMES)}")
+    p = get_profile(profile)
+    backbone, channels = copy.deepcopy(BACKBONES[name])
+    if profile == "detectron2":
+        backbone["style"] = "caffe"  # its published ResNets have the stride on the first 1x1 convolution
+    coder = dict(type="DeltaXYWHBBoxCoder", target_means=(0.0, 0.0, 0.0, 0.0))
+    roi_layer = dict(type="RoIAlign", output_size=7, sampling_ratio=p.sampling_ratio, aligned=p.aligned)
+    config = dict(
+        backbone=backbone,
+        neck=dict(type="FPN", in_channels=list(channels), out_channels=256, num_outs=5),
+        rpn_head=dict(
+            type="RPNHead",
+            in_channels=256,
+            feat_channels=256,
+            anchor_generator=dict(
+                type="AnchorGenerator", scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]
+            ),
+            bbox_coder=dict(**coder, target_stds=(1.0, 1.0, 1.0, 1.0)),
+            loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
+            loss_bbox=dict(p.rpn_loss_bbox),
+        ),
+        roi_head=dict(
+            type="StandardRoIHead",
+            bbox_roi_extractor=dict(
+                type="SingleRoIExtractor", roi_layer=roi_layer, out_channels=256, featmap_strides=[4, 8, 16, 32]
+            ),
+            bbox_head=dict(
+                type="Shared2FCBBoxHead",
+                in_channels=256,
+                fc_out_channels=1024,
+                roi_feat_size=7,
+                num_classes=num_classes,
+                bbox_coder=dict(**coder, target_stds=(0.1, 0.1, 0.2, 0.2)),
+                loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
+                loss_bbox=dict(p.roi_loss_bbox),
+            ),
+        ),
+        train_cfg=dict(
+            rpn=dict(
+                assigner=dict(
+                    type="MaxIoUAssigner", pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=p.min_pos_iou,
+                    match_low_quality=True, ignore_iof_thr=-1,
+                ),
+                sampler=dict(type="RandomSampler", num=256, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False),
+                allowed_border=-1,
+                pos_weight=-1,
+            ),
+            rpn_proposal=dict(nms_pre=2000, max_per_img=p.rpn_post_nms_train),
+            rcnn=dict(),
+        ),
+        test_cfg=dict(
+            rpn=dict(nms_pre=1000, max_per_img=1000, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=0),
+            rcnn=dict(score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),
+        ),
+    )  # fmt: skip
+    if name.endswith("_v2"):  # torchvision's second recipe (Li et al., 2021)
+        norm = dict(type="BN", requires_grad=True)
+        config["neck"]["norm_cfg"] = norm
+        config["rpn_head"]["num_convs"] = 2
+        config["roi_head"]["bbox_head"].update(type="Shared4Conv1FCBBoxHead", norm_cfg=norm)
+    return config
+
+
+def merge(base: dict, overrides: dict) -> dict:
+    """`overrides` laid over `base`, dict by dict; a dict with _delete_=True replaces instead (MMDetection's rule)."""
+    out = dict(base)
+    for key, value in overrides.items():
+        if isinstance(value, dict) and isinstance(out.get(key), dict) and not value.get("_delete_"):
+            out[key] = merge(out[key], value)
+        else:
+            out[key] = {k: v for k, v in value.items() if k != "_delete_"} if isinstance(value, dict) else value
+    return out
+
+
+def faster_rcnn(
+    name: str, num_classes: int | None = None, profile: str | None = None, weights: str | None = None, **overrides
+) -> FasterRCNN:
+    """A named Faster R-CNN, in evaluation mode when `weights` are given.
+
+    num_classes counts foreground classes (default 80). profile: "mmdet" (default; "torchvision" for r50_fpn_v2),
+    "torchvision" or "detectron2". weights: a checkpoint file or https address of any of the three peers, whose profile is
+    then taken over. overrides: FasterRCNN's arguments, dicts laid over the named model's own, as in
+    `faster_rcnn("r50_fpn", neck=dict(out_channels=128), test_cfg=dict(rcnn=dict(score_thr=0.3)), min_size=640)`.
+    Raises ValueError for an unknown name, profile or type, TypeError for an unknown argument.
+    """
+    profile = profile or ("torchvision" if name.endswith("_v2") else "mmdet")
+    config = merge(model_config(name, 80 if num_classes is None else num_classes, profile), overrides)
+    model = FasterRCNN(profile=profile, **config)
+    if weights is not None:
+        from fastrcnn.weights import load_weights  # weights are read into models, so the import stays local
+
+        load_weights(model, weights)
+        model.eval()
+    return model
