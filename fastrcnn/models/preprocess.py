@@ -1,6 +1,7 @@
 """Images to the network's input batch: colour order, resize, normalisation, padding, as each peer does them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,11 @@ class DataPreprocessor(nn.Module):
     def set_profile(self, profile: Profile, mean=None, std=None) -> None:
         self.profile = profile
         self.mean, self.std = tuple(mean or profile.mean), tuple(std or profile.std)
+
+    def set_caffe(self) -> None:
+        """The input of MMDetection's caffe-style backbones: BGR, std 1."""
+        self.profile = replace(self.profile, bgr=True)
+        self.mean, self.std = self.profile.mean[::-1], (1.0, 1.0, 1.0)
 
     def _one(self, image: Tensor) -> Tensor:
         p = self.profile

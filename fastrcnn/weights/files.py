@@ -1,0 +1,129 @@
+"""Reads checkpoint files without running anything that is in them.
+
+`.pth` goes through torch.load(weights_only=True), `.safetensors` through safetensors, Detectron2's `.pkl` through an
+unpickler that knows numpy arrays and nothing else.
+"""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What a pickle of numpy arrays refers to. Everything else is refused.
+_NUMPY = {
+    (module, name)
+    for module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+    for name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
+}
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if (module, name) == ("_codecs", "encode"):  # how protocol-2 pickles carry bytes
+            return lambda text, encoding="latin1": text.encode(encoding)
+        if (module, name) not in _NUMPY:
+            raise pickle.UnpicklingError(f"refused: it refers to {module}.{name}, and only numpy arrays are read")
+        return super().find_class(module, name)
+
+
+class _Inert:
+    """Stands for a class of a checkpoint's bookkeeping (a training log's buffers): holds state, does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def _safe_globals() -> list:
+    """Beyond tensors: numpy's array constructors, and mmengine's log buffers as inert objects."""
+    numpy_core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    allowed = [np.ndarray, np.dtype, *{type(np.dtype(c)) for c in "?bBhHiIlLqQefd"}]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        allowed += [(numpy_core._reconstruct, f"{module}._reconstruct"), (numpy_core.scalar, f"{module}.scalar")]
+    return [*allowed, (_Inert, "mmengine.logging.history_buffer.HistoryBuffer")]
+
+
+def _read_pth(path: Path):
+    try:
+        with torch.serialization.safe_globals(_safe_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n\n")[0].splitlines()
+        detail = next((line.strip() for line in reason if "global" in line.lower()), reason[0] if reason else "")
+        raise ValueError(
+            f"{path}: refused, because reading it would run code that the file names ({detail}). Save the tensors alone "
+            f"where it was written: torch.save({{'state_dict': model.state_dict()}}, path)"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def _read_pkl(path: Path):
+    try:
+        with open(path, "rb") as file:
+            return _NumpyUnpickler(file, encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_safetensors(path: Path):
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ImportError("reading .safetensors needs the package safetensors: pip install safetensors") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+            return {"state_dict": tensors, "meta": dict(file.metadata() or {})}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def fetch(path_or_url: str | Path) -> Path:
+    """A local file for a path or an https address (downloaded once into torch.hub's cache)."""
+    text = str(path_or_url)
+    if not text.startswith(("http://", "https://")):
+        path = Path(text).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no such checkpoint file: {path}")
+        return path
+    if text.startswith("http://"):
+        raise ValueError(f"{text}: expected an https address")
+    target = Path(torch.hub.get_dir()) / "checkpoints" / text.split("?")[0].rsplit("/", 1)[-1]
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(text, str(target), progress=True)
+        except OSError as error:  # URLError is one
+            raise OSError(f"cannot download {text}: {error}. Pass a local file with --weights instead.") from None
+    return target
+
+
+def read(path_or_url: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """(state dict of tensors, metadata) of a `.pth`, `.pt`, `.pkl` or `.safetensors` file or https address.
+
+    Raises FileNotFoundError, OSError for a failed download, ValueError for a file that is damaged, holds no tensors or
+    wants to run code.
+    """
+    path = fetch(path_or_url)
+    reader = {".pkl": _read_pkl, ".safetensors": _read_safetensors}.get(path.suffix, _read_pth)
+    content = reader(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
+    meta = content.get("meta", {})
+    state = next((content[k] for k in ("state_dict", "model", "model_state_dict") if isinstance(content.get(k), dict)), content)
+    tensors = {}
+    for key, value in state.items():
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+        if isinstance(value, Tensor):
+            tensors[key.removeprefix("module.")] = value
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors")
+    return tensors, meta if isinstance(meta, dict) else {}

@@ -1,0 +1,137 @@
+"""Finds out whose checkpoint it is, converts its keys and gives the model that peer's semantics."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fastrcnn.models import FasterRCNN, faster_rcnn
+from fastrcnn.models.resnet import Bottleneck
+from fastrcnn.weights import detectron2, files, mmdet, torchvision
+
+PEERS = {"torchvision": torchvision, "detectron2": detectron2, "mmdet": mmdet}
+
+
+def load_checkpoint(path_or_url: str | Path) -> tuple[dict[str, Tensor], str, dict, dict]:
+    """(state dict in our keys, peer, the peer's options for the model, metadata).
+
+    Raises ValueError where the keys belong to none of the three peers, and whatever `files.read` raises.
+    """
+    state, meta = files.read(path_or_url)
+    for name, peer in PEERS.items():
+        if peer.detect(state):
+            profile = meta.get("profile", name)  # our own files say it; their keys are MMDetection's
+            return peer.convert(state), profile, peer.profile_options(state, meta), meta
+    some = ", ".join(list(state)[:3])
+    raise ValueError(f"{path_or_url}: not a Faster R-CNN of MMDetection, torchvision or Detectron2 (first keys: {some})")
+
+
+def _model_name(state: dict[str, Tensor]) -> str:
+    """The zoo's name for a state dict in our keys, from its depths and widths."""
+    blocks = tuple(len({k.split(".")[2] for k in state if k.startswith(f"backbone.layer{i}.")}) for i in (1, 2, 3, 4))
+    bottleneck = "backbone.layer1.0.conv3.weight" in state
+    depth = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}.get(blocks)
+    if depth is None or "neck.fpn_convs.0.conv.weight" not in state:
+        raise ValueError(f"cannot tell the model from the checkpoint: blocks per stage {blocks}; name it with model=")
+    if "rpn_head.rpn_conv.1.conv.weight" in state:
+        return f"r{depth}_fpn_v2"
+    conv2 = state["backbone.layer1.0.conv2.weight"]
+    if bottleneck and conv2.shape[0] != conv2.shape[1]:
+        groups = conv2.shape[0] // conv2.shape[1]
+        return f"x{depth}_{groups}x{conv2.shape[1]}d_fpn"
+    return f"r{depth}_fpn"
+
+
+def infer_model(path_or_url: str | Path, **overrides) -> FasterRCNN:
+    """Builds the model a checkpoint was saved from, from its keys, shapes and metadata, and loads it. In evaluation mode.
+
+    overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError where the checkpoint does not tell.
+    """
+    state, profile, options, meta = load_checkpoint(path_or_url)
+    name = meta.get("model") or _model_name(state)
+    num_classes = len(state["roi_head.bbox_head.fc_cls.weight"]) - 1
+    if "overrides" in meta:  # our own files carry what differs from the named model, as JSON
+        overrides = {**json.loads(meta["overrides"]), **overrides}
+    model = faster_rcnn(name, num_classes, profile, **overrides)
+    _apply(model, state, profile, options, meta, str(path_or_url), None)
+    return model.eval()
+
+
+def load_weights(model: FasterRCNN, path_or_url: str | Path, norm_eps: float | None = None) -> FasterRCNN:
+    """Loads a checkpoint of MMDetection, torchvision or Detectron2 into `model`, in place, and returns it.
+
+    path_or_url: `.pth`, `.pkl` or `.safetensors`, or an https address (kept in torch.hub's cache). The peer is told by
+    its keys; the model takes over that peer's profile (`model.profile`), so that it gives the peer's numbers.
+    norm_eps: epsilon of the backbone's norms; None takes the peer's. torchvision's published COCO weights need 0, weights
+    trained with its frozen norms from ImageNet 1e-5, and the file does not tell: 0 is assumed.
+    Raises ValueError naming the missing, unexpected and misshapen keys, or saying why the file was refused. The model is
+    untouched when an error is raised.
+    """
+    state, profile, options, meta = load_checkpoint(path_or_url)
+    _apply(model, state, profile, options, meta, str(path_or_url), norm_eps)
+    return model
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+def _check_keys(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in own and not k.endswith("num_batches_tracked")]
+    shapes = [
+        f"{k} {list(state[k].shape)}, expected {list(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    problems = [
+        f"{what}: {_some(keys)}"
+        for what, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes))
+        if keys
+    ]
+    if problems:
+        hint = ""
+        cls = "roi_head.bbox_head.fc_cls.weight"
+        if cls in state and cls in own and len(state[cls]) != len(own[cls]):
+            hint = f". The file has {len(state[cls]) - 1} classes: build the model with num_classes={len(state[cls]) - 1}"
+        raise ValueError(f"{source} does not fit this model. " + "; ".join(problems) + hint)
+
+
+def _apply(model, state, profile, options, meta, source, norm_eps) -> None:
+    own = model.state_dict()
+    _check_keys(own, state, source)
+    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    if model.profile.name != profile:
+        model.set_profile(profile)
+    mean, std = options.get("mean"), options.get("std")
+    if options.get("style") == "caffe" and profile == "mmdet":
+        # MMDetection's caffe configs: BGR input, std 1, the stride on the first 1x1 convolution.
+        model.data_preprocessor.set_caffe()
+    elif mean or std:
+        model.data_preprocessor.set_profile(model.profile, mean, std)
+    if "style" in options:
+        _set_style(model.backbone, options["style"])
+    eps = options.get("norm_eps") if norm_eps is None else norm_eps
+    if eps is not None:
+        for m in model.backbone.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.eps = eps
+    names = meta.get("class_names")
+    names = names.split("\n") if isinstance(names, str) else mmdet.class_names(meta)
+    model.class_names = names if names and len(names) == model.num_classes else None
+
+
+def _set_style(backbone: nn.Module, style: str) -> None:
+    """Moves the stride of each stage's first bottleneck to the 3x3 ("pytorch") or the first 1x1 ("caffe")."""
+    for block in backbone.modules():
+        if isinstance(block, Bottleneck):
+            stride = max(block.conv1.stride, block.conv2.stride)
+            first, second = ((1, 1), stride) if style == "pytorch" else (stride, (1, 1))
+            block.conv1.stride, block.conv2.stride = first, second
+
+
+def model_metadata(name: str, model: FasterRCNN, overrides: dict) -> dict[str, str]:
+    """What `infer_model` reads back from a safetensors file of ours."""
+    names = "\n".join(model.class_names or [])
+    return dict(model=name, profile=model.profile.name, overrides=json.dumps(overrides), class_names=names)
+

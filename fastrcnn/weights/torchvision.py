@@ -1,0 +1,60 @@
+"""torchvision's fasterrcnn_resnet50_fpn (v1) and _v2: keys, class order and norm epsilon."""
+
+import re
+
+import torch
+from torch import Tensor
+
+# (pattern, replacement), the first that matches; {i} below is a level or layer index.
+_RULES = [
+    (r"^backbone\.body\.(.*)$", r"backbone.\1"),
+    (r"^backbone\.fpn\.inner_blocks\.(\d+)\.0\.(.*)$", r"neck.lateral_convs.\1.conv.\2"),
+    (r"^backbone\.fpn\.inner_blocks\.(\d+)\.1\.(.*)$", r"neck.lateral_convs.\1.bn.\2"),
+    (r"^backbone\.fpn\.inner_blocks\.(\d+)\.(weight|bias)$", r"neck.lateral_convs.\1.conv.\2"),
+    (r"^backbone\.fpn\.layer_blocks\.(\d+)\.0\.(.*)$", r"neck.fpn_convs.\1.conv.\2"),
+    (r"^backbone\.fpn\.layer_blocks\.(\d+)\.1\.(.*)$", r"neck.fpn_convs.\1.bn.\2"),
+    (r"^backbone\.fpn\.layer_blocks\.(\d+)\.(weight|bias)$", r"neck.fpn_convs.\1.conv.\2"),
+    (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn_head.rpn_conv.\1"),
+    (r"^rpn\.head\.conv\.(\d+)\.0\.(.*)$", r"rpn_head.rpn_conv.\1.conv.\2"),
+    (r"^rpn\.head\.cls_logits\.(.*)$", r"rpn_head.rpn_cls.\1"),
+    (r"^rpn\.head\.bbox_pred\.(.*)$", r"rpn_head.rpn_reg.\1"),
+    (r"^roi_heads\.box_head\.fc6\.(.*)$", r"roi_head.bbox_head.shared_fcs.0.\1"),
+    (r"^roi_heads\.box_head\.fc7\.(.*)$", r"roi_head.bbox_head.shared_fcs.1.\1"),
+    (r"^roi_heads\.box_head\.(\d)\.0\.(.*)$", r"roi_head.bbox_head.shared_convs.\1.conv.\2"),
+    (r"^roi_heads\.box_head\.(\d)\.1\.(.*)$", r"roi_head.bbox_head.shared_convs.\1.bn.\2"),
+    (r"^roi_heads\.box_head\.5\.(.*)$", r"roi_head.bbox_head.shared_fcs.0.\1"),
+    (r"^roi_heads\.box_predictor\.cls_score\.(.*)$", r"roi_head.bbox_head.fc_cls.\1"),
+    (r"^roi_heads\.box_predictor\.bbox_pred\.(.*)$", r"roi_head.bbox_head.fc_reg.\1"),
+]
+
+
+def detect(state: dict[str, Tensor]) -> bool:
+    return "roi_heads.box_predictor.cls_score.weight" in state and "backbone.body.conv1.weight" in state
+
+
+def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict in our keys: background from first to last, its unused box regression dropped."""
+    convs = {k for k in state if re.match(r"^rpn\.head\.conv\.\d+\.0\.weight$", k)}
+    out = {}
+    for key, value in state.items():
+        for pattern, replacement in _RULES:
+            new, hits = re.subn(pattern, replacement, key)
+            if hits:
+                break
+        else:
+            new = key  # left over: load_weights names it
+        if len(convs) == 1:  # one convolution is no sequence in MMDetection's head
+            new = new.replace("rpn_head.rpn_conv.0.conv.", "rpn_head.rpn_conv.")
+        if new.startswith("roi_head.bbox_head.fc_cls."):
+            value = torch.cat([value[1:], value[:1]])
+        elif new.startswith("roi_head.bbox_head.fc_reg."):
+            value = value[4:]
+        out[new] = value
+    return out
+
+
+def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
+    """torchvision sets eps = 0 in the frozen norms of its published COCO weights. A frozen norm, unlike BatchNorm2d, has
+    no num_batches_tracked; the eps itself is not in the file."""
+    frozen = not any(k.endswith("num_batches_tracked") for k in state)
+    return dict(norm_eps=0.0 if frozen else 1e-5)
