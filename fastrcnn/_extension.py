@@ -61,3 +61,8 @@ def kernel_table() -> dict[str, dict[str, str]]:
 def reasons() -> dict[str, str]:
     """Why a reference answers, per device; "" where the compiled library is loaded."""
     return {"cpu": CPU_REASON, "cuda": CUDA_REASON}
+
+
+def built_with_torch() -> str | None:
+    """The torch release whose headers the CPU kernels were compiled against; None where they are not loaded."""
+    return None if CPU_REASON else importlib.import_module("fastrcnn._C").built_with_torch

@@ -127,8 +127,8 @@ def faster_rcnn(
     config = merge(model_config(name, 80 if num_classes is None else num_classes, profile), overrides)
     model = FasterRCNN(profile=profile, **config)
     if weights is not None:
-        from fastrcnn.weights import load_weights  # weights are read into models, so the import stays local
+        from fastrcnn.weights import coco_address, load_weights  # weights are read into models: a local import
 
-        load_weights(model, weights)
+        load_weights(model, coco_address(name) if weights == "coco" else weights)
         model.eval()
     return model

@@ -5,6 +5,7 @@ unpickler that knows numpy arrays and nothing else.
 """
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,11 @@ def fetch(path_or_url: str | Path) -> Path:
     target = Path(torch.hub.get_dir()) / "checkpoints" / text.split("?")[0].rsplit("/", 1)[-1]
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
+        digest = re.search(r"-([0-9a-f]{8,})\.", target.name)  # the field's habit: the name carries the checksum
         try:
-            torch.hub.download_url_to_file(text, str(target), progress=True)
+            torch.hub.download_url_to_file(text, str(target), digest[1] if digest else None, progress=True)
+        except RuntimeError as error:
+            raise ValueError(f"{text}: the download is damaged ({error})") from None
         except OSError as error:  # URLError is one
             raise OSError(f"cannot download {text}: {error}. Pass a local file with --weights instead.") from None
     return target

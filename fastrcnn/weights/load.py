@@ -9,6 +9,11 @@ from fastrcnn.models import FasterRCNN, faster_rcnn
 from fastrcnn.models.resnet import Bottleneck
 from fastrcnn.weights import detectron2, files, mmdet, torchvision
 
+# torchvision's own addresses; the file names end in the first digits of their SHA-256.
+COCO_WEIGHTS = {
+    "r50_fpn": "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+    "r50_fpn_v2": "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth",
+}
 PEERS = {"torchvision": torchvision, "detectron2": detectron2, "mmdet": mmdet}
 
 
@@ -42,13 +47,21 @@ def _model_name(state: dict[str, Tensor]) -> str:
     return f"r{depth}_fpn"
 
 
-def infer_model(path_or_url: str | Path, **overrides) -> FasterRCNN:
+def coco_address(name: str) -> str:
+    """The https address of published COCO weights for a named model. Raises ValueError where there are none."""
+    if name not in COCO_WEIGHTS:
+        raise ValueError(f'weights: no "coco" weights are known for {name!r}, only for {", ".join(COCO_WEIGHTS)}')
+    return COCO_WEIGHTS[name]
+
+
+def infer_model(path_or_url: str | Path, name: str | None = None, **overrides) -> FasterRCNN:
     """Builds the model a checkpoint was saved from, from its keys, shapes and metadata, and loads it. In evaluation mode.
 
-    overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError where the checkpoint does not tell.
+    name: the model, where the checkpoint does not tell; overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError
+    where the checkpoint does not tell or does not fit.
     """
     state, profile, options, meta = load_checkpoint(path_or_url)
-    name = meta.get("model") or _model_name(state)
+    name = name or meta.get("model") or _model_name(state)
     num_classes = len(state["roi_head.bbox_head.fc_cls.weight"]) - 1
     if "overrides" in meta:  # our own files carry what differs from the named model, as JSON
         overrides = {**json.loads(meta["overrides"]), **overrides}

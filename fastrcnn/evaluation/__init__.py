@@ -1,0 +1,5 @@
+"""COCO average precision."""
+
+from fastrcnn.evaluation.coco import evaluate, evaluate_coco
+
+__all__ = ["evaluate", "evaluate_coco"]

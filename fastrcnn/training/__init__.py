@@ -1,0 +1,5 @@
+"""Training."""
+
+from fastrcnn.training.trainer import train
+
+__all__ = ["train"]

@@ -1,0 +1,58 @@
+"""Shared by all tests: the devices, the guard against testing a reference with itself, and the tolerance rule."""
+
+import pytest
+import torch
+
+from fastrcnn._extension import has_kernel
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if request.param == "cuda":
+        request.node.add_marker(pytest.mark.gpu)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def need_kernel():
+    """need_kernel("nms", device): skips on CUDA, and fails on the CPU, where no kernel answers, since the test would
+    compare the reference with itself."""
+
+    def check(op: str, device: str) -> None:
+        if has_kernel(op, device):
+            return
+        if device == "cuda":
+            pytest.skip(f"no CUDA kernel for {op}: the reference would be compared with itself")
+        pytest.fail(f"no CPU kernel for {op}: build the package first")
+
+    return check
+
+
+def random_boxes(n: int, width: float = 640, height: float = 480, largest: float = 120, seed: int = 0) -> torch.Tensor:
+    """[n, 4] xyxy boxes of 2..largest pixels, some of which leave the frame."""
+    g = torch.Generator().manual_seed(seed)
+    centre = torch.rand(n, 2, generator=g) * torch.tensor([width, height])
+    half = (torch.rand(n, 2, generator=g) * (largest - 2) + 2) / 2
+    return torch.cat([centre - half, centre + half], 1)
+
+
+def assert_within_twice(actual: torch.Tensor, low_precision: torch.Tensor, exact: torch.Tensor, floor: float = 1e-6):
+    """The kernel's error against the float32 twin is at most twice that of plain torch at the same low precision."""
+    error = (actual.double() - exact.double()).abs().max().item()
+    allowed = 2 * (low_precision.double() - exact.double()).abs().max().item() + floor * exact.abs().max().item()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
