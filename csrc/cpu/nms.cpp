@@ -69,7 +69,8 @@ void greedy(const Box<T>* boxes, const int64_t* order, int64_t n, T threshold, i
   for (int64_t begin = 0; begin < n && num_kept < max_output; begin += kBlock) {
     const int64_t size = std::min(kBlock, n - begin);
     for (int64_t i = 0; i < size; ++i) block.set(i, boxes[order[begin + i]]);
-    torch::stable::parallel_for(0, size, 64, [&](int64_t first, int64_t last) {
+    const int64_t grain = 32768 / (num_kept + 1) + 1;  // boxes worth a thread's wake-up
+    torch::stable::parallel_for(0, size, grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
         dead[i] = suppressed_by_any(kept.x1.data(), kept.y1.data(), kept.x2.data(), kept.y2.data(), kept.area.data(),
                                     num_kept, block.box(i), block.area[i], threshold);

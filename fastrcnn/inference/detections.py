@@ -32,7 +32,9 @@ class Detections:
 
     def __getitem__(self, index) -> "Detections":
         """A selection by boolean mask, index tensor or slice."""
-        return Detections(self.boxes[index], self.scores[index], self.labels[index], self.class_names, self.category_ids)
+        return Detections(
+            self.boxes[index], self.scores[index], self.labels[index], self.class_names, self.category_ids
+        )
 
     @property
     def xyxy(self) -> np.ndarray:
@@ -68,7 +70,10 @@ class Detections:
         except ImportError:
             raise ImportError("to_supervision needs supervision: pip install supervision") from None
         return supervision.Detections(
-            xyxy=self.xyxy, confidence=self.confidence, class_id=self.class_id, data={"class_name": np.array(self.names)}
+            xyxy=self.xyxy,
+            confidence=self.confidence,
+            class_id=self.class_id,
+            data={"class_name": np.array(self.names)},
         )
 
     def draw(self, image) -> Tensor:

@@ -108,5 +108,3 @@ def build_anchor_generator(cfg: dict | AnchorGenerator) -> AnchorGenerator:
     if kind != "AnchorGenerator":
         raise ValueError(f"anchor_generator: unknown type {kind!r}, expected 'AnchorGenerator'")
     return AnchorGenerator(**options)
-
-

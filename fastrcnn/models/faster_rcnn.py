@@ -9,7 +9,7 @@ from fastrcnn.models.fpn import FPN
 from fastrcnn.models.losses import build_loss
 from fastrcnn.models.preprocess import DataPreprocessor
 from fastrcnn.models.profiles import get_profile
-from fastrcnn.models.resnet import ResNet, ResNeXt, ResNetV1d
+from fastrcnn.models.resnet import ResNet, ResNetV1d, ResNeXt
 from fastrcnn.models.roi_head import StandardRoIHead, _build
 from fastrcnn.models.rpn import RPNHead
 

@@ -66,7 +66,9 @@ def _cpu(
     input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation, groups, residual, relu
 ):  # fmt: skip
     args = input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation, groups, residual, relu
-    fused = input.dtype in (torch.float32, torch.bfloat16, torch.float16) and input.numel() and _onednn_takes(input.dtype)
+    fused = (
+        input.dtype in (torch.float32, torch.bfloat16, torch.float16) and input.numel() and _onednn_takes(input.dtype)
+    )
     if not fused:
         return _op_reference(*args)
     folded, bias = _fold(weight, bn_weight, bn_bias, bn_mean, bn_var, eps)
@@ -153,7 +155,9 @@ def _pair(name: str, value: int | Sequence[int]) -> list[int]:
     return pair
 
 
-def _call(op, input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation, groups, residual, relu):
+def _call(
+    op, input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation, groups, residual, relu
+):
     check_tensor("input", input, "B, C, H, W")
     check_tensor("weight", weight, "O, C / groups, kh, kw")
     if weight.shape[1] * groups != input.shape[1] or weight.shape[0] % groups:

@@ -14,6 +14,10 @@ from fastrcnn.ops._checks import check_same_device, check_tensor
 from fastrcnn.ops.decode_boxes import _op_reference as _decode_reference
 
 
+def _dtype(cls_logits: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if cls_logits[0].dtype == torch.float64 else torch.float32
+
+
 def _op_reference(
     cls_logits: Sequence[Tensor],
     bbox_deltas: Sequence[Tensor],
@@ -29,19 +33,20 @@ def _op_reference(
     topk_on_logits: bool,
     return_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = image_sizes.float()
+    dtype = _dtype(cls_logits)
+    sizes = image_sizes.to(dtype)
     batch, device = len(sizes), sizes.device
     boxes, scores, levels = [], [], []
     for level, (logits, deltas, base) in enumerate(zip(cls_logits, bbox_deltas, base_anchors)):
-        num_anchors, height, width = logits.shape[1:]
-        logits = logits.float().permute(0, 2, 3, 1).reshape(batch, -1)
-        deltas = deltas.float().permute(0, 2, 3, 1).reshape(batch, -1, 4)
+        num_anchors, _, width = logits.shape[1:]
+        logits = logits.to(dtype).permute(0, 2, 3, 1).reshape(batch, -1)
+        deltas = deltas.to(dtype).permute(0, 2, 3, 1).reshape(batch, -1, 4)
         rank_by = (logits if topk_on_logits else logits.sigmoid()).nan_to_num(nan=-torch.inf, posinf=torch.inf)
         count = min(nms_pre, logits.shape[1]) if nms_pre > 0 else logits.shape[1]
         top = torch.sort(rank_by, dim=1, descending=True, stable=True).indices[:, :count]  # [B, count]
         cell = top // num_anchors
-        shift = torch.stack([cell % width * strides[2 * level], cell // width * strides[2 * level + 1]], -1).float()
-        anchors = base.float()[top % num_anchors] + shift.repeat(1, 1, 2)
+        shift = torch.stack([cell % width * strides[2 * level], cell // width * strides[2 * level + 1]], -1).to(dtype)
+        anchors = base.to(dtype)[top % num_anchors] + shift.repeat(1, 1, 2)
         deltas = deltas.gather(1, top[..., None].expand(-1, -1, 4))
         boxes.append(_decode_reference(anchors, deltas, sizes, means, stds, wh_ratio_clip, symmetric_clip))
         logits = logits.gather(1, top)
@@ -66,7 +71,7 @@ def _(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, *rul
     batch = image_sizes.shape[0]
     sizes = [x.shape[1] * x.shape[2] * x.shape[3] for x in cls_logits]
     total = sum(min(nms_pre, n) if nms_pre > 0 else n for n in sizes)
-    out = image_sizes.new_empty(batch, total, 4, dtype=torch.float32)
+    out = image_sizes.new_empty(batch, total, 4, dtype=_dtype(cls_logits))
     levels = image_sizes.new_empty(batch, total, dtype=torch.int64)
     return out, out.new_empty(batch, total), levels, image_sizes.new_empty(batch, dtype=torch.int64)
 
@@ -139,8 +144,9 @@ def decode_proposals(
     xyxy around the origin, strides a number or (x, y) in pixels; image_sizes [B, 2] (height, width) before padding.
     An image's first counts[b] rows are valid, level by level and by descending score; the rest are zeros with level -1:
     just what `nms_padded` takes. nms_pre <= 0 keeps every anchor. `topk_on` ranks by "sigmoid" (MMDetection; ties where
-    it saturates) or "logits" (torchvision, Detectron2); `score` is what is returned. Boxes and scores are float32.
-    Not differentiable: proposals are detached by definition. Raises TypeError or ValueError naming the argument.
+    it saturates) or "logits" (torchvision, Detectron2); `score` is what is returned. Boxes and scores are float32 (float64
+    for float64 logits). Not differentiable: proposals are detached by definition.
+    Raises TypeError or ValueError naming the argument.
     """
     op = torch.ops.fastrcnn.decode_proposals
     with torch.no_grad():

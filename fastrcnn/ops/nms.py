@@ -34,7 +34,9 @@ def _iou_with_rest(boxes: Tensor, areas: Tensor, i: int) -> Tensor:
     return inter / (areas[i] + areas[i + 1 :] - inter)
 
 
-def _greedy(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float, max_output: int | None) -> Tensor:
+def _greedy(
+    boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float, max_output: int | None
+) -> Tensor:
     boxes, scores = coordinates(boxes), coordinates(scores)
     order = torch.sort(scores, descending=True, stable=True).indices
     boxes = boxes[order]

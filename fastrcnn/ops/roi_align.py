@@ -285,5 +285,3 @@ def multilevel_roi_align(
     """
     op = torch.ops.fastrcnn.multilevel_roi_align
     return _pyramid(op, features, rois, output_size, strides, sampling_ratio, aligned, finest_scale, profile)
-
-

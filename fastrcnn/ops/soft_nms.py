@@ -29,7 +29,9 @@ def soft_nms_reference(
         best = int((scores == best_score).nonzero()[0])
         dets.append(torch.cat([boxes[best], best_score[None]]))
         indices.append(best)
-        size = (torch.minimum(boxes[best, 2:], boxes[:, 2:]) - torch.maximum(boxes[best, :2], boxes[:, :2])).clamp(min=0)
+        size = (torch.minimum(boxes[best, 2:], boxes[:, 2:]) - torch.maximum(boxes[best, :2], boxes[:, :2])).clamp(
+            min=0
+        )
         inter = size[:, 0] * size[:, 1]
         overlap = inter / (areas[best] + areas - inter)
         if method == "gaussian":

@@ -6,6 +6,7 @@ unpickler that knows numpy arrays and nothing else.
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,13 @@ from torch import Tensor
 # What a pickle of numpy arrays refers to. Everything else is refused.
 _NUMPY = {
     (module, name)
-    for module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+    for module in (
+        "numpy",
+        "numpy.core.multiarray",
+        "numpy._core.multiarray",
+        "numpy.core.numeric",
+        "numpy._core.numeric",
+    )
     for name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
 }
 
@@ -109,19 +116,23 @@ def fetch(path_or_url: str | Path) -> Path:
     return target
 
 
-def read(path_or_url: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """(state dict of tensors, metadata) of a `.pth`, `.pt`, `.pkl` or `.safetensors` file or https address.
+def read(source: str | Path | Mapping) -> tuple[dict[str, Tensor], dict]:
+    """(state dict of tensors, metadata) of a `.pth`, `.pt`, `.pkl` or `.safetensors` file, an https address, or a state
+    dict that is in memory already.
 
     Raises FileNotFoundError, OSError for a failed download, ValueError for a file that is damaged, holds no tensors or
     wants to run code.
     """
-    path = fetch(path_or_url)
-    reader = {".pkl": _read_pkl, ".safetensors": _read_safetensors}.get(path.suffix, _read_pth)
-    content = reader(path)
+    if isinstance(source, Mapping):
+        path, content = "the state dict", dict(source)
+    else:
+        path = fetch(source)
+        content = {".pkl": _read_pkl, ".safetensors": _read_safetensors}.get(path.suffix, _read_pth)(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
     meta = content.get("meta", {})
-    state = next((content[k] for k in ("state_dict", "model", "model_state_dict") if isinstance(content.get(k), dict)), content)
+    nested = [content[k] for k in ("state_dict", "model", "model_state_dict") if isinstance(content.get(k), dict)]
+    state = nested[0] if nested else content
     tensors = {}
     for key, value in state.items():
         if isinstance(value, np.ndarray):

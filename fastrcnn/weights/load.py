@@ -1,6 +1,7 @@
 """Finds out whose checkpoint it is, converts its keys and gives the model that peer's semantics."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -17,7 +18,11 @@ COCO_WEIGHTS = {
 PEERS = {"torchvision": torchvision, "detectron2": detectron2, "mmdet": mmdet}
 
 
-def load_checkpoint(path_or_url: str | Path) -> tuple[dict[str, Tensor], str, dict, dict]:
+def _name(source) -> str:
+    return "the state dict" if isinstance(source, Mapping) else str(source)
+
+
+def load_checkpoint(path_or_url: str | Path | Mapping) -> tuple[dict[str, Tensor], str, dict, dict]:
     """(state dict in our keys, peer, the peer's options for the model, metadata).
 
     Raises ValueError where the keys belong to none of the three peers, and whatever `files.read` raises.
@@ -28,14 +33,18 @@ def load_checkpoint(path_or_url: str | Path) -> tuple[dict[str, Tensor], str, di
             profile = meta.get("profile", name)  # our own files say it; their keys are MMDetection's
             return peer.convert(state), profile, peer.profile_options(state, meta), meta
     some = ", ".join(list(state)[:3])
-    raise ValueError(f"{path_or_url}: not a Faster R-CNN of MMDetection, torchvision or Detectron2 (first keys: {some})")
+    raise ValueError(
+        f"{_name(path_or_url)}: not a Faster R-CNN of MMDetection, torchvision or Detectron2 (first keys: {some})"
+    )
 
 
 def _model_name(state: dict[str, Tensor]) -> str:
     """The zoo's name for a state dict in our keys, from its depths and widths."""
     blocks = tuple(len({k.split(".")[2] for k in state if k.startswith(f"backbone.layer{i}.")}) for i in (1, 2, 3, 4))
     bottleneck = "backbone.layer1.0.conv3.weight" in state
-    depth = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}.get(blocks)
+    depth = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}.get(
+        blocks
+    )
     if depth is None or "neck.fpn_convs.0.conv.weight" not in state:
         raise ValueError(f"cannot tell the model from the checkpoint: blocks per stage {blocks}; name it with model=")
     if "rpn_head.rpn_conv.1.conv.weight" in state:
@@ -54,7 +63,7 @@ def coco_address(name: str) -> str:
     return COCO_WEIGHTS[name]
 
 
-def infer_model(path_or_url: str | Path, name: str | None = None, **overrides) -> FasterRCNN:
+def infer_model(path_or_url: str | Path | Mapping, name: str | None = None, **overrides) -> FasterRCNN:
     """Builds the model a checkpoint was saved from, from its keys, shapes and metadata, and loads it. In evaluation mode.
 
     name: the model, where the checkpoint does not tell; overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError
@@ -66,22 +75,22 @@ def infer_model(path_or_url: str | Path, name: str | None = None, **overrides) -
     if "overrides" in meta:  # our own files carry what differs from the named model, as JSON
         overrides = {**json.loads(meta["overrides"]), **overrides}
     model = faster_rcnn(name, num_classes, profile, **overrides)
-    _apply(model, state, profile, options, meta, str(path_or_url), None)
+    _apply(model, state, profile, options, meta, _name(path_or_url), None)
     return model.eval()
 
 
-def load_weights(model: FasterRCNN, path_or_url: str | Path, norm_eps: float | None = None) -> FasterRCNN:
+def load_weights(model: FasterRCNN, path_or_url: str | Path | Mapping, norm_eps: float | None = None) -> FasterRCNN:
     """Loads a checkpoint of MMDetection, torchvision or Detectron2 into `model`, in place, and returns it.
 
-    path_or_url: `.pth`, `.pkl` or `.safetensors`, or an https address (kept in torch.hub's cache). The peer is told by
-    its keys; the model takes over that peer's profile (`model.profile`), so that it gives the peer's numbers.
+    path_or_url: `.pth`, `.pkl` or `.safetensors`, an https address (kept in torch.hub's cache), or a state dict. The peer
+    is told by its keys; the model takes over that peer's profile (`model.profile`), so that it gives the peer's numbers.
     norm_eps: epsilon of the backbone's norms; None takes the peer's. torchvision's published COCO weights need 0, weights
     trained with its frozen norms from ImageNet 1e-5, and the file does not tell: 0 is assumed.
     Raises ValueError naming the missing, unexpected and misshapen keys, or saying why the file was refused. The model is
     untouched when an error is raised.
     """
     state, profile, options, meta = load_checkpoint(path_or_url)
-    _apply(model, state, profile, options, meta, str(path_or_url), norm_eps)
+    _apply(model, state, profile, options, meta, _name(path_or_url), norm_eps)
     return model
 
 
@@ -106,7 +115,9 @@ def _check_keys(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -
         hint = ""
         cls = "roi_head.bbox_head.fc_cls.weight"
         if cls in state and cls in own and len(state[cls]) != len(own[cls]):
-            hint = f". The file has {len(state[cls]) - 1} classes: build the model with num_classes={len(state[cls]) - 1}"
+            hint = (
+                f". The file has {len(state[cls]) - 1} classes: build the model with num_classes={len(state[cls]) - 1}"
+            )
         raise ValueError(f"{source} does not fit this model. " + "; ".join(problems) + hint)
 
 
@@ -147,4 +158,3 @@ def model_metadata(name: str, model: FasterRCNN, overrides: dict) -> dict[str, s
     """What `infer_model` reads back from a safetensors file of ours."""
     names = "\n".join(model.class_names or [])
     return dict(model=name, profile=model.profile.name, overrides=json.dumps(overrides), class_names=names)
-

@@ -1,0 +1,88 @@
+"""The whole detector, R50-FPN at 800 x 1344, against torchvision's fasterrcnn_resnet50_fpn with the same weights.
+
+Both start from decoded images and end at detections in the original image's pixels. The weights are random, with norm
+statistics that are not the identity and last layers scaled up so that scores spread as a trained model's do; both
+sides load the same state dict. Printed besides the times: how many of torchvision's detections ours finds again (same
+label, within 0.01 px and 1e-3 of score in fp32; the 20 best, within 2 px, in bf16).
+"""
+
+import timing
+import torch
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+from fastrcnn import Detector
+from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.weights import infer_model
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.copy_(torch.randn(m.running_mean.shape, generator=g) * 0.1)
+            m.running_var.copy_(torch.rand(m.running_var.shape, generator=g) + 0.5)
+            m.weight.copy_(torch.rand(m.weight.shape, generator=g) * 0.5 + 0.3)
+            m.bias.copy_(torch.randn(m.bias.shape, generator=g) * 0.1)
+    for layer, gain in ((model.rpn.head.cls_logits, 8), (model.roi_heads.box_predictor.cls_score, 60)):
+        layer.weight.mul_(gain)
+
+
+def matched(found: dict, expected: dict, pixels: float, score: float, best: int | None = None) -> tuple[int, int]:
+    """How many of the `best` expected detections have a partner: same label, box within `pixels`, score within `score`."""
+    boxes, scores, labels = (expected[k][:best] for k in ("boxes", "scores", "labels"))
+    same = found["labels"][None] == labels[:, None]
+    same &= (found["boxes"][None] - boxes[:, None]).abs().amax(-1) <= pixels
+    same &= (found["scores"][None] - scores[:, None]).abs() <= score
+    return int(same.any(1).sum()), len(boxes)
+
+
+def main() -> None:
+    args = timing.arguments(__doc__)
+    for op in ("conv_bn_relu", "decode_proposals", "nms_padded", "multilevel_roi_align"):
+        timing.require_kernel(op, args.device)
+    rates = timing.Rates(args.device)
+    size = dict(min_size=128, max_size=224) if args.quick else dict(min_size=800, max_size=1344)
+    torch.manual_seed(0)
+    rival_model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **size).eval()
+    randomise(rival_model)
+    rival_model = rival_model.to(args.device)
+    ours_model = infer_model(dict(rival_model.state_dict()), min_size=size["min_size"], max_size=size["max_size"])
+    image = torch.from_numpy(render_cells(7, size["min_size"], size["max_size"])[0]).permute(2, 0, 1).contiguous()
+    floats = [image.float().to(args.device) / 255]
+
+    @torch.inference_mode()
+    def rival():
+        return rival_model(floats)
+
+    expected = {k: v.cpu() for k, v in rival()[0].items()}
+    rows = []
+    for precision in ("fp32", "bf16"):
+        detector = Detector(ours_model, device=args.device, precision=precision)
+
+        @torch.inference_mode()
+        def ours(model=detector.model):
+            return model(floats)
+
+        found = {k: v.cpu() for k, v in ours()[0].items()}
+        if precision == "fp32":
+            hits, of = matched(found, expected, 0.01, 1e-3)
+        else:
+            hits, of = matched(found, expected, 2.0, 1.0, best=20)
+        print(f"{precision}: {hits} of {of} detections of torchvision found again")
+        times = timing.paired(ours, rival, args.device, args.quick, budget_s=30.0)
+        flop = 432e9 if not args.quick else 0.0
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        floor = rates.floor_ms(timing.count_bytes(*detector.model.parameters()), flop, dtype)
+        name = f"B=1 {size['min_size']}x{size['max_size']}, {hits}/{of} found again"
+        lost = 1 - hits / max(of, 1)
+        rows.append(
+            timing.row(
+                "detector r50_fpn", name, dtype, args.device, times[0], "torchvision fp32", times[1], floor, lost
+            )
+        )
+    timing.report(rows, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What every benchmark shares: proof first, then both sides timed in turn, one table, JSON rows.
+
+A row: op, shape, dtype, device, ours_ms, rival, rival_ms, speedup, floor_ms, max_error. Times are medians of calls made
+alternately, so that both sides see the same machine. floor_ms = max(bytes read and written once / copy rate,
+FLOP / matmul rate), with both rates measured in the same run.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastrcnn._extension import has_kernel
+
+
+def arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few repetitions: a smoke test")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    return parser.parse_args()
+
+
+def require_kernel(op: str, device: str) -> None:
+    """A reference must never be timed as if it were a kernel."""
+    if not has_kernel(op, torch.device(device).type):
+        raise SystemExit(f"{op} has no kernel for {device}, only the reference: nothing to time (see `fastrcnn info`)")
+
+
+def _once(call: Callable, device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+        del result
+        return seconds * 1e3
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def paired(ours: Callable, rival: Callable, device: str, quick: bool, budget_s: float = 6.0) -> tuple[float, float]:
+    """Medians in ms of the two, called in turn: at least 3 rounds (1 with quick), at most 50, within the budget."""
+    _once(ours, device)
+    _once(rival, device)
+    times: tuple[list[float], list[float]] = ([], [])
+    begin = time.perf_counter()
+    most = 1 if quick else 50
+    while len(times[0]) < most and (len(times[0]) < 3 or time.perf_counter() - begin < budget_s):
+        times[0].append(_once(ours, device))
+        times[1].append(_once(rival, device))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+class Rates:
+    """Copy rate (bytes/s, read + write) and matmul rates (FLOP/s) of the device, measured when first asked for."""
+
+    def __init__(self, device: str):
+        self.device, self.known = device, {}
+
+    def copy(self) -> float:
+        if "copy" not in self.known:
+            a = torch.empty(1 << 26, dtype=torch.uint8, device=self.device)
+            b = torch.empty_like(a)
+            self.known["copy"] = 2 * a.numel() / min(_once(lambda: b.copy_(a), self.device) for _ in range(10)) * 1e3
+        return self.known["copy"]
+
+    def matmul(self, dtype: torch.dtype) -> float:
+        if dtype not in self.known:
+            n = 2048 if self.device == "cpu" else 8192
+            a = torch.randn(n, n, device=self.device).to(dtype)
+            self.known[dtype] = 2 * n**3 / min(_once(lambda: a @ a, self.device) for _ in range(6)) * 1e3
+        return self.known[dtype]
+
+    def floor_ms(self, num_bytes: float, flop: float = 0.0, dtype: torch.dtype = torch.float32) -> float:
+        return 1e3 * max(num_bytes / self.copy(), flop / self.matmul(dtype) if flop else 0.0)
+
+
+def row(op, shape, dtype, device, ours_ms, rival, rival_ms, floor_ms, max_error) -> dict:
+    return dict(
+        op=op, shape=shape, dtype=str(dtype).removeprefix("torch."), device=device, ours_ms=round(ours_ms, 4),
+        rival=rival, rival_ms=round(rival_ms, 4), speedup=round(rival_ms / ours_ms, 2), floor_ms=round(floor_ms, 4),
+        max_error=float(f"{max_error:.3g}"),
+    )  # fmt: skip
+
+
+def count_bytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def check(name: str, error: float, allowed: float) -> float:
+    """Stops the benchmark where the result is wrong: a wrong kernel's time means nothing."""
+    if not error <= allowed:
+        raise SystemExit(f"{name}: differs from the rival by {error:.3g}, allowed {allowed:.3g}")
+    return error
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def machine(device: str) -> dict:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    facts = dict(torch=torch.__version__, commit=commit or "unknown", date=time.strftime("%Y-%m-%d"))
+    if torch.device(device).type == "cuda":
+        return dict(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda, **facts)
+    amx = "amx_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else False
+    return dict(cpu=cpu_name(), threads=torch.get_num_threads(), amx=amx, **facts)
+
+
+def report(rows: list[dict], args: argparse.Namespace) -> None:
+    """The table on the screen, the rows in --json FILE."""
+    print("  ".join(f"{k} {v}" for k, v in machine(args.device).items()))
+    columns = ("op", "shape", "dtype", "ours_ms", "rival", "rival_ms", "speedup", "floor_ms", "max_error")
+    cells = [[str(r[c]) for c in columns] for r in rows]
+    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
+    for line in [list(columns), *cells]:
+        print("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip())
+    if args.json:
+        args.json.write_text(json.dumps(dict(machine=machine(args.device), rows=rows), indent=1) + "\n")
+
+
+def detector_like_boxes(n: int, device: str, seed: int = 0) -> torch.Tensor:
+    """[n, 4] boxes as a detector emits them on 800 x 1344: about 50 jittered boxes an object, sizes of 16 to 200 pixels."""
+    g = torch.Generator().manual_seed(seed)
+    objects = max(n // 50, 1)
+    centre = torch.rand(objects, 2, generator=g) * torch.tensor([1344.0, 800.0])
+    size = torch.exp(torch.rand(objects, 2, generator=g) * 2.5 + 2.8)
+    pick = torch.randint(objects, (n,), generator=g)
+    c = centre[pick] + torch.randn(n, 2, generator=g) * size[pick] * 0.15
+    s = size[pick] * torch.exp(torch.randn(n, 2, generator=g) * 0.2)
+    return torch.cat([c - s / 2, c + s / 2], 1).to(device)
+
+
+def rois(n: int, images: int, device: str, seed: int = 0) -> torch.Tensor:
+    """[n * images, 5] RoIs of 16 to 660 pixels on 800 x 1344, spread over all pyramid levels."""
+    g = torch.Generator().manual_seed(seed)
+    total = n * images
+    size = torch.exp(torch.rand(total, 2, generator=g) * 3.7 + 2.8)
+    centre = torch.rand(total, 2, generator=g) * torch.tensor([1344.0, 800.0])
+    boxes = torch.cat([centre - size / 2, centre + size / 2], 1)
+    boxes[:, 0::2].clamp_(0, 1344)
+    boxes[:, 1::2].clamp_(0, 800)
+    image = torch.arange(images).repeat_interleave(n)[:, None].float()
+    return torch.cat([image, boxes], 1).to(device)

@@ -1,0 +1,192 @@
+"""soft_nms against its reference and cases worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_boxes
+from torch import nn
+
+from fastrcnn.ops import nms, soft_nms, soft_nms_reference
+
+METHODS = ["naive", "linear", "gaussian"]
+NAN, INF = float("nan"), float("inf")
+
+
+def spread_scores(n: int) -> torch.Tensor:
+    """Distinct scores in (0, 1]: rounding in the last place cannot change who comes first."""
+    return (torch.randperm(n, generator=torch.Generator().manual_seed(1)) + 1) / max(n, 1)
+
+
+def assert_equals_reference(*args, **kwargs):
+    dets, indices = soft_nms(*args, **kwargs)
+    want_dets, want_indices = soft_nms_reference(*args, **kwargs)
+    assert torch.equal(indices, want_indices)
+    torch.testing.assert_close(dets, want_dets, equal_nan=True)  # a box of NaN is returned as it came
+    return dets, indices
+
+
+THREE = [[0.0, 0, 10, 10], [0, 0, 10, 5], [20, 20, 30, 30]]  # the second has IoU 1/2 with the first, the third none
+
+
+@pytest.mark.parametrize(
+    "method, scores, order",
+    [
+        ("naive", [0.9, 0.7], [0, 2]),
+        ("linear", [0.9, 0.7, 0.8 * 0.5], [0, 2, 1]),
+        ("gaussian", [0.9, 0.7, 0.8 * math.exp(-0.25 / 0.5)], [0, 2, 1]),
+    ],
+)
+def test_three_boxes_by_hand(device, method, scores, order):
+    boxes = torch.tensor(THREE, device=device)
+    dets, indices = soft_nms(boxes, torch.tensor([0.9, 0.8, 0.7], device=device), method=method)
+    assert indices.tolist() == order
+    assert torch.equal(dets[:, :4], boxes[order])
+    torch.testing.assert_close(dets[:, 4], torch.tensor(scores, device=device))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [0, 1, 2, 65, 300])
+def test_equals_reference(device, need_kernel, method, n):
+    need_kernel("soft_nms", device)
+    boxes, scores = random_boxes(n, width=300, height=300).to(device), spread_scores(n).to(device)
+    dets, indices = assert_equals_reference(boxes, scores, 0.3, 0.5, 0.05, method)
+    assert dets.shape == (len(indices), 5)
+    assert indices.dtype == torch.int64
+
+
+def test_equals_reference_across_the_threads_shares(device, need_kernel):
+    """More boxes than the 4096 of one share; the high min_score keeps the rounds few."""
+    need_kernel("soft_nms", device)
+    boxes, scores = random_boxes(9000, width=200, height=200, largest=180).to(device), spread_scores(9000).to(device)
+    _, indices = assert_equals_reference(boxes, scores, 0.3, 0.5, 0.9, "gaussian")
+    assert len(indices) > 3
+
+
+def test_naive_is_hard_nms(device):
+    boxes, scores = random_boxes(300).to(device), spread_scores(300).to(device)
+    assert torch.equal(soft_nms(boxes, scores, 0.45, min_score=0.0005, method="naive")[1], nms(boxes, scores, 0.45))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_scores_go_to_the_lower_index(device, need_kernel, method):
+    need_kernel("soft_nms", device)
+    boxes = random_boxes(80, largest=60).to(device)
+    scores = torch.full((80,), 0.5, device=device)
+    _, indices = assert_equals_reference(boxes, scores, method=method)
+    assert indices[0] == 0
+
+
+@pytest.mark.parametrize("method, left", [("naive", [0]), ("linear", [0, 1])])
+def test_iou_equal_to_the_threshold_counts_as_overlap(device, method, left):
+    boxes, scores = torch.tensor(THREE[:2], device=device), torch.tensor([0.9, 0.8], device=device)
+    dets, indices = soft_nms(boxes, scores, 0.5, method=method)
+    assert indices.tolist() == left
+    if method == "linear":
+        assert dets[1, 4].item() == pytest.approx(0.4)
+    assert soft_nms(boxes, scores, 0.500001, method=method)[0][1, 4].item() == pytest.approx(0.8)
+
+
+def test_min_score_bounds_the_decayed_scores_inclusively_but_not_the_first(device):
+    boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4], [20, 20, 30, 30]], device=device)
+    scores = torch.tensor([1.0, 0.5, 0.125], device=device)
+    assert soft_nms(boxes, scores, min_score=0.25)[1].tolist() == [0, 1]
+    assert soft_nms(boxes, scores, min_score=0.251)[1].tolist() == [0]
+    assert soft_nms(boxes, scores, min_score=2.0)[1].tolist() == [0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_infinite_and_degenerate_input_equals_reference(device, need_kernel, method):
+    need_kernel("soft_nms", device)
+    boxes, scores = random_boxes(100, largest=300), spread_scores(100)
+    boxes[5], boxes[6, 2] = NAN, NAN
+    boxes[10:14, 2:] = boxes[10:14, :2]  # points
+    boxes[20:24] = boxes[20:24][:, [2, 3, 0, 1]]  # both axes inverted
+    scores[30], scores[31] = NAN, -INF
+    _, indices = assert_equals_reference(boxes.to(device), scores.to(device), method=method)
+    assert not {30, 31} & set(indices.tolist())
+
+
+def test_only_nan_scores_leave_nothing(device):
+    dets, indices = soft_nms(torch.tensor(THREE, device=device), torch.full((3,), NAN, device=device))
+    assert dets.shape == (0, 5)
+    assert indices.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_dtypes_equal_the_reference(device, need_kernel, dtype):
+    need_kernel("soft_nms", device)
+    boxes, scores = random_boxes(60).to(device, dtype), spread_scores(60).to(device, dtype)
+    dets, _ = assert_equals_reference(boxes, scores, method="gaussian")
+    assert dets.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_double_scores_beside_float_boxes_equal_the_reference(device, need_kernel):
+    need_kernel("soft_nms", device)
+    boxes, scores = random_boxes(40).to(device), spread_scores(40).double().to(device)
+    dets, _ = assert_equals_reference(boxes, scores)
+    assert dets.dtype == torch.float32
+
+
+def test_non_contiguous_input_equals_contiguous(device):
+    boxes, scores = random_boxes(60).to(device), spread_scores(60).to(device)
+    expected = soft_nms(boxes, scores)
+    wide = torch.full((60, 6), NAN, device=device)
+    wide[:, 1:5] = boxes
+    for b, s in ((wide[:, 1:5], scores.repeat_interleave(2)[::2]), (boxes.t().contiguous().t(), scores)):
+        actual = soft_nms(b, s)
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
+
+
+def test_input_is_left_as_it_was(device):
+    boxes, scores = random_boxes(30).to(device), spread_scores(30).to(device)
+    copies = boxes.clone(), scores.clone()
+    soft_nms(boxes, scores)
+    assert torch.equal(boxes, copies[0])
+    assert torch.equal(scores, copies[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_opcheck(device, method):
+    boxes, scores = random_boxes(12).to(device), spread_scores(12).to(device)
+    torch.library.opcheck(torch.ops.fastrcnn.soft_nms.default, (boxes, scores, 0.3, 0.5, 0.01, method))
+
+
+def test_compiles_as_one_graph(device):
+    args = random_boxes(12).to(device), spread_scores(12).to(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(soft_nms, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), soft_nms(*args), rtol=0, atol=0)
+
+
+class SoftNMS(nn.Module):
+    def forward(self, boxes, scores):
+        return soft_nms(boxes, scores, method="gaussian")
+
+
+def test_exports(device):
+    args = random_boxes(12).to(device), spread_scores(12).to(device)
+    exported = torch.export.export(SoftNMS(), args).module()
+    torch.testing.assert_close(exported(*args), SoftNMS()(*args), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrong, error, name",
+    [
+        ({"boxes": torch.zeros(5, 5)}, ValueError, "boxes"),
+        ({"boxes": torch.zeros(5, 4, dtype=torch.int64)}, TypeError, "boxes"),
+        ({"boxes": None}, TypeError, "boxes"),
+        ({"scores": torch.zeros(4)}, ValueError, "scores"),
+        ({"scores": torch.zeros(5, 1)}, ValueError, "scores"),
+        ({"scores": torch.zeros(5, dtype=torch.int64)}, TypeError, "scores"),
+        ({"method": "quadratic"}, ValueError, "method"),
+        ({"sigma": 0.0}, ValueError, "sigma"),
+        ({"sigma": NAN}, ValueError, "sigma"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong, error, name):
+    right = {"boxes": torch.zeros(5, 4), "scores": torch.zeros(5)}
+    soft_nms(**right)
+    with pytest.raises(error, match=name):
+        soft_nms(**{**right, **wrong})
