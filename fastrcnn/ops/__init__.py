@@ -9,6 +9,7 @@ from fastrcnn.ops.conv_bn_relu import conv_bn_relu, conv_bn_relu_reference
 from fastrcnn.ops.decode_boxes import decode_boxes, decode_boxes_reference
 from fastrcnn.ops.decode_proposals import decode_proposals, decode_proposals_reference
 from fastrcnn.ops.match_boxes import match_boxes, match_boxes_reference
+from fastrcnn.ops.multilevel_roi_align import multilevel_roi_align, multilevel_roi_align_reference
 from fastrcnn.ops.nms import (
     batched_nms,
     batched_nms_reference,
@@ -17,12 +18,7 @@ from fastrcnn.ops.nms import (
     nms_padded_reference,
     nms_reference,
 )
-from fastrcnn.ops.roi_align import (
-    multilevel_roi_align,
-    multilevel_roi_align_reference,
-    roi_align,
-    roi_align_reference,
-)
+from fastrcnn.ops.roi_align import roi_align, roi_align_reference
 from fastrcnn.ops.soft_nms import soft_nms, soft_nms_reference
 
 __all__ = [

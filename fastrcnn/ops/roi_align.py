@@ -1,4 +1,4 @@
-"""RoIAlign (He et al., Mask R-CNN, 2017) on one map and on a whole feature pyramid (Lin et al., FPN, 2017, eq. 1).
+"""RoIAlign (He et al., Mask R-CNN, 2017) on one map, and what its form on a pyramid shares with it.
 
 A RoI is split into output_size bins; a bin is the mean of bilinear samples on a regular grid of sampling_ratio points an
 axis (0: as many as the bin has pixels, rounded up). With aligned=True pixel centres lie at half-integers (Detectron2,
@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from fastrcnn.ops._checks import check_same_device, check_tensor, coordinates
-
-PROFILES = ("mmdet", "torchvision", "detectron2")
 
 
 def _axis_weights(low: Tensor, high: Tensor, scale: float, bins: int, size: int, ratio: int, aligned: bool) -> Tensor:
@@ -143,8 +141,6 @@ def _one_backward(
 
 _roi_align = torch.library.custom_op("fastrcnn::roi_align", _one_forward, mutates_args=())
 _roi_align_backward = torch.library.custom_op("fastrcnn::roi_align_backward", _one_backward, mutates_args=())
-_multilevel = torch.library.custom_op("fastrcnn::multilevel_roi_align", _forward, mutates_args=())
-_multilevel_backward = torch.library.custom_op("fastrcnn::multilevel_roi_align_backward", _backward, mutates_args=())
 
 
 @_roi_align.register_fake
@@ -152,19 +148,9 @@ def _(input, rois, pooled_h, pooled_w, spatial_scale, sampling_ratio, aligned):
     return _empty_output([input], rois.shape[0], pooled_h, pooled_w)
 
 
-@_multilevel.register_fake
-def _(features, rois, pooled_h, pooled_w, scales, sampling_ratio, aligned, finest_scale, profile):
-    return _empty_output(features, rois.shape[0], pooled_h, pooled_w)
-
-
 @_roi_align_backward.register_fake
 def _(grad, input, rois, spatial_scale, sampling_ratio, aligned):
     return torch.empty_like(input, memory_format=_grad_format([input]))
-
-
-@_multilevel_backward.register_fake
-def _(grad, features, rois, scales, sampling_ratio, aligned, finest_scale, profile):
-    return [torch.empty_like(m, memory_format=_grad_format(features)) for m in features]
 
 
 def _roi_setup(ctx, inputs, output):
@@ -177,19 +163,7 @@ def _roi_grad(ctx, grad):
     return torch.ops.fastrcnn.roi_align_backward(grad, input, rois, *ctx.rules), None, None, None, None, None, None
 
 
-def _multilevel_setup(ctx, inputs, output):
-    features, rois, _, _, *ctx.rules = inputs
-    ctx.save_for_backward(rois, *features)
-
-
-def _multilevel_grad(ctx, grad):
-    rois, *features = ctx.saved_tensors
-    grads = torch.ops.fastrcnn.multilevel_roi_align_backward(grad, features, rois, *ctx.rules)
-    return grads, None, None, None, None, None, None, None, None
-
-
 _roi_align.register_autograd(_roi_grad, setup_context=_roi_setup)
-_multilevel.register_autograd(_multilevel_grad, setup_context=_multilevel_setup)
 
 
 def _pair(output_size: int | Sequence[int]) -> tuple[int, int]:
@@ -204,24 +178,6 @@ def _single(op, input, rois, output_size, spatial_scale, sampling_ratio, aligned
     check_tensor("rois", rois, "K, 5", last=5)
     check_same_device(input=input, rois=rois)
     return op(input, rois, *_pair(output_size), float(spatial_scale), int(sampling_ratio), bool(aligned))
-
-
-def _pyramid(op, features, rois, output_size, strides, sampling_ratio, aligned, finest_scale, profile):
-    features = list(features)
-    if not features or len(features) != len(strides):
-        raise ValueError(f"strides: expected one for each of the {len(features)} features, got {list(strides)}")
-    for i, m in enumerate(features):
-        check_tensor(f"features[{i}]", m, "B, C, H, W")
-        if m.shape[:2] != features[0].shape[:2] or m.dtype != features[0].dtype:
-            want = f"{list(features[0].shape[:2])} and {features[0].dtype} as in features[0]"
-            raise ValueError(f"features[{i}]: expected [B, C] = {want}, got {list(m.shape[:2])} and {m.dtype}")
-    check_tensor("rois", rois, "K, 5", last=5)
-    check_same_device(rois=rois, **{f"features[{i}]": m for i, m in enumerate(features)})
-    if profile not in PROFILES:
-        raise ValueError(f"profile: expected one of {PROFILES}, got {profile!r}")
-    scales = [1.0 / s for s in strides]
-    rules = scales, int(sampling_ratio), bool(aligned), float(finest_scale), profile
-    return op(features, rois, *_pair(output_size), *rules)
 
 
 def roi_align_reference(
@@ -250,38 +206,3 @@ def roi_align(
     Raises TypeError or ValueError naming the argument; RuntimeError for an image index beyond B.
     """
     return _single(torch.ops.fastrcnn.roi_align, input, rois, output_size, spatial_scale, sampling_ratio, aligned)
-
-
-def multilevel_roi_align_reference(
-    features: Sequence[Tensor],
-    rois: Tensor,
-    output_size: int | Sequence[int],
-    strides: Sequence[float],
-    sampling_ratio: int = 0,
-    aligned: bool = True,
-    finest_scale: float = 56,
-    profile: str = "mmdet",
-) -> Tensor:
-    return _pyramid(_forward, features, rois, output_size, strides, sampling_ratio, aligned, finest_scale, profile)
-
-
-def multilevel_roi_align(
-    features: Sequence[Tensor],
-    rois: Tensor,
-    output_size: int | Sequence[int],
-    strides: Sequence[float],
-    sampling_ratio: int = 0,
-    aligned: bool = True,
-    finest_scale: float = 56,
-    profile: str = "mmdet",
-) -> Tensor:
-    """RoI features [K, C, out_h, out_w] from the pyramid level that fits each RoI's size. Differentiable in `features`.
-
-    features: [B, C, H_l, W_l], finest first, one dtype; rois [K, 5] = (image index, xyxy in image pixels), a negative
-    index being padding that gives zeros; strides: image pixels a map pixel, one a level. RoIs of sqrt(area) below
-    2 * finest_scale pixels take level 0, below 4 * finest_scale level 1, and so on; `profile` ("mmdet", "torchvision",
-    "detectron2") chooses the peer's rounding at the boundary. Backward is deterministic.
-    Raises TypeError or ValueError naming the argument; RuntimeError for an image index beyond B.
-    """
-    op = torch.ops.fastrcnn.multilevel_roi_align
-    return _pyramid(op, features, rois, output_size, strides, sampling_ratio, aligned, finest_scale, profile)

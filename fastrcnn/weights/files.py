@@ -48,12 +48,18 @@ class _Inert:
         self.state = state
 
 
+def _inert_attribute(owner, name) -> _Inert:
+    return _Inert()
+
+
 def _safe_globals() -> list:
     """Beyond tensors: numpy's array constructors, and mmengine's log buffers as inert objects."""
     numpy_core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
     allowed = [np.ndarray, np.dtype, *{type(np.dtype(c)) for c in "?bBhHiIlLqQefd"}]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         allowed += [(numpy_core._reconstruct, f"{module}._reconstruct"), (numpy_core.scalar, f"{module}.scalar")]
+    # A log buffer names its own methods through getattr: the name is taken, the look-up never made.
+    allowed += [(_inert_attribute, "builtins.getattr"), (_inert_attribute, "__builtin__.getattr")]
     return [*allowed, (_Inert, "mmengine.logging.history_buffer.HistoryBuffer")]
 
 

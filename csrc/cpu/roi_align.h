@@ -1,0 +1,154 @@
+// What RoIAlign's forward and backward share on the CPU: the maps, a RoI's rows and columns, argument checks.
+#pragma once
+
+#include "roi_align_math.h"
+
+#include <algorithm>
+
+namespace fastrcnn {
+
+struct Level {
+  void* data;
+  int64_t stride_n, stride_c;
+  int height, width;
+  int64_t stride_h, stride_w;
+  double scale;
+};
+
+// The rows (or columns) of the map that a bin touches, with their summed weights.
+template <class T>
+struct AxisTaps {
+  std::vector<int> begin;  // [bins + 1] into index and weight
+  std::vector<int> index;
+  std::vector<T> weight;
+
+  // Neighbouring samples share pixels: adding up their weights leaves half the reads.
+  void add(int pixel, T w) {
+    if (w == T(0)) return;
+    const int size = static_cast<int>(index.size());
+    for (int k = size - 1; k >= begin.back() && k >= size - 2; --k) {
+      if (index[k] == pixel) {
+        weight[k] += w;
+        return;
+      }
+    }
+    index.push_back(pixel);
+    weight.push_back(w);
+  }
+
+  void build(const RoiGrid<T>& grid, int bins, int size) {
+    begin.assign(1, 0);
+    index.clear();
+    weight.clear();
+    for (int p = 0; p < bins; ++p) {
+      for (int i = 0; i < grid.samples; ++i) {
+        const Tap<T> tap = axis_tap(grid, p, i, size);
+        add(tap.low, tap.w_low);
+        add(tap.high, tap.w_high);
+      }
+      begin.push_back(static_cast<int>(index.size()));
+    }
+  }
+};
+
+struct Problem {
+  int pooled_h, pooled_w, sampling_ratio;
+  bool aligned;
+  int64_t channels, batch;
+  double finest_scale;
+  LevelRule rule;
+  std::vector<Level> levels;
+};
+
+template <class T>
+struct RoiTaps {
+  const Level* level = nullptr;  // null: a padding RoI (batch index < 0)
+  int64_t image = 0;
+  AxisTaps<T> rows, columns;
+  T scale = T(0);  // 1 / number of samples in a bin
+
+  // roi: (batch index, x1, y1, x2, y2)
+  void build(const T* roi, const Problem& p) {
+    level = nullptr;
+    image = static_cast<int64_t>(roi[0]);
+    if (!(roi[0] >= T(0))) return;
+    const int num_levels = static_cast<int>(p.levels.size());
+    level = &p.levels[num_levels == 1 ? 0
+                                      : roi_level(roi[1], roi[2], roi[3], roi[4], static_cast<T>(p.finest_scale),
+                                                  num_levels, p.rule)];
+    const T s = static_cast<T>(level->scale);
+    const auto x = roi_grid(roi[1], roi[3], s, p.pooled_w, p.sampling_ratio, p.aligned);
+    const auto y = roi_grid(roi[2], roi[4], s, p.pooled_h, p.sampling_ratio, p.aligned);
+    const int64_t samples = static_cast<int64_t>(x.samples) * y.samples;
+    scale = T(1) / static_cast<T>(samples > 1 ? samples : 1);
+    rows.build(y, samples > 0 ? p.pooled_h : 0, level->height);
+    columns.build(x, samples > 0 ? p.pooled_w : 0, level->width);
+    if (samples == 0) level = nullptr;
+  }
+};
+
+// A RoI's pixels as offsets into a plane, bin after bin: the same for each of the planes.
+template <class T>
+struct PlaneTaps {
+  std::vector<int64_t> offset;
+  std::vector<T> weight;
+  std::vector<int> begin;
+
+  void build(const RoiTaps<T>& taps, int pooled_h, int pooled_w) {
+    offset.clear();
+    weight.clear();
+    begin.assign(1, 0);
+    const Level& level = *taps.level;
+    for (int ph = 0; ph < pooled_h; ++ph) {
+      for (int pw = 0; pw < pooled_w; ++pw) {
+        for (int r = taps.rows.begin[ph]; r < taps.rows.begin[ph + 1]; ++r) {
+          for (int q = taps.columns.begin[pw]; q < taps.columns.begin[pw + 1]; ++q) {
+            offset.push_back(taps.rows.index[r] * level.stride_h + taps.columns.index[q] * level.stride_w);
+            weight.push_back(taps.rows.weight[r] * taps.columns.weight[q] * taps.scale);
+          }
+        }
+        begin.push_back(static_cast<int>(offset.size()));
+      }
+    }
+  }
+};
+
+// The layout rule shared with the fake kernel in fastrcnn/ops/roi_align.py.
+inline bool is_channels_last(const Tensor& t) { return t.size(1) > 1 && t.stride(1) == 1; }
+
+// Before the threads start: an error is raised here, not from inside the loop.
+template <class T>
+const T* checked_rois(const Tensor& rois, const Problem& p) {
+  const T* r = rois.const_data_ptr<T>();
+  for (int64_t k = 0; k < rois.size(0); ++k)
+    STD_TORCH_CHECK(!(r[k * 5] >= static_cast<T>(p.batch)), "rois: row ", k, " has batch index ", r[k * 5],
+                    ", features have ", p.batch, " images");
+  return r;
+}
+
+inline Problem make_problem(const std::vector<Tensor>& maps, const Tensor& rois, const std::vector<double>& scales,
+                     int64_t pooled_h, int64_t pooled_w, int64_t sampling_ratio, bool aligned, double finest_scale,
+                     const std::string& profile) {
+  const int64_t num_rois = rois.size(0);
+  STD_TORCH_CHECK(!maps.empty() && maps.size() == scales.size(), "features and strides must have the same length");
+  CHECK_SHAPE(rois, num_rois, 5);
+  STD_TORCH_CHECK(pooled_h > 0 && pooled_w > 0, "output_size must be positive");
+  Problem p{static_cast<int>(pooled_h), static_cast<int>(pooled_w), static_cast<int>(sampling_ratio), aligned,
+            maps[0].size(1), maps[0].size(0), finest_scale, level_rule(profile), {}};
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const Tensor& m = maps[i];
+    STD_TORCH_CHECK(m.dim() == 4 && m.size(0) == p.batch && m.size(1) == p.channels &&
+                        m.scalar_type() == maps[0].scalar_type(),
+                    "features must be [B, C, H, W] of one dtype, with the same B and C on every level");
+    p.levels.push_back({m.data_ptr(), m.stride(0), m.stride(1), static_cast<int>(m.size(2)),
+                        static_cast<int>(m.size(3)), m.stride(2), m.stride(3), scales[i]});
+  }
+  return p;
+}
+
+// The whole pyramid runs in one layout: channels-last where every level is, NCHW otherwise.
+inline bool all_channels_last(const std::vector<Tensor>& maps) {
+  return std::all_of(maps.begin(), maps.end(), is_channels_last);
+}
+
+}  // namespace fastrcnn
