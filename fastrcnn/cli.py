@@ -162,7 +162,7 @@ def demo(
     seconds = time.perf_counter() - start
     console.print(
         f"{sum(objects.values())} cells found in {seconds:.1f} s on {detector.device} ({detector.precision}), "
-        f"{compiled} of {len(kernels)} operators compiled. Look at {out / 'demo.jpg'}",
+        f"{compiled} of {len(kernels)} operators by kernels. Look at {out / 'demo.jpg'}",
         soft_wrap=True,
     )
 

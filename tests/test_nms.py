@@ -272,12 +272,14 @@ WRONG = [
     (nms, {"scores": torch.zeros(4)}, ValueError, "scores"),
     (nms, {"scores": torch.zeros(5, 1)}, ValueError, "scores"),
     (nms, {"scores": torch.zeros(5, dtype=torch.int32)}, TypeError, "scores"),
+    (nms, {"scores": torch.zeros(5, device="meta")}, ValueError, "scores"),
     (nms, {"iou_threshold": 1.1}, ValueError, "iou_threshold"),
     (nms, {"iou_threshold": -0.1}, ValueError, "iou_threshold"),
     (nms, {"iou_threshold": NAN}, ValueError, "iou_threshold"),
     (batched_nms, {"idxs": torch.zeros(5)}, TypeError, "idxs"),
     (batched_nms, {"idxs": torch.zeros(5, dtype=torch.bool)}, TypeError, "idxs"),
     (batched_nms, {"idxs": torch.zeros(4, dtype=torch.int64)}, ValueError, "idxs"),
+    (batched_nms, {"idxs": torch.zeros(5, dtype=torch.int64, device="meta")}, ValueError, "idxs"),
     (batched_nms, {"max_output": -1}, ValueError, "max_output"),
     (batched_nms, {"iou_threshold": 2}, ValueError, "iou_threshold"),
     (nms_padded, {"boxes": torch.zeros(5, 4)}, ValueError, "boxes"),
@@ -287,6 +289,7 @@ WRONG = [
     (nms_padded, {"groups": torch.zeros(1, 4, dtype=torch.int64)}, ValueError, "groups"),
     (nms_padded, {"counts": torch.zeros(2, dtype=torch.int64)}, ValueError, "counts"),
     (nms_padded, {"counts": torch.zeros(1)}, TypeError, "counts"),
+    (nms_padded, {"counts": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "counts"),
     (nms_padded, {"max_output": -1}, ValueError, "max_output"),
 ]
 

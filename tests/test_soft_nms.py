@@ -180,6 +180,7 @@ def test_exports(device):
         ({"scores": torch.zeros(4)}, ValueError, "scores"),
         ({"scores": torch.zeros(5, 1)}, ValueError, "scores"),
         ({"scores": torch.zeros(5, dtype=torch.int64)}, TypeError, "scores"),
+        ({"scores": torch.zeros(5, device="meta")}, ValueError, "scores"),
         ({"method": "quadratic"}, ValueError, "method"),
         ({"sigma": 0.0}, ValueError, "sigma"),
         ({"sigma": NAN}, ValueError, "sigma"),

@@ -121,7 +121,6 @@ struct Inputs {
 };
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
 template <class T>
 Outputs run(const Inputs& in, ScalarType dtype, const DeltaCoder<T>& coder, const Filter& filter) {
   const int64_t levels = static_cast<int64_t>(in.logits.size()), batch = in.sizes.size(0), total = in.start.back();

@@ -37,7 +37,7 @@ HOST_DEVICE T matching_iou(const Box<T>& gt, T gt_area, const Box<T>& b, T area,
   const T inter = intersection(gt, b);
   const T united = gt_area + area - inter;
   const T ratio = inter / (eps > T(0) ? max_(united, eps) : united);
-  return inter > T(0) ? ratio : T(0);
+  return inter > T(0) && ratio == ratio ? ratio : T(0);  // a NaN or infinite box meets nothing
 }
 
 template <class T>
@@ -129,9 +129,9 @@ void run(const Tensor& boxes, const Tensor& gts, const int64_t* gt_counts, const
   const auto* g = reinterpret_cast<const Box<T>*>(gts.const_data_ptr<T>());
   const auto* ignored = regions ? reinterpret_cast<const Box<T>*>(regions->const_data_ptr<T>()) : nullptr;
   for (int64_t i = 0; i < batch; ++i)
-    match(b + (boxes.size(0) == 1 ? 0 : i * n), n, g + i * m, std::min(gt_counts[i], m), ignored + i * r,
-          region_counts ? std::min(region_counts[i], r) : 0, rules, matches.mutable_data_ptr<int64_t>() + i * n,
-          max_iou.mutable_data_ptr<T>() + i * n);
+    match(b + (boxes.size(0) == 1 ? 0 : i * n), n, g + i * m, std::clamp<int64_t>(gt_counts[i], 0, m), ignored + i * r,
+          region_counts ? std::clamp<int64_t>(region_counts[i], 0, r) : 0, rules,
+          matches.mutable_data_ptr<int64_t>() + i * n, max_iou.mutable_data_ptr<T>() + i * n);
 }
 
 std::tuple<Tensor, Tensor> match_boxes(const Tensor& boxes, const Tensor& gt_boxes, const Tensor& gt_counts,

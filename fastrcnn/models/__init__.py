@@ -1,5 +1,6 @@
 """Backbones, necks, heads and Faster R-CNN, with MMDetection's arguments and state-dict keys."""
 
+from fastrcnn.models.config import from_mmdet_config
 from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.fpn import FPN
 from fastrcnn.models.resnet import ResNet, ResNetV1d, ResNeXt
@@ -26,4 +27,5 @@ __all__ = [
     "SingleRoIExtractor",
     "StandardRoIHead",
     "faster_rcnn",
+    "from_mmdet_config",
 ]

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastrcnn.models.build import build
 from fastrcnn.models.fpn import FPN
 from fastrcnn.models.losses import build_loss
 from fastrcnn.models.preprocess import DataPreprocessor
 from fastrcnn.models.profiles import get_profile
 from fastrcnn.models.resnet import ResNet, ResNetV1d, ResNeXt
-from fastrcnn.models.roi_head import StandardRoIHead, _build
+from fastrcnn.models.roi_head import StandardRoIHead
 from fastrcnn.models.rpn import RPNHead
 
 BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNeXt, "ResNetV1d": ResNetV1d}
@@ -19,14 +20,15 @@ BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNeXt, "ResNetV1d": ResNetV1d}
 class FasterRCNN(nn.Module):
     """MMDetection's FasterRCNN with torchvision's calling convention.
 
-    backbone, neck, rpn_head, roi_head: modules, or MMDetection's dicts of them; train_cfg, test_cfg: MMDetection's dicts
-    with the keys rpn, rpn_proposal and rcnn. profile: whose semantics, "mmdet", "torchvision" or "detectron2".
+    backbone, neck (or None), rpn_head, roi_head: modules, or MMDetection's dicts of them; train_cfg, test_cfg:
+    MMDetection's dicts with the keys rpn, rpn_proposal and rcnn. profile: whose semantics, "mmdet", "torchvision" or
+    "detectron2".
     """
 
     def __init__(
         self,
         backbone: dict | nn.Module,
-        neck: dict | nn.Module,
+        neck: dict | nn.Module | None,
         rpn_head: dict | nn.Module,
         roi_head: dict | nn.Module,
         train_cfg: dict | None = None,
@@ -34,21 +36,20 @@ class FasterRCNN(nn.Module):
         profile: str = "mmdet",
         min_size: int = 800,
         max_size: int = 1333,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        data_preprocessor: dict | None = None,
     ):
         super().__init__()
         train_cfg, test_cfg = train_cfg or {}, test_cfg or {}
         self.profile = get_profile(profile)
-        self.data_preprocessor = DataPreprocessor(self.profile, min_size, max_size, mean, std)
-        self.backbone = _build(backbone, BACKBONES, "backbone")
-        self.neck = _build(neck, {"FPN": FPN}, "neck")
+        self.data_preprocessor = DataPreprocessor(self.profile, min_size, max_size, **(data_preprocessor or {}))
+        self.backbone = build(backbone, BACKBONES, "backbone")
+        self.neck = None if neck is None else build(neck, {"FPN": FPN}, "neck")
         if not isinstance(rpn_head, nn.Module):
             cfgs = dict(train_cfg=train_cfg.get("rpn"), test_cfg=test_cfg.get("rpn"), profile=self.profile)
-            rpn_head = _build({**rpn_head, **cfgs}, {"RPNHead": RPNHead}, "rpn_head")
+            rpn_head = build({**rpn_head, **cfgs}, {"RPNHead": RPNHead}, "rpn_head")
         if not isinstance(roi_head, nn.Module):
             cfgs = dict(train_cfg=train_cfg.get("rcnn"), test_cfg=test_cfg.get("rcnn"), profile=self.profile)
-            roi_head = _build({**roi_head, **cfgs}, {"StandardRoIHead": StandardRoIHead}, "roi_head")
+            roi_head = build({**roi_head, **cfgs}, {"StandardRoIHead": StandardRoIHead}, "roi_head")
         self.rpn_head, self.roi_head = rpn_head, roi_head
         self.rpn_proposal = {**self.rpn_head.test_cfg, "nms_pre": 2000, "max_per_img": self.profile.rpn_post_nms_train}
         self.rpn_proposal.update(train_cfg.get("rpn_proposal") or {})
@@ -77,8 +78,9 @@ class FasterRCNN(nn.Module):
         self.rpn_proposal["max_per_img"] = p.rpn_post_nms_train
 
     def extract_feat(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """batch [B, 3, H, W], normalised and padded -> the neck's maps, finest first."""
-        return self.neck(self.backbone(batch.to(self.dtype)))
+        """batch [B, 3, H, W], normalised and padded -> the maps of the neck (or backbone), finest first."""
+        feats = self.backbone(batch.to(self.dtype))
+        return feats if self.neck is None else self.neck(feats)
 
     def _sizes(self, image_sizes, batch: Tensor) -> Tensor:
         sizes = torch.as_tensor(image_sizes, device=batch.device)

@@ -22,8 +22,8 @@ def _padded(boxes: Sequence[Tensor], device) -> tuple[Tensor, Tensor]:
     return out, counts
 
 
-def assign(boxes: Tensor, targets: Sequence[dict], assigner: dict, profile: Profile) -> Tensor:
-    """Ground-truth index of each box [B, N] int64, -1 background, -2 ignored.
+def assign(boxes: Tensor, targets: Sequence[dict], assigner: dict, profile: Profile) -> tuple[Tensor, Tensor]:
+    """Ground-truth index of each box [B, N] int64, -1 background, -2 ignored, and its best IoU [B, N].
 
     boxes [N, 4] or [B, N, 4] xyxy pixels; targets: dicts with boxes [M, 4] and optionally ignore_boxes [R, 4];
     assigner: MMDetection's MaxIoUAssigner options.
@@ -41,4 +41,4 @@ def assign(boxes: Tensor, targets: Sequence[dict], assigner: dict, profile: Prof
     return match_boxes(
         boxes, gts, counts, ignore, ignore_counts, match_low_quality=bool(rules["match_low_quality"]),
         low_quality=profile.low_quality, iou_eps=profile.iou_eps, **thresholds,
-    )[0]  # fmt: skip
+    )  # fmt: skip

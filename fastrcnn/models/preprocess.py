@@ -1,7 +1,6 @@
 """Images to the network's input batch: colour order, resize, normalisation, padding, as each peer does them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -57,19 +56,26 @@ def _to_uint8(image: Tensor) -> Tensor:
 class DataPreprocessor(nn.Module):
     """Images -> (batch, image sizes, scale factors). mean and std are in the network's channel order and value range."""
 
-    def __init__(self, profile: Profile, min_size: int, max_size: int, mean=None, std=None, pad_size_divisor: int = 32):
+    def __init__(
+        self,
+        profile: Profile,
+        min_size: int = 800,
+        max_size: int = 1333,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        bgr_to_rgb: bool | None = None,
+        pad_size_divisor: int = 32,
+    ):
+        """mean, std, bgr_to_rgb, pad_size_divisor: MMDetection's. It reads BGR files, so bgr_to_rgb=False is a network
+        that wants BGR. None takes the profile's."""
         super().__init__()
         self.min_size, self.max_size, self.pad_size_divisor = min_size, max_size, pad_size_divisor
-        self.set_profile(profile, mean, std)
+        self.set_profile(profile, mean, std, bgr_to_rgb)
 
-    def set_profile(self, profile: Profile, mean=None, std=None) -> None:
+    def set_profile(self, profile: Profile, mean=None, std=None, bgr_to_rgb: bool | None = None) -> None:
         self.profile = profile
         self.mean, self.std = tuple(mean or profile.mean), tuple(std or profile.std)
-
-    def set_caffe(self) -> None:
-        """The input of MMDetection's caffe-style backbones: BGR, std 1."""
-        self.profile = replace(self.profile, bgr=True)
-        self.mean, self.std = self.profile.mean[::-1], (1.0, 1.0, 1.0)
+        self.bgr = profile.bgr if bgr_to_rgb is None else not bgr_to_rgb
 
     def _one(self, image: Tensor) -> Tensor:
         p = self.profile
@@ -80,7 +86,7 @@ class DataPreprocessor(nn.Module):
             image = F.interpolate(_to_uint8(image)[None], size, mode="bilinear", antialias=True)[0]
         elif image.dtype == torch.uint8:
             image = image.float() / 255.0
-        if p.bgr:
+        if self.bgr:
             image = image.flip(0)
         if p.resize != "interpolate":
             image = image.float() * (p.scale / 255.0)

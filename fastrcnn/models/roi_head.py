@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 from fastrcnn.layers import ConvModule
 from fastrcnn.models.box_coder import build_box_coder
+from fastrcnn.models.build import build
 from fastrcnn.models.losses import build_loss
 from fastrcnn.models.matching import assign
 from fastrcnn.models.profiles import Profile, get_profile
+from fastrcnn.models.resnet import ResNet, make_res_layer
 from fastrcnn.models.sampling import sample
-from fastrcnn.ops import batched_nms, multilevel_roi_align
+from fastrcnn.ops import batched_nms, multilevel_roi_align, soft_nms
+from fastrcnn.ops._checks import coordinates
 
 TEST_CFG = dict(score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
 TRAIN_CFG = dict(
@@ -75,7 +78,9 @@ class ConvFCBBoxHead(nn.Module):
         in_channels: int = 256,
         roi_feat_size: int = 7,
         num_classes: int = 80,
+        with_avg_pool: bool = False,
         reg_class_agnostic: bool = False,
+        reg_decoded_bbox: bool = False,
         bbox_coder: dict = dict(
             type="DeltaXYWHBBoxCoder", target_means=(0.0, 0.0, 0.0, 0.0), target_stds=(0.1, 0.1, 0.2, 0.2)
         ),
@@ -84,9 +89,10 @@ class ConvFCBBoxHead(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.reg_class_agnostic = num_classes, reg_class_agnostic
+        self.with_avg_pool, self.reg_decoded_bbox = with_avg_pool, reg_decoded_bbox
         self.bbox_coder = build_box_coder(bbox_coder)
         self.loss_cls, self.loss_bbox = build_loss(loss_cls), build_loss(loss_bbox)
-        area = roi_feat_size * roi_feat_size
+        area = 1 if with_avg_pool else roi_feat_size * roi_feat_size
         convs = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
 
         def branch(num_convs, num_fcs, channels, is_map):
@@ -120,19 +126,22 @@ class ConvFCBBoxHead(nn.Module):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
-    @staticmethod
-    def _run(x: Tensor, convs: nn.ModuleList, fcs: nn.ModuleList) -> Tensor:
+    def _flat(self, x: Tensor) -> Tensor:
+        """A map [K, C, h, w] as a vector a RoI: averaged with with_avg_pool, else row by row."""
+        return x.mean((2, 3)) if self.with_avg_pool and x.dim() == 4 else x.flatten(1)
+
+    def _run(self, x: Tensor, convs: nn.ModuleList, fcs: nn.ModuleList) -> Tensor:
         for conv in convs:
             x = conv(x)
         for fc in fcs:
-            x = torch.relu(fc(x.flatten(1)))
+            x = torch.relu(fc(self._flat(x)))
         return x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """RoI features [K, C, 7, 7] -> class logits [K, num_classes + 1], deltas [K, 4 * num_classes] (or [K, 4])."""
         x = self._run(x, self.shared_convs, self.shared_fcs)
         cls, reg = self._run(x, self.cls_convs, self.cls_fcs), self._run(x, self.reg_convs, self.reg_fcs)
-        return self.fc_cls(cls.flatten(1)), self.fc_reg(reg.flatten(1))
+        return self.fc_cls(self._flat(cls)), self.fc_reg(self._flat(reg))
 
     def loss(self, logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor):
         """(class loss, box loss). rois [K, 5], labels [K] with num_classes for background, gt_boxes [K, 4] (background
@@ -144,8 +153,14 @@ class ConvFCBBoxHead(nn.Module):
             return loss_cls, deltas.sum() * 0.0
         picked = deltas.view(len(deltas), -1, 4)
         column = torch.zeros_like(labels[pos]) if self.reg_class_agnostic else labels[pos]
-        target = self.bbox_coder.encode(rois[pos, 1:], gt_boxes[pos])
-        return loss_cls, self.loss_bbox(picked[pos, column], target, count)
+        picked, boxes, truth = picked[pos, column], rois[pos, 1:], gt_boxes[pos]
+        if self.reg_decoded_bbox:
+            return loss_cls, self.loss_bbox(self.bbox_coder.decode(boxes, picked), truth, count)
+        return loss_cls, self.loss_bbox(picked, self.bbox_coder.encode(boxes, truth), count)
+
+
+class BBoxHead(ConvFCBBoxHead):
+    """No layers of its own: classes and boxes straight from the (averaged) RoI features, as behind a shared head."""
 
 
 class Shared2FCBBoxHead(ConvFCBBoxHead):
@@ -162,34 +177,91 @@ class Shared4Conv1FCBBoxHead(ConvFCBBoxHead):
         super().__init__(num_shared_convs=4, num_shared_fcs=1, fc_out_channels=fc_out_channels, **kwargs)
 
 
-BBOX_HEADS = {c.__name__: c for c in (ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead)}
+BBOX_HEADS = {c.__name__: c for c in (BBoxHead, ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead)}
 
 
-def _build(cfg, table: dict, what: str):
-    if isinstance(cfg, nn.Module):
-        return cfg
-    options = dict(cfg)
-    kind = options.pop("type", None)
-    if kind not in table:
-        raise ValueError(f"{what}: unknown type {kind!r}, expected one of {sorted(table)}")
-    return table[kind](**options)
+class ResLayer(nn.Module):
+    """One ResNet stage on RoI features: the shared head of C4 detectors. Keys layer{stage + 1}.*"""
+
+    def __init__(
+        self,
+        depth: int,
+        stage: int = 3,
+        stride: int = 2,
+        dilation: int = 1,
+        style: str = "pytorch",
+        norm_cfg: dict = dict(type="BN", requires_grad=True),
+        norm_eval: bool = True,
+        with_cp: bool = False,
+    ):
+        super().__init__()
+        block, num_blocks = ResNet.arch_settings[depth]
+        planes = 64 * 2**stage
+        inplanes, self.norm_eval, self.name = planes // 2 * block.expansion, norm_eval, f"layer{stage + 1}"
+        layer = make_res_layer(
+            block,
+            inplanes,
+            planes,
+            num_blocks[stage],
+            stride,
+            dilation,
+            norm_cfg=norm_cfg,
+            style=style,
+            with_cp=with_cp,
+        )
+        self.add_module(self.name, layer)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.norm_eval:
+            for m in self.modules():
+                if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                    m.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, self.name)(x)
+
+
+def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: dict, max_output: int) -> tuple[Tensor, Tensor]:
+    """(kept indices, their scores) by descending score, of NMS or soft-NMS within each class (or across all of them)."""
+    options = {k: v for k, v in cfg.items() if k not in ("type", "class_agnostic", "split_thr", "max_num")}
+    kind = cfg.get("type", "nms")
+    if kind not in ("nms", "soft_nms"):
+        raise ValueError(f"nms: expected type 'nms' or 'soft_nms', got {kind!r}")
+    groups = torch.zeros_like(labels) if cfg.get("class_agnostic") else labels
+    if kind == "nms":
+        keep = batched_nms(boxes, scores, groups, options["iou_threshold"], max_output)
+        return keep, scores[keep]
+    kept, decayed = [], []
+    for group in groups.unique().tolist():
+        members = (groups == group).nonzero()[:, 0]
+        dets, indices = soft_nms(boxes[members], scores[members], **options)
+        kept.append(members[indices])
+        decayed.append(dets[:, 4])
+    kept = torch.cat(kept) if kept else labels[:0]
+    decayed = torch.cat(decayed) if decayed else scores[:0]
+    best = decayed.sort(descending=True, stable=True).indices[:max_output]
+    return kept[best], decayed[best]
 
 
 class StandardRoIHead(nn.Module):
-    """RoI extractor and box head; `predict` gives detections, `loss` the two losses."""
+    """RoI extractor, optional shared head, box head; `predict` gives detections, `loss` the two losses."""
 
     def __init__(
         self,
         bbox_roi_extractor: dict | nn.Module,
         bbox_head: dict | nn.Module,
+        shared_head: dict | nn.Module | None = None,
         train_cfg: dict | None = None,
         test_cfg: dict | None = None,
         profile: str | Profile = "mmdet",
     ):
         super().__init__()
         extractors = {"SingleRoIExtractor": SingleRoIExtractor}
-        self.bbox_roi_extractor = _build(bbox_roi_extractor, extractors, "bbox_roi_extractor")
-        self.bbox_head = _build(bbox_head, BBOX_HEADS, "bbox_head")
+        self.bbox_roi_extractor = build(bbox_roi_extractor, extractors, "bbox_roi_extractor")
+        self.bbox_head = build(bbox_head, BBOX_HEADS, "bbox_head")
+        self.shared_head = None if shared_head is None else build(shared_head, {"ResLayer": ResLayer}, "shared_head")
         self.train_cfg = {**TRAIN_CFG, **(train_cfg or {})}
         self.test_cfg = {**TEST_CFG, **(test_cfg or {})}
         self.set_profile(profile)
@@ -201,7 +273,8 @@ class StandardRoIHead(nn.Module):
 
     def forward(self, feats: Sequence[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         """rois [K, 5] = (image index, xyxy pixels) -> class logits, deltas."""
-        return self.bbox_head(self.bbox_roi_extractor(feats, rois))
+        x = self.bbox_roi_extractor(feats, rois)
+        return self.bbox_head(x if self.shared_head is None else self.shared_head(x))
 
     def predict(
         self,
@@ -221,7 +294,7 @@ class StandardRoIHead(nn.Module):
         image = torch.arange(batch, device=counts.device, dtype=proposals.dtype)[:, None, None].expand(-1, most, 1)
         rois = torch.cat([image, proposals], -1)[valid]
         logits, deltas = self(feats, rois)
-        scores = F.softmax(logits.float(), -1)[:, :-1]  # the background is last
+        scores = F.softmax(coordinates(logits), -1)[:, :-1]  # the background is last
         results = []
         for i, (s, d, r) in enumerate(zip(*(t.split(counts.tolist()) for t in (scores, deltas, rois[:, 1:])))):
             scale = None if scale_factors is None else scale_factors[i]
@@ -230,8 +303,6 @@ class StandardRoIHead(nn.Module):
 
     def _detections(self, scores, deltas, rois, image_size, scale) -> dict[str, Tensor]:
         p, cfg = self.profile, self.test_cfg
-        if cfg["nms"].get("type", "nms") != "nms":
-            raise ValueError(f"rcnn nms: expected type 'nms', got {cfg['nms']}")
         # Candidates first, decoding after: most class scores are far below the threshold.
         row, label = (scores > cfg["score_thr"]).nonzero(as_tuple=True)
         column = torch.zeros_like(label) if self.bbox_head.reg_class_agnostic else label
@@ -245,8 +316,8 @@ class StandardRoIHead(nn.Module):
         if p.min_box_size is not None:
             keep = ((boxes[:, 2:] - boxes[:, :2]) >= p.min_box_size).all(-1)
             boxes, scores, label = boxes[keep], scores[keep], label[keep]
-        keep = batched_nms(boxes, scores, label, cfg["nms"]["iou_threshold"], cfg["max_per_img"])
-        boxes, scores, label = boxes[keep], scores[keep], label[keep]
+        keep, scores = _suppress(boxes, scores, label, cfg["nms"], cfg["max_per_img"])
+        boxes, label = boxes[keep], label[keep]
         if factor is not None and not p.rescale_before_nms:
             boxes = boxes * factor
         if p.clip_after_rescale:
@@ -262,7 +333,7 @@ class StandardRoIHead(nn.Module):
         """(class loss, box loss). targets: dicts with boxes [M, 4] and labels [M] counted from 0."""
         rois, labels, gt_boxes = [], [], []
         for i, target in enumerate(targets):
-            r, la, g = self._targets(proposals[i, : int(counts[i])], target)
+            r, la, g = self._targets(feats, i, proposals[i, : int(counts[i])], target)
             rois.append(torch.cat([r.new_full((len(r), 1), i), r], 1))
             labels.append(la)
             gt_boxes.append(g)
@@ -270,18 +341,30 @@ class StandardRoIHead(nn.Module):
         return self.bbox_head.loss(*self(feats, rois), rois, labels, gt_boxes)
 
     @torch.no_grad()
-    def _targets(self, proposals: Tensor, target: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def _targets(self, feats, image: int, proposals: Tensor, target: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Sampled boxes [S, 4], their labels [S] and matched ground truth [S, 4]; positives first."""
         gt, gt_labels = target["boxes"], target["labels"]
-        cfg, assigner = self.train_cfg, self.train_cfg["assigner"]
-        add_gt = cfg["sampler"].get("add_gt_as_proposals", True)
+        sampler, background = self.train_cfg["sampler"], self.bbox_head.num_classes
+        add_gt = sampler.get("add_gt_as_proposals", True)
         if add_gt and not self.profile.gt_first:
             proposals = torch.cat([proposals, gt])
-        matches = assign(proposals[None], [target], assigner, self.profile)[0]
+        matches, max_iou = (t[0] for t in assign(proposals[None], [target], self.train_cfg["assigner"], self.profile))
         if add_gt and self.profile.gt_first:
             proposals = torch.cat([gt, proposals])
             matches = torch.cat([torch.arange(len(gt), device=gt.device), matches])
-        pos, neg = sample(matches, cfg["sampler"])
-        boxes = proposals[torch.cat([pos, neg])]
-        labels = torch.cat([gt_labels[matches[pos]], torch.full_like(neg, self.bbox_head.num_classes)])
-        return boxes, labels, torch.cat([gt[matches[pos]], boxes.new_zeros(len(neg), 4)])
+            max_iou = torch.cat([max_iou.new_ones(len(gt)), max_iou])
+
+        def labels_of(indices: Tensor) -> Tensor:
+            labels = torch.full_like(indices, background)
+            hit = matches[indices] >= 0
+            labels[hit] = gt_labels[matches[indices[hit]]]
+            return labels
+
+        def loss_of(indices: Tensor) -> Tensor:
+            rois = torch.cat([proposals.new_full((len(indices), 1), image), proposals[indices]], 1)
+            return self.bbox_head.loss_cls.elements(self(feats, rois)[0], labels_of(indices))
+
+        pos, neg = sample(matches, sampler, max_iou, loss_of)
+        chosen = torch.cat([pos, neg])
+        boxes = proposals[chosen]
+        return boxes, labels_of(chosen), torch.cat([gt[matches[pos]], boxes.new_zeros(len(neg), 4)])

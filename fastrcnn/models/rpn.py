@@ -44,6 +44,7 @@ class RPNHead(nn.Module):
         bbox_coder: dict = dict(type="DeltaXYWHBBoxCoder"),
         loss_cls: dict = dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
         loss_bbox: dict = dict(type="L1Loss", loss_weight=1.0),
+        reg_decoded_bbox: bool = False,
         train_cfg: dict | None = None,
         test_cfg: dict | None = None,
         profile: str | Profile = "mmdet",
@@ -58,6 +59,7 @@ class RPNHead(nn.Module):
             raise ValueError("loss_cls: the RPN's objectness needs use_sigmoid=True")
         self.train_cfg = {**TRAIN_CFG, **(train_cfg or {})}
         self.test_cfg = {**TEST_CFG, **(test_cfg or {})}
+        self.reg_decoded_bbox = reg_decoded_bbox
         self.num_anchors = self.anchor_generator.num_base_anchors
         if num_convs == 1:
             self.rpn_conv = nn.Conv2d(in_channels, feat_channels, 3, padding=1)
@@ -132,7 +134,7 @@ class RPNHead(nn.Module):
             if not bool(inside.all()):
                 nowhere = anchors.new_tensor([-1e6, -1e6, -1e6, -1e6])
                 candidates = torch.where(inside[..., None], anchors, nowhere)
-        matches = assign(candidates, targets, self.train_cfg["assigner"], p)
+        matches, max_iou = assign(candidates, targets, self.train_cfg["assigner"], p)
         if inside is not None:
             matches = torch.where(inside, matches, -2)
         batch = len(matches)
@@ -140,11 +142,14 @@ class RPNHead(nn.Module):
         flat_deltas = torch.cat([x.permute(0, 2, 3, 1).reshape(batch, -1, 4) for x in deltas], 1)
         picked_logits, labels, picked_deltas, box_targets, sampled, floor = [], [], [], [], 0, 0
         for i, target in enumerate(targets):
-            pos, neg = sample(matches[i], self.train_cfg["sampler"])
+            pos, neg = sample(matches[i], self.train_cfg["sampler"], max_iou[i])
             picked_logits += [flat_logits[i, pos], flat_logits[i, neg]]
             labels += [torch.ones_like(pos), torch.zeros_like(neg)]
             picked_deltas.append(flat_deltas[i, pos])
-            box_targets.append(self.bbox_coder.encode(anchors[pos], target["boxes"][matches[i, pos]]))
+            truth = target["boxes"][matches[i, pos]]
+            if self.reg_decoded_bbox:
+                picked_deltas[-1] = self.bbox_coder.decode(anchors[pos], picked_deltas[-1])
+            box_targets.append(truth if self.reg_decoded_bbox else self.bbox_coder.encode(anchors[pos], truth))
             sampled += len(pos) + len(neg)
             floor += max(len(pos), 1) + max(len(neg), 1)
         # MMDetection counts at least one positive and one negative an image; Detectron2 divides by the sampler's size.

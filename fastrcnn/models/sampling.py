@@ -1,9 +1,16 @@
-"""The random sampler of both stages (MMDetection's RandomSampler)."""
+"""Which boxes of an image enter the loss: MMDetection's samplers.
+
+`sample` picks positives first, then negatives up to `num`. RandomSampler draws both at random, OHEMSampler takes those
+with the highest loss (Shrivastava et al., 2016), InstanceBalancedPosSampler and IoUBalancedNegSampler (Libra R-CNN, Pang
+et al., 2019) spread the draw over the ground-truth boxes and over the IoU; CombinedSampler names one for each side.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-SAMPLER = dict(type="RandomSampler", num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True)
+OPTIONS = dict(num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True)
 
 
 def _choose(indices: Tensor, count: int) -> Tensor:
@@ -12,18 +19,100 @@ def _choose(indices: Tensor, count: int) -> Tensor:
     return indices[torch.randperm(len(indices))[:count].to(indices.device)]
 
 
-def sample(matches: Tensor, sampler: dict) -> tuple[Tensor, Tensor]:
+def _filled(chosen: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """`chosen`, completed at random from the other candidates."""
+    if len(chosen) >= count:
+        return chosen
+    others = candidates[~torch.isin(candidates, chosen)]
+    return torch.cat([chosen, _choose(others, count - len(chosen))])
+
+
+def _instance_balanced(candidates: Tensor, count: int, matches: Tensor) -> Tensor:
+    """About the same number of positives for each ground-truth box."""
+    if len(candidates) <= count:
+        return candidates
+    owners = matches[candidates]
+    each = int(round(count / len(owners.unique())) + 1)
+    chosen = torch.cat([_choose(candidates[owners == owner], each) for owner in owners.unique()])
+    return _choose(_filled(chosen, candidates, count), count)
+
+
+def _iou_balanced(
+    candidates: Tensor, count: int, max_iou: Tensor, floor_thr: float = -1, floor_fraction: float = 0, num_bins: int = 3
+) -> Tensor:
+    """Negatives spread evenly over num_bins intervals of IoU above floor_thr, floor_fraction of them from below it."""
+    if len(candidates) <= count:
+        return candidates
+    iou = max_iou[candidates]
+    if floor_thr > 0:
+        low, high = candidates[(iou >= 0) & (iou < floor_thr)], candidates[iou >= floor_thr]
+    elif floor_thr == 0:
+        low, high = candidates[iou == 0], candidates[iou > 0]
+    else:
+        low, high, floor_thr = candidates[:0], candidates[iou > -1], 0.0
+    from_high = int(count * (1 - floor_fraction))
+    chosen = high
+    if len(high) > from_high:
+        width = (max_iou.max() - floor_thr) / num_bins
+        parts = []
+        for i in range(num_bins):
+            inside = (max_iou[high] >= floor_thr + i * width) & (max_iou[high] < floor_thr + (i + 1) * width)
+            parts.append(_choose(high[inside], int(from_high / num_bins)))
+        chosen = _filled(torch.cat(parts), high, from_high)
+    chosen = torch.cat([_choose(low, count - len(chosen)), chosen])
+    return _filled(chosen, candidates, count)
+
+
+def _hard(candidates: Tensor, count: int, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+    if len(candidates) <= count:
+        return candidates
+    return candidates[loss_of(candidates).topk(count).indices]
+
+
+def _pick(kind: str, options: dict, candidates, count, matches, max_iou, loss_of) -> Tensor:
+    if kind == "RandomSampler":
+        picked = _choose(candidates, count)
+    elif kind == "OHEMSampler":
+        if loss_of is None:
+            raise ValueError("sampler: OHEMSampler ranks by the RoI head's loss and cannot serve an RPN")
+        picked = _hard(candidates, count, loss_of)
+    elif kind == "InstanceBalancedPosSampler":
+        picked = _instance_balanced(candidates, count, matches)
+    elif kind == "IoUBalancedNegSampler":
+        picked = _iou_balanced(candidates, count, max_iou, **options)
+    else:
+        raise ValueError(f"sampler: unknown type {kind!r}")
+    return picked.sort().values
+
+
+def sample(
+    matches: Tensor, sampler: dict, max_iou: Tensor | None = None, loss_of: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Indices of the sampled positives and negatives of one image, each in ascending order.
 
-    matches [N]: ground-truth index, -1 background, -2 ignored. At most num * pos_fraction positives; negatives fill up to
-    num, and are at most neg_pos_ub times the positives where that is >= 0.
+    matches [N]: ground-truth index, -1 background, -2 ignored; max_iou [N]; loss_of: the loss of given indices, for OHEM.
+    At most num * pos_fraction positives; negatives fill up to num, and are at most neg_pos_ub times the positives where
+    that is >= 0. Raises ValueError for an unknown type or option.
     """
-    rules = {**SAMPLER, **sampler}
-    if set(rules) != set(SAMPLER) or rules["type"] != "RandomSampler":
-        raise ValueError(f"sampler: expected RandomSampler with {sorted(SAMPLER)}, got {sampler}")
-    positives = _choose((matches >= 0).nonzero()[:, 0], int(rules["num"] * rules["pos_fraction"]))
-    most = rules["num"] - len(positives)
-    if rules["neg_pos_ub"] >= 0:
-        most = min(most, int(rules["neg_pos_ub"] * max(1, len(positives))))
-    negatives = _choose((matches == -1).nonzero()[:, 0], most)
-    return positives.sort().values, negatives.sort().values
+    rules = {**OPTIONS, "type": "RandomSampler", **sampler}
+    kind = rules.pop("type")
+    shared = {k: rules.pop(k) for k in OPTIONS}
+    sides = rules.pop("pos_sampler", {"type": kind}), rules.pop("neg_sampler", {"type": kind, **rules})
+    if kind == "CombinedSampler" and rules:
+        raise ValueError(f"sampler: unknown options {sorted(rules)}")
+    if kind == "IoUBalancedNegSampler":
+        sides = {"type": "RandomSampler"}, sides[1]
+    elif kind == "InstanceBalancedPosSampler":
+        sides = sides[0], {"type": "RandomSampler"}
+    elif kind != "CombinedSampler" and rules:
+        raise ValueError(f"sampler: unknown options {sorted(rules)} of {kind}")
+
+    def side(cfg: dict, wanted: Tensor, count: int) -> Tensor:
+        options = {k: v for k, v in cfg.items() if k != "type"}
+        return _pick(cfg["type"], options, wanted.nonzero()[:, 0], count, matches, max_iou, loss_of)
+
+    positives = side(sides[0], matches >= 0, int(shared["num"] * shared["pos_fraction"]))
+    most = shared["num"] - len(positives)
+    if shared["neg_pos_ub"] >= 0:
+        most = min(most, int(shared["neg_pos_ub"] * max(1, len(positives))))
+    return positives, side(sides[1], matches == -1, most)

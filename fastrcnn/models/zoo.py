@@ -19,6 +19,9 @@ def _resnext(depth: int, groups: int, base_width: int) -> dict:
     return {**_resnet(depth), "type": "ResNeXt", "groups": groups, "base_width": base_width}
 
 
+_FROZEN_BN = dict(type="BN", requires_grad=False)
+_CAFFE = _resnet(50) | dict(style="caffe", norm_cfg=_FROZEN_BN)
+
 # name -> (backbone, its output channels)
 BACKBONES = {
     "r18_fpn": (_resnet(18), _BASIC),
@@ -31,6 +34,8 @@ BACKBONES = {
     "x101_32x8d_fpn": (_resnext(101, 32, 8), _BOTTLENECK),
     "x101_64x4d_fpn": (_resnext(101, 64, 4), _BOTTLENECK),
     "r50_fpn_v2": (_resnet(50), _BOTTLENECK),
+    "r50_c4": (_CAFFE | dict(num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,)), ()),
+    "r50_dc5": (_CAFFE | dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), out_indices=(3,)), ()),
 }
 NAMES = tuple(BACKBONES)
 
@@ -41,8 +46,8 @@ def model_config(name: str, num_classes: int = 80, profile: str = "mmdet") -> di
         raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(NAMES)}")
     p = get_profile(profile)
     backbone, channels = copy.deepcopy(BACKBONES[name])
-    if profile == "detectron2":
-        backbone["style"] = "caffe"  # its published ResNets have the stride on the first 1x1 convolution
+    if profile == "detectron2" and not name.startswith("x"):
+        backbone["style"] = "caffe"  # its own ResNets have the stride on the first 1x1 convolution, its ResNeXts do not
     coder = dict(type="DeltaXYWHBBoxCoder", target_means=(0.0, 0.0, 0.0, 0.0))
     roi_layer = dict(type="RoIAlign", output_size=7, sampling_ratio=p.sampling_ratio, aligned=p.aligned)
     config = dict(
@@ -93,12 +98,36 @@ def model_config(name: str, num_classes: int = 80, profile: str = "mmdet") -> di
             rcnn=dict(score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),
         ),
     )  # fmt: skip
+    if name in ("r50_c4", "r50_dc5"):
+        _single_level(config, name, profile)
     if name.endswith("_v2"):  # torchvision's second recipe (Li et al., 2021)
         norm = dict(type="BN", requires_grad=True)
         config["neck"]["norm_cfg"] = norm
         config["rpn_head"]["num_convs"] = 2
         config["roi_head"]["bbox_head"].update(type="Shared4Conv1FCBBoxHead", norm_cfg=norm)
     return config
+
+
+def _single_level(config: dict, name: str, profile: str) -> None:
+    """MMDetection's r50-caffe-c4 and r50-caffe-dc5: no neck, one level of stride 16, BGR input in the mmdet profile."""
+    c4 = name == "r50_c4"
+    channels = 1024 if c4 else 2048
+    rpn, roi = config["rpn_head"], config["roi_head"]
+    config["neck"] = None
+    rpn.update(in_channels=channels, feat_channels=channels)
+    rpn["anchor_generator"].update(scales=[2, 4, 8, 16, 32], strides=[16])
+    roi["bbox_roi_extractor"].update(out_channels=channels, featmap_strides=[16])
+    if c4:  # the last stage runs on the RoIs, 14 x 14 -> 7 x 7
+        roi["bbox_roi_extractor"]["roi_layer"]["output_size"] = 14
+        roi["shared_head"] = dict(type="ResLayer", depth=50, stage=3, stride=2, style="caffe", norm_cfg=_FROZEN_BN)
+        roi["bbox_head"].pop("fc_out_channels")
+        roi["bbox_head"].update(type="BBoxHead", with_avg_pool=True)
+    roi["bbox_head"]["in_channels"] = 2048
+    config["train_cfg"]["rpn"]["allowed_border"] = -1 if c4 else 0
+    config["train_cfg"]["rpn_proposal"].update(nms_pre=12000, max_per_img=2000)
+    config["test_cfg"]["rpn"]["nms_pre"] = 6000
+    if profile == "mmdet":
+        config["data_preprocessor"] = dict(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
 
 
 def merge(base: dict, overrides: dict) -> dict:

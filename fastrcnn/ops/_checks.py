@@ -39,3 +39,10 @@ def check_unit(name: str, value: float) -> None:
 def coordinates(t: Tensor) -> Tensor:
     """`t` in the dtype that box arithmetic runs in: float64 stays, everything else becomes float32."""
     return t if t.dtype == torch.float64 else t.float()
+
+
+def check_coder(means, stds, wh_ratio_clip: float) -> None:
+    if len(means) != 4 or len(stds) != 4:
+        raise ValueError(f"means, stds: expected four numbers each, got {means} and {stds}")
+    if not wh_ratio_clip > 0:
+        raise ValueError(f"wh_ratio_clip: expected a number > 0, got {wh_ratio_clip}")

@@ -23,7 +23,7 @@ def _scale(bn_weight: Tensor, bn_var: Tensor, eps: float) -> Tensor:
 def _fold(weight: Tensor, bn_weight, bn_bias, bn_mean, bn_var, eps) -> tuple[Tensor, Tensor | None]:
     """The weight [O, I/groups, kh, kw] and bias [O] of the convolution that includes the normalisation."""
     if bn_weight is None:
-        return weight, bn_bias
+        return weight, None if bn_bias is None else bn_bias.to(weight.dtype)
     # In the statistics' own precision: rounding the scale to bfloat16 first would double the error.
     scale = _scale(bn_weight, bn_var, eps)
     folded = (weight * scale.to(torch.promote_types(weight.dtype, scale.dtype))[:, None, None, None]).to(weight.dtype)
@@ -148,10 +148,10 @@ def _backward(ctx, grad):
 _conv_bn_relu.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _pair(name: str, value: int | Sequence[int]) -> list[int]:
+def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
     pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2:
-        raise ValueError(f"{name}: expected an int or a pair of them, got {value!r}")
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name}: expected an int >= {least} or a pair of them, got {value!r}")
     return pair
 
 
@@ -171,10 +171,16 @@ def _call(
     for name, value in norm.items():
         if value is None and bn_weight is not None:
             raise ValueError(f"{name}: None with bn_weight given; pass all four, or bn_bias alone")
+        if value is not None:
+            check_tensor(name, value, "O")
         if value is not None and value.shape != weight.shape[:1]:
             raise ValueError(f"{name}: expected shape [{weight.shape[0]}], got {list(value.shape)}")
-    where = [_pair(n, v) for n, v in (("stride", stride), ("padding", padding), ("dilation", dilation))]
+    where = [_pair(*a) for a in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))]
     shape = _out_shape(input, weight, *where)
+    if residual is not None:
+        check_tensor("residual", residual, "B, O, H, W")
+    if residual is not None and residual.dtype != input.dtype:
+        raise TypeError(f"residual: expected the dtype {input.dtype} of input, got {residual.dtype}")
     if residual is not None and list(residual.shape) != shape:
         raise ValueError(f"residual: expected the output's shape {shape}, got {list(residual.shape)}")
     if min(shape[2:]) < 1:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrcnn.ops._checks import check_same_device, check_tensor, coordinates
+from fastrcnn.ops._checks import check_coder, check_same_device, check_tensor, coordinates
 
 
 def _decode(anchors, deltas, means, stds, wh_ratio_clip, symmetric_clip):
@@ -40,14 +40,14 @@ def _op_reference(
 ) -> Tensor:
     a = coordinates(anchors)
     batch, n, _ = a.shape
-    d = deltas.to(a.dtype).reshape(batch, n, -1, 4)
+    d = deltas.to(a.dtype).reshape(batch, n, deltas.shape[2] // 4, 4)
     centre, size, _, dwh = _decode(a[:, :, None, :], d, means, stds, wh_ratio_clip, symmetric_clip)
     half = size * dwh.exp() * 0.5
     low, high = centre - half, centre + half
     if max_shape is not None:
         limits = _limits(max_shape.to(a.dtype))
         low, high = torch.minimum(low.clamp(min=0), limits), torch.minimum(high.clamp(min=0), limits)
-    return torch.cat([low, high], -1).reshape(batch, n, -1)
+    return torch.cat([low, high], -1).reshape(deltas.shape)
 
 
 _decode_boxes = torch.library.custom_op("fastrcnn::decode_boxes", _op_reference, mutates_args=())
@@ -68,11 +68,11 @@ def _backward(ctx, grad):
     means, stds, wh_ratio_clip, symmetric_clip = ctx.rules
     a = coordinates(anchors)
     batch, n, _ = a.shape
-    d = deltas.to(a.dtype).reshape(batch, n, -1, 4)
+    d = deltas.to(a.dtype).reshape(batch, n, deltas.shape[2] // 4, 4)
     centre, size, denorm, dwh = _decode(a[:, :, None, :], d, means, stds, wh_ratio_clip, symmetric_clip)
     scale = dwh.exp()
     half = size * scale * 0.5
-    g = grad.reshape(batch, n, -1, 4)
+    g = grad.reshape(d.shape)
     g_low, g_high = g[..., :2], g[..., 2:]
     if max_shape is not None:  # a clipped coordinate passes no gradient
         limits = _limits(max_shape.to(a.dtype))
@@ -85,7 +85,7 @@ def _backward(ctx, grad):
     g_size = (g_centre * denorm[..., :2] + g_half * scale * 0.5).sum(2)
     g_mid = g_centre.sum(2) * 0.5
     g_a = torch.cat([g_mid - g_size, g_mid + g_size], -1)
-    return g_a.to(anchors.dtype), g_d.reshape(batch, n, -1).to(deltas.dtype), None, None, None, None, None
+    return g_a.to(anchors.dtype), g_d.reshape(deltas.shape).to(deltas.dtype), None, None, None, None, None
 
 
 _decode_boxes.register_autograd(_backward, setup_context=_setup_context)
@@ -99,10 +99,7 @@ def _call(op, anchors, deltas, max_shape, means, stds, wh_ratio_clip, symmetric_
     if deltas.shape[:-1] != anchors.shape[:-1] or deltas.shape[-1] % 4:
         raise ValueError(f"deltas: expected [{shape.replace('4', '4 * C')}] beside anchors {list(anchors.shape)}, "
                          f"got {list(deltas.shape)}")  # fmt: skip
-    if len(means) != 4 or len(stds) != 4:
-        raise ValueError(f"means, stds: expected four numbers each, got {means} and {stds}")
-    if not wh_ratio_clip > 0:
-        raise ValueError(f"wh_ratio_clip: expected a number > 0, got {wh_ratio_clip}")
+    check_coder(means, stds, wh_ratio_clip)
     a, d = (anchors, deltas) if batched else (anchors[None], deltas[None])
     if max_shape is not None:
         if not isinstance(max_shape, Tensor):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrcnn.ops._checks import check_same_device, check_tensor
+from fastrcnn.ops._checks import check_coder, check_same_device, check_tensor
 from fastrcnn.ops.decode_boxes import _op_reference as _decode_reference
 
 
@@ -39,8 +39,9 @@ def _op_reference(
     boxes, scores, levels = [], [], []
     for level, (logits, deltas, base) in enumerate(zip(cls_logits, bbox_deltas, base_anchors)):
         num_anchors, _, width = logits.shape[1:]
-        logits = logits.to(dtype).permute(0, 2, 3, 1).reshape(batch, -1)
-        deltas = deltas.to(dtype).permute(0, 2, 3, 1).reshape(batch, -1, 4)
+        n = logits.shape[1:].numel()
+        logits = logits.to(dtype).permute(0, 2, 3, 1).reshape(batch, n)
+        deltas = deltas.to(dtype).permute(0, 2, 3, 1).reshape(batch, n, 4)
         rank_by = (logits if topk_on_logits else logits.sigmoid()).nan_to_num(nan=-torch.inf, posinf=torch.inf)
         count = min(nms_pre, logits.shape[1]) if nms_pre > 0 else logits.shape[1]
         top = torch.sort(rank_by, dim=1, descending=True, stable=True).indices[:, :count]  # [B, count]
@@ -94,11 +95,16 @@ def _call(op, cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_p
             got = [list(cls_logits[i].shape), list(bbox_deltas[i].shape), list(base_anchors[i].shape)]
             raise ValueError(f"level {i}: expected cls_logits [B, A, H, W], bbox_deltas [B, 4 * A, H, W], base_anchors "
                              f"[A, 4] and image_sizes [B, 2], got {got} and {list(image_sizes.shape)}")  # fmt: skip
-    check_same_device(image_sizes=image_sizes, cls_logits=cls_logits[0], base_anchors=base_anchors[0])
+        check_same_device(**{"image_sizes": image_sizes, f"cls_logits[{i}]": cls_logits[i],
+                             f"bbox_deltas[{i}]": bbox_deltas[i], f"base_anchors[{i}]": base_anchors[i]})  # fmt: skip
+    check_coder(means, stds, wh_ratio_clip)
     for name, value in (("topk_on", topk_on), ("score", score)):
         if value not in ("sigmoid", "logits"):
             raise ValueError(f'{name}: expected "sigmoid" or "logits", got {value!r}')
-    pairs = [float(v) for s in strides for v in (s if isinstance(s, Sequence) else (s, s))]
+    pairs = [tuple(s) if isinstance(s, Sequence) else (s, s) for s in strides]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"strides: expected a number or (x, y) for each level, got {list(strides)}")
+    pairs = [float(v) for pair in pairs for v in pair]
     rules = list(map(float, means)), list(map(float, stds)), float(wh_ratio_clip), symmetric_clip, float(min_size)
     flags = topk_on == "logits", score == "logits"
     return op(cls_logits, bbox_deltas, base_anchors, pairs, image_sizes, int(nms_pre), *rules, *flags)

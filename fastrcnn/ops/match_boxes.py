@@ -9,7 +9,7 @@ match_low_quality every box that attains a ground-truth box's own best IoU becom
 import torch
 from torch import Tensor
 
-from fastrcnn.ops._checks import check_same_device, check_tensor, coordinates
+from fastrcnn.ops._checks import check_same_device, check_same_length, check_tensor, coordinates
 
 BACKGROUND, IGNORED = -1, -2
 LOW_QUALITY = ("last_gt", "argmax")
@@ -34,6 +34,7 @@ def _match_one(boxes, gts, regions, pos_iou_thr, neg_iou_thr, min_pos_iou, match
     inter = _intersections(gts, boxes)
     union = _areas(gts)[:, None] + _areas(boxes)[None] - inter
     iou = torch.where(inter > 0, inter / (union.clamp(min=iou_eps) if iou_eps > 0 else union), torch.zeros_like(inter))
+    iou = torch.where(iou.isnan(), torch.zeros_like(iou), iou)  # a NaN or infinite box meets nothing
     if ignore_iof_thr > 0 and len(regions):
         iof = _intersections(regions, boxes) / _areas(boxes).clamp(min=1e-6)
         iou[:, (iof > ignore_iof_thr).any(0)] = -1
@@ -69,8 +70,10 @@ def _op_reference(
     matches, ious = [], []
     for i in range(len(gt_boxes)):
         b = boxes[0 if len(boxes) == 1 else i]
-        gts = gt_boxes[i, : int(gt_counts[i])].to(b.dtype)
-        regions = b.new_zeros(0, 4) if ignore_boxes is None else ignore_boxes[i, : int(ignore_counts[i])].to(b.dtype)
+        gts = gt_boxes[i, : max(int(gt_counts[i]), 0)].to(b.dtype)
+        regions = b.new_zeros(0, 4)
+        if ignore_boxes is not None:
+            regions = ignore_boxes[i, : max(int(ignore_counts[i]), 0)].to(b.dtype)
         m, v = _match_one(b, gts, regions, pos_iou_thr, neg_iou_thr, min_pos_iou, match_low_quality,
                           low_quality_last_gt, ignore_iof_thr, iou_eps)  # fmt: skip
         matches.append(m)
@@ -104,17 +107,20 @@ def _call(op, boxes, gt_boxes, gt_counts, ignore_boxes, ignore_counts, pos_iou_t
     if ignore_boxes is not None:
         check_tensor("ignore_boxes", ignore_boxes, "B, R, 4" if batched else "R, 4", last=4)
         ignore_boxes = ignore_boxes if batched else ignore_boxes[None]
+        check_same_length("ignore_boxes", ignore_boxes, "gt_boxes", gts)
 
     def full(name, counts, like):
         if counts is None:
             return torch.full((len(like),), like.shape[1], dtype=torch.int64, device=like.device)
         check_tensor(name, counts, "B", floating=False)
+        check_same_length(name, counts, "gt_boxes", gts)
         return counts
 
     gt_counts = full("gt_counts", gt_counts, gts)
     if ignore_boxes is not None:
         ignore_counts = full("ignore_counts", ignore_counts, ignore_boxes)
-    check_same_device(boxes=boxes, gt_boxes=gts, gt_counts=gt_counts, ignore_boxes=ignore_boxes)
+    check_same_device(boxes=boxes, gt_boxes=gts, gt_counts=gt_counts, ignore_boxes=ignore_boxes,
+                      ignore_counts=ignore_counts)  # fmt: skip
     if low_quality not in LOW_QUALITY:
         raise ValueError(f"low_quality: expected one of {LOW_QUALITY}, got {low_quality!r}")
     rules = float(pos_iou_thr), float(neg_iou_thr), float(min_pos_iou), bool(match_low_quality)

@@ -37,7 +37,8 @@ def _iou_with_rest(boxes: Tensor, areas: Tensor, i: int) -> Tensor:
 def _greedy(
     boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float, max_output: int | None
 ) -> Tensor:
-    boxes, scores = coordinates(boxes), coordinates(scores)
+    boxes = coordinates(boxes)
+    scores = scores.to(boxes.dtype)
     order = torch.sort(scores, descending=True, stable=True).indices
     boxes = boxes[order]
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -21,8 +21,8 @@ def soft_nms_reference(
     min_score: float = 1e-3,
     method: str = "linear",
 ) -> tuple[Tensor, Tensor]:
-    boxes, scores = coordinates(boxes), coordinates(scores).clone()
-    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    boxes = coordinates(boxes)
+    scores = scores.to(boxes.dtype).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     dets, indices = [], []
     while len(scores) and bool((best_score := scores.max()) > -torch.inf):

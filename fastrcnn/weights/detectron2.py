@@ -51,7 +51,5 @@ def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
     weight = state.get("backbone.bottom_up.res2.0.conv2.weight")
     grouped = weight is not None and weight.shape[0] != weight.shape[1]
     options = dict(style="pytorch" if grouped else "caffe", norm_eps=1e-5)
-    for key in ("pixel_mean", "pixel_std"):
-        if key in state:
-            options[key.removeprefix("pixel_")] = state[key].flatten().tolist()
-    return options
+    pixels = {key: state[f"pixel_{key}"].flatten().tolist() for key in ("mean", "std") if f"pixel_{key}" in state}
+    return {**options, "data_preprocessor": pixels} if pixels else options

@@ -127,12 +127,8 @@ def _apply(model, state, profile, options, meta, source, norm_eps) -> None:
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
     if model.profile.name != profile:
         model.set_profile(profile)
-    mean, std = options.get("mean"), options.get("std")
-    if options.get("style") == "caffe" and profile == "mmdet":
-        # MMDetection's caffe configs: BGR input, std 1, the stride on the first 1x1 convolution.
-        model.data_preprocessor.set_caffe()
-    elif mean or std:
-        model.data_preprocessor.set_profile(model.profile, mean, std)
+    if "data_preprocessor" in options:
+        model.data_preprocessor.set_profile(model.profile, **options["data_preprocessor"])
     if "style" in options:
         _set_style(model.backbone, options["style"])
     eps = options.get("norm_eps") if norm_eps is None else norm_eps

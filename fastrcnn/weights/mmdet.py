@@ -4,6 +4,8 @@ import re
 
 from torch import Tensor
 
+CAFFE_INPUT = dict(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
+
 
 def detect(state: dict[str, Tensor]) -> bool:
     return "roi_head.bbox_head.fc_cls.weight" in state or "bbox_head.fc_cls.weight" in state
@@ -22,7 +24,9 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
     """What the checkpoint's own configuration text says about the input: the caffe style of its backbone."""
     text = str(meta.get("cfg") or meta.get("config") or "")
-    return dict(style="caffe") if re.search(r"style\s*=\s*['\"]caffe['\"]", text) else {}
+    if not re.search(r"style\s*=\s*['\"]caffe['\"]", text):
+        return {}
+    return dict(style="caffe", data_preprocessor=CAFFE_INPUT)
 
 
 def class_names(meta: dict) -> list[str] | None:

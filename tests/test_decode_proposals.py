@@ -1,0 +1,308 @@
+"""decode_proposals against its reference and cases worked out by hand."""
+
+import pytest
+import torch
+from conftest import assert_within_twice
+from torch import nn
+
+from fastrcnn.ops import decode_proposals, decode_proposals_reference
+
+NAN, INF = float("nan"), float("inf")
+SHAPES = [(3, 16, 20), (3, 8, 10), (2, 4, 5)]  # anchors, height, width
+STRIDES = [8, (16, 12), (32.0, 40.0)]
+SIZES = [[128, 160], [100, 151], [64, 80]]  # height, width
+
+
+def maps(device, batch: int = 3, shapes=SHAPES, spread: float = 12.0):
+    """cls_logits, bbox_deltas and base_anchors. No two logits of a level lie so close that rounding could swap them."""
+    logits, deltas, bases = [], [], []
+    for a, h, w in shapes:
+        n = a * h * w
+        ranks = torch.stack([torch.randperm(n) for _ in range(batch)]) if batch else torch.zeros(0, n)
+        logits.append((ranks / n - 0.5).mul(spread).view(batch, a, h, w).to(device))
+        deltas.append((torch.randn(batch, 4 * a, h, w) * 0.4).to(device))
+        half = torch.rand(a, 2) * 20 + 4
+        bases.append(torch.cat([-half, half], 1).to(device))
+    return logits, deltas, bases
+
+
+def sizes(device, batch: int = 3) -> torch.Tensor:
+    return torch.tensor(SIZES, device=device)[:batch]
+
+
+def doubles(part: list) -> list:
+    return [x.double() for x in part]
+
+
+def assert_equals_reference(logits, deltas, bases, *args, **kwargs):
+    """In float32 by the error from float64: coordinates near 0 are differences of large numbers."""
+    actual = decode_proposals(logits, deltas, bases, *args, **kwargs)
+    expected = decode_proposals_reference(logits, deltas, bases, *args, **kwargs)
+    exact = decode_proposals_reference(doubles(logits), doubles(deltas), doubles(bases), *args, **kwargs)
+    assert torch.equal(actual[2], expected[2])
+    assert torch.equal(actual[3], expected[3])
+    for a, e, x in zip(actual[:2], expected[:2], exact):
+        assert a.dtype == e.dtype
+        assert torch.equal(a.isnan(), e.isnan())
+        if a.dtype == torch.float64:
+            torch.testing.assert_close(a, e, equal_nan=True)
+        elif a.numel():
+            assert_within_twice(*(t.double().nan_to_num() for t in (a, e, x)))
+    return actual
+
+
+@pytest.mark.parametrize("nms_pre", [-1, 0, 1, 7, 60, 10**6])
+@pytest.mark.parametrize("score", ["sigmoid", "logits"])
+@pytest.mark.parametrize("topk_on", ["sigmoid", "logits"])
+@pytest.mark.parametrize("symmetric_clip", [False, True])
+def test_equals_reference(device, need_kernel, nms_pre, score, topk_on, symmetric_clip):
+    need_kernel("decode_proposals", device)
+    rules = {"min_size": 6, "symmetric_clip": symmetric_clip, "wh_ratio_clip": 0.5, "topk_on": topk_on, "score": score}
+    rules.update(means=(0.1, 0, 0, 0), stds=(0.5, 1, 1, 2))
+    out = assert_equals_reference(*maps(device), STRIDES, sizes(device), nms_pre, **rules)
+    boxes, scores, levels, counts = out
+    length = sum(min(nms_pre, a * h * w) if nms_pre > 0 else a * h * w for a, h, w in SHAPES)
+    assert boxes.shape == (3, length, 4)
+    assert [t.dtype for t in out] == [torch.float32, torch.float32, torch.int64, torch.int64]
+    for i, count in enumerate(counts.tolist()):
+        assert count < length or nms_pre == 1
+        assert (boxes[i, count:] == 0).all()
+        assert (scores[i, count:] == 0).all()
+        assert (levels[i, count:] == -1).all()
+        assert (levels[i, :count].diff() >= 0).all()
+        for level in range(3):
+            assert (scores[i, :count][levels[i, :count] == level].diff() <= 0).all()
+
+
+def one_level(device, logits: list, base=(-5.0, -5.0, 5.0, 5.0)):
+    """One image and one anchor a cell, deltas of zero. logits: rows of the map."""
+    logits = torch.tensor(logits, dtype=torch.float32, device=device)[None, None]
+    deltas = torch.zeros(1, 4, *logits.shape[2:], device=device)
+    return [logits], [deltas], [torch.tensor([base], device=device)]
+
+
+def test_anchors_step_by_their_own_stride_along_each_axis(device):
+    args = *one_level(device, [[1, 2, 3], [6, 5, 4]]), [(10, 20)], torch.tensor([[100, 100]], device=device), 4
+    boxes, scores, levels, counts = decode_proposals(*args, score="logits")
+    assert boxes[0].tolist() == [[0, 15, 5, 25], [5, 15, 15, 25], [15, 15, 25, 25], [15, 0, 25, 5]]
+    assert scores[0].tolist() == [6, 5, 4, 3]
+    assert levels[0].tolist() == [0, 0, 0, 0]
+    assert counts.tolist() == [4]
+    torch.testing.assert_close(decode_proposals(*args)[1], scores.sigmoid())
+
+
+def test_boxes_are_clipped_to_each_images_own_size(device):
+    logits, deltas, bases = maps(device)
+    boxes, _, _, counts = decode_proposals(logits, deltas, bases, STRIDES, sizes(device), 0)
+    for i, (height, width) in enumerate(SIZES):
+        valid = boxes[i, : counts[i]]
+        assert valid.min() == 0
+        assert valid[:, [0, 2]].max() == width
+        assert valid[:, [1, 3]].max() == height
+
+
+def test_levels_and_images_are_independent(device):
+    logits, deltas, bases = maps(device)
+    boxes, scores, levels, counts = decode_proposals(logits, deltas, bases, STRIDES, sizes(device), 30)
+    for i in range(3):
+        alone = decode_proposals(
+            [x[i : i + 1] for x in logits], [x[i : i + 1] for x in deltas], bases, STRIDES, sizes(device)[i : i + 1], 30
+        )
+        for together, single in zip((boxes, scores, levels, counts), alone):
+            assert torch.equal(together[i], single[0])
+        parts = []
+        for level in range(3):
+            one = [x[level : level + 1] for x in (logits, deltas, bases, STRIDES)]
+            b, _, _, c = decode_proposals(*one, sizes(device), 30)
+            parts.append(b[i, : c[i]])
+        assert torch.equal(boxes[i, : counts[i]], torch.cat(parts))
+
+
+@pytest.mark.parametrize(
+    "logits", [[40, 50, 60], [-120, -110, -100], [-INF, -INF, -INF], [-INF, -100, INF], [-0.0, 0.0, 0.0], [3, 3, 3]]
+)
+@pytest.mark.parametrize("function", [decode_proposals, decode_proposals_reference])
+def test_equal_sigmoids_keep_the_order_of_the_cells(device, function, logits):
+    args = *one_level(device, [logits]), [10], torch.tensor([[100, 100]], device=device), 2
+    boxes, *_ = function(*args, topk_on="sigmoid")
+    assert boxes[0, :, 2].tolist() == ([25, 5] if logits[2] == INF else [5, 15])
+
+
+def test_logits_are_ranked_where_their_sigmoid_saturates(device):
+    args = *one_level(device, [[40, 50, 60]]), [10], torch.tensor([[100, 100]], device=device), 2
+    boxes, scores, _, _ = decode_proposals(*args, topk_on="logits")
+    assert boxes[0, :, 2].tolist() == [25, 15]
+    assert scores[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("topk_on", ["sigmoid", "logits"])
+def test_logits_far_below_zero_equal_reference(device, need_kernel, topk_on):
+    need_kernel("decode_proposals", device)
+    args = *one_level(device, [[-80, -60, -40, -87]]), [10], torch.tensor([[100, 100]], device=device), 3
+    assert_equals_reference(*args, topk_on=topk_on)
+
+
+@pytest.mark.parametrize("topk_on", ["sigmoid", "logits"])
+def test_many_ties_keep_the_order_y_x_anchor(device, need_kernel, topk_on):
+    need_kernel("decode_proposals", device)
+    logits, deltas, bases = maps(device)
+    logits = [x.round().div(4).floor() for x in logits]
+    for nms_pre in (5, 100, 0):
+        assert_equals_reference(logits, deltas, bases, STRIDES, sizes(device), nms_pre, topk_on=topk_on)
+    same = [torch.zeros_like(x) for x in logits]
+    boxes, *_ = assert_equals_reference(same[2:], deltas[2:], bases[2:], [1000], sizes(device), 1)
+    deltas[2][:, 4:] = NAN  # the second anchor's: it comes second
+    again, *_ = assert_equals_reference(same[2:], deltas[2:], bases[2:], [1000], sizes(device), 1)
+    assert torch.equal(boxes, again)
+
+
+@pytest.mark.parametrize("min_size, kept", [(9.99, [10, 11]), (10, [11]), (10.5, [11]), (11, [])])
+def test_boxes_of_just_min_size_are_dropped(device, need_kernel, min_size, kept):
+    need_kernel("decode_proposals", device)
+    logits = [torch.tensor([3.0, 2, 1], device=device).view(1, 3, 1, 1)]
+    bases = [torch.tensor([[0.0, 0, 10, 10], [0, 0, 11, 11], [0, 0, 11, 9]], device=device)]
+    args = logits, [torch.zeros(1, 12, 1, 1, device=device)], bases, [1], torch.tensor([[50, 50]], device=device), 0
+    boxes, _, _, counts = assert_equals_reference(*args, min_size=min_size)
+    assert boxes[0, : counts[0], 2].tolist() == kept
+
+
+def test_boxes_clipped_to_nothing_are_dropped_without_a_min_size(device):
+    args = *one_level(device, [[1, 2, 3]]), [20], torch.tensor([[100, 35]], device=device), 0
+    boxes, scores, levels, counts = decode_proposals(*args)
+    assert counts.tolist() == [2]  # the third starts at x = 35, the image's edge
+    assert boxes[0, :, 2].tolist() == [25, 5, 0]
+    assert levels[0].tolist() == [0, 0, -1]
+    assert scores[0, 2] == 0
+
+
+def test_nan_and_infinite_values_equal_reference(device, need_kernel):
+    need_kernel("decode_proposals", device)
+    logits, deltas, bases = maps(device)
+    logits[0][:, 0, 3, 4], logits[0][:, 1, 5, 6], logits[1][0, 2, 1, 1] = NAN, INF, -INF
+    deltas[0][:, 5, 2:6], deltas[1][1, 2, 3], deltas[2][:, 0, 0, 0], deltas[2][:, 3, 1, 1] = NAN, INF, INF, -INF
+    for topk_on in ("sigmoid", "logits"):
+        for nms_pre in (0, 50):
+            assert_equals_reference(logits, deltas, bases, STRIDES, sizes(device), nms_pre, topk_on=topk_on)
+    boxes, _, _, counts = decode_proposals(logits, deltas, bases, STRIDES, sizes(device), 0)
+    assert boxes.isfinite().all()
+    assert (counts > 0).all()
+
+
+@pytest.mark.parametrize("last", [[], [0], [0, 1, 2]])
+def test_layouts_and_slices_equal_contiguous(device, last):
+    logits, deltas, bases = maps(device)
+    expected = decode_proposals(logits, deltas, bases, STRIDES, sizes(device), 30)
+    for i in last:
+        logits[i] = logits[i].contiguous(memory_format=torch.channels_last)
+        deltas[i] = deltas[i].contiguous(memory_format=torch.channels_last)
+    both = torch.cat([logits[1], deltas[1]], 1)
+    logits[1], deltas[1] = both[:, :3], both[:, 3:]  # one head's output, split
+    logits[2] = logits[2].transpose(2, 3).contiguous().transpose(2, 3)
+    bases[0] = torch.cat([bases[0], bases[0]], 1)[:, :4]
+    wide = torch.stack([sizes(device)] * 2, 2)[..., 0]
+    actual = decode_proposals(logits, deltas, bases, STRIDES, wide, 30)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_runs_in_float32(device, need_kernel, dtype):
+    need_kernel("decode_proposals", device)
+    logits, deltas, bases = ([x.to(dtype) for x in part] for part in maps(device))
+    same = [[x.float() for x in part] for part in (logits, deltas, bases)]
+    actual = assert_equals_reference(logits, deltas, bases, STRIDES, sizes(device).to(dtype), 40)
+    expected = decode_proposals(*same, STRIDES, sizes(device).to(dtype), 40)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+@pytest.mark.parametrize("topk_on", ["sigmoid", "logits"])
+def test_double_logits_run_in_double(device, need_kernel, topk_on):
+    need_kernel("decode_proposals", device)
+    logits, deltas, bases = (doubles(part) for part in maps(device))
+    logits[0] += torch.rand_like(logits[0]) * 1e-9
+    actual = assert_equals_reference(logits, deltas, bases, STRIDES, sizes(device), 40, topk_on=topk_on)
+    assert [t.dtype for t in actual[:2]] == [torch.float64] * 2
+    close = one_level(device, [[1.0, 2, 3]])
+    args = [close[0][0].double() * 1e-14], doubles(close[1]), doubles(close[2])
+    boxes, *_ = decode_proposals(*args, [10], torch.tensor([[100, 100]], device=device), 1, topk_on=topk_on)
+    assert boxes[0, 0, 2] == 25  # the three are one number in float32's sigmoid
+
+
+@pytest.mark.parametrize("batch, shapes", [(0, SHAPES), (2, [(3, 4, 5), (3, 0, 5)]), (2, [(3, 0, 0)])])
+def test_no_images_and_empty_levels_equal_reference(device, need_kernel, batch, shapes):
+    need_kernel("decode_proposals", device)
+    for nms_pre in (0, 10):
+        assert_equals_reference(*maps(device, batch, shapes), [8] * len(shapes), sizes(device, batch), nms_pre)
+
+
+def test_proposals_carry_no_gradient(device):
+    logits, deltas, bases = maps(device)
+    logits = [x.requires_grad_() for x in logits]
+    deltas = [x.requires_grad_() for x in deltas]
+    out = decode_proposals(logits, deltas, bases, STRIDES, sizes(device), 10)
+    assert not any(t.requires_grad for t in out)
+
+
+def small(device):
+    return maps(device, 2, [(3, 4, 5), (3, 2, 3)])
+
+
+@pytest.mark.parametrize("nms_pre", [0, 5])
+def test_opcheck(device, nms_pre):
+    rules = [0.0] * 4, [1.0] * 4, 0.016, True, 0.0, False, False
+    args = *small(device), [8.0, 8.0, 16.0, 16.0], sizes(device, 2), nms_pre, *rules
+    torch.library.opcheck(torch.ops.fastrcnn.decode_proposals.default, args)
+
+
+class Propose(nn.Module):
+    def forward(self, logits, deltas, bases, image_sizes):
+        return decode_proposals(logits, deltas, bases, [8, (16, 12)], image_sizes, 7, topk_on="logits")
+
+
+def test_compiles_as_one_graph(device):
+    args = *small(device), sizes(device, 2)
+    torch._dynamo.reset()
+    compiled = torch.compile(Propose(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), Propose()(*args), rtol=0, atol=0)
+
+
+def test_exports(device):
+    args = *small(device), sizes(device, 2)
+    exported = torch.export.export(Propose(), args).module()
+    torch.testing.assert_close(exported(*args), Propose()(*args), rtol=0, atol=0)
+
+
+LOGITS, DELTAS, BASE = torch.zeros(1, 3, 2, 2), torch.zeros(1, 12, 2, 2), torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize(
+    "wrong, error, name",
+    [
+        ({"cls_logits": [LOGITS[0]]}, ValueError, "cls_logits"),
+        ({"cls_logits": [LOGITS.int()]}, TypeError, "cls_logits"),
+        ({"cls_logits": []}, ValueError, "cls_logits"),
+        ({"cls_logits": [LOGITS, LOGITS]}, ValueError, "bbox_deltas"),
+        ({"bbox_deltas": [DELTAS[:, :8]]}, ValueError, "bbox_deltas"),
+        ({"bbox_deltas": [DELTAS[..., :1]]}, ValueError, "bbox_deltas"),
+        ({"bbox_deltas": [DELTAS.int()]}, TypeError, "bbox_deltas"),
+        ({"bbox_deltas": [torch.zeros(1, 12, 2, 2, device="meta")]}, ValueError, "bbox_deltas"),
+        ({"base_anchors": [BASE[:, :3]]}, ValueError, "base_anchors"),
+        ({"base_anchors": [BASE[:2]]}, ValueError, "base_anchors"),
+        ({"base_anchors": [BASE.int()]}, TypeError, "base_anchors"),
+        ({"strides": [8, 16]}, ValueError, "strides"),
+        ({"strides": [(8, 8, 8)]}, ValueError, "strides"),
+        ({"image_sizes": torch.zeros(2, 2)}, ValueError, "image_sizes"),
+        ({"image_sizes": torch.zeros(1, 3)}, ValueError, "image_sizes"),
+        ({"image_sizes": [(10, 10)]}, TypeError, "image_sizes"),
+        ({"topk_on": "scores"}, ValueError, "topk_on"),
+        ({"score": "softmax"}, ValueError, "score"),
+        ({"means": (0, 0)}, ValueError, "means"),
+        ({"stds": (1, 1)}, ValueError, "stds"),
+        ({"wh_ratio_clip": 0}, ValueError, "wh_ratio_clip"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong, error, name):
+    right = {"cls_logits": [LOGITS], "bbox_deltas": [DELTAS], "base_anchors": [BASE], "strides": [8]}
+    right.update(image_sizes=torch.tensor([[20, 20]]), nms_pre=5)
+    decode_proposals(**right)
+    with pytest.raises(error, match=name):
+        decode_proposals(**{**right, **wrong})

@@ -1,0 +1,188 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.models.preprocess import DataPreprocessor, resize_opencv, resized_size
+from fastrcnn.models.profiles import IMAGENET_MEAN, IMAGENET_STD, PROFILES
+
+
+def cells(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """A rendered picture, uint8 [3, H, W]."""
+    return torch.from_numpy(render_cells(seed, height, width)[0]).permute(2, 0, 1).contiguous()
+
+
+def preprocessor(profile: str, min_size=192, max_size=256) -> DataPreprocessor:
+    return DataPreprocessor(PROFILES[profile], min_size, max_size)
+
+
+@pytest.mark.parametrize(
+    "size, mmdet, torchvision, detectron2",
+    [
+        ((480, 640), (800, 1067), (800, 1066), (800, 1067)),  # 1066.67
+        ((427, 640), (800, 1199), (800, 1199), (800, 1199)),  # 1199.06
+        ((500, 375), (1067, 800), (1066, 800), (1067, 800)),
+        ((333, 500), (800, 1201), (800, 1201), (800, 1201)),
+        ((400, 800), (667, 1333), (666, 1333), (667, 1333)),  # the long side decides
+        ((800, 800), (800, 800), (800, 800), (800, 800)),
+        ((2160, 3840), (750, 1333), (749, 1333), (750, 1333)),
+    ],
+)
+def test_sizes(size, mmdet, torchvision, detectron2):
+    assert resized_size(*size, 800, 1333, "opencv") == mmdet
+    assert resized_size(*size, 800, 1333, "interpolate") == torchvision
+    assert resized_size(*size, 800, 1333, "pillow") == detectron2
+
+
+def test_detectron2s_sizes_to_the_last_pixel():
+    def shortest_edge(height, width, short, longest):  # Detectron2's ResizeShortestEdge.get_output_shape
+        scale = short / min(height, width)
+        h, w = (float(short), scale * width) if height < width else (scale * height, float(short))
+        if max(h, w) > longest:
+            scale = longest * 1.0 / max(h, w)
+            h, w = h * scale, w * scale
+        return int(h + 0.5), int(w + 0.5)
+
+    sizes = [(h, w) for h in range(50, 1000, 6) for w in range(50, 1400, 6)]
+    wrong = [s for s in sizes if resized_size(*s, 800, 1333, "pillow") != shortest_edge(*s, 800, 1333)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("size", [(480, 640), (151, 333), (640, 480), (97, 61), (192, 256), (200, 200), (40, 500)])
+def test_torchvisions_batch_bit_for_bit(size, device):
+    image = cells(*size).to(device) / 255.0
+    transform = GeneralizedRCNNTransform(192, 256, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    expected, _ = transform([image])
+    batch, sizes, factors = preprocessor("torchvision")([image])
+    assert torch.equal(batch, expected.tensors)
+    assert sizes.tolist() == [list(s) for s in expected.image_sizes]
+    assert factors[0].tolist() == pytest.approx([sizes[0, 1].item() / size[1], sizes[0, 0].item() / size[0]])
+
+
+def test_torchvisions_mixed_batch_bit_for_bit():
+    images = [cells(h, w) / 255.0 for h, w in ((120, 160), (333, 200), (90, 240))]
+    expected, _ = GeneralizedRCNNTransform(192, 256, list(IMAGENET_MEAN), list(IMAGENET_STD))(images)
+    batch, sizes, _ = preprocessor("torchvision")(images)
+    assert torch.equal(batch, expected.tensors)
+    assert sizes.tolist() == [list(s) for s in expected.image_sizes]
+
+
+def resize_by_loops(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """OpenCV's 8-bit bilinear resize of [H, W] in Python's integers: weights of 11 bits; columns first, then rows. Beyond
+    the border the nearest column stands alone, while a row is counted with both weights."""
+
+    def tap(i, new, old):
+        at = np.float32((i + 0.5) * (1.0 / (new / old)) - 0.5)
+        low = math.floor(at)
+        return low, round(float((at - np.float32(low)) * np.float32(2048)))
+
+    old_height, old_width = image.shape
+    out = np.zeros((height, width), np.uint8)
+    for y in range(height):
+        y0, wy = tap(y, height, old_height)
+        rows = [int(np.clip(y0 + k, 0, old_height - 1)) for k in (0, 1)]
+        for x in range(width):
+            x0, wx = tap(x, width, old_width)
+            if x0 < 0 or x0 >= old_width - 1:
+                x0, wx = min(max(x0, 0), old_width - 1), 0
+            x1 = min(x0 + 1, old_width - 1)
+            a, b = (int(image[r, x0]) * (2048 - wx) + int(image[r, x1]) * wx for r in rows)
+            out[y, x] = (((a >> 4) * (2048 - wy) >> 16) + ((b >> 4) * wy >> 16) + 2) >> 2
+    return out
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [((5, 7), (9, 13)), ((1, 5), (3, 9)), ((2, 2), (7, 7)), ((12, 16), (6, 8)), ((13, 9), (6, 20)), ((40, 30), (17, 11))],
+)
+def test_resize_is_opencvs_bit_for_bit(old, new, device):
+    image = torch.randint(0, 256, (3, *old), dtype=torch.uint8)
+    expected = np.stack([resize_by_loops(channel.numpy(), *new) for channel in image])
+    np.testing.assert_array_equal(resize_opencv(image.to(device), new).cpu().numpy(), expected)
+
+
+def test_resize_known_values_of_opencv():
+    # cv2.resize(image, (5, 5)), OpenCV 5.0: a row on the border is cut off twice, so that 99 becomes 98.
+    image = torch.tensor([[[95, 130], [194, 217]]], dtype=torch.uint8)
+    expected = [[95, 98, 112, 126, 130], [105, 108, 122, 135, 138], [145, 147, 159, 170, 174]]
+    expected += [[184, 186, 196, 206, 208], [194, 196, 205, 215, 217]]
+    assert resize_opencv(image, (5, 5))[0].tolist() == expected
+
+
+def test_resizing_to_the_same_size_changes_nothing():
+    image = cells(64, 96)
+    assert torch.equal(resize_opencv(image, (64, 96)), image)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (151, 333), (97, 61)])
+def test_the_pillow_profile_resizes_as_pillow(size):
+    image = cells(*size)
+    batch, sizes, _ = preprocessor("detectron2")([image])
+    height, width = sizes[0].tolist()
+    bgr = batch[0, :, :height, :width] + torch.tensor(PROFILES["detectron2"].mean)[:, None, None]
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(picture)).permute(2, 0, 1).flip(0).float()
+    assert (bgr - expected).abs().max() < 1.01
+
+
+def test_mmdetections_values_by_hand():
+    image = cells(192, 256)  # already of the network's size
+    batch, _, _ = preprocessor("mmdet")([image])
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    expected = (image.float() - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(batch[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_caffe_input_is_bgr_without_a_deviation():
+    p = preprocessor("mmdet")
+    p.set_caffe()
+    image = cells(192, 256)
+    batch, _, _ = p([image])
+    expected = image.flip(0).float() - torch.tensor([103.53, 116.28, 123.675])[:, None, None]
+    torch.testing.assert_close(batch[0], expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("profile", ["mmdet", "detectron2", "torchvision"])
+def test_bytes_and_floats_agree(profile):
+    image = cells(97, 131)
+    a, b = preprocessor(profile)([image])[0], preprocessor(profile)([image / 255.0])[0]
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("profile", ["mmdet", "detectron2", "torchvision"])
+def test_padding_is_zero_and_follows_normalisation(profile):
+    batch, sizes, _ = preprocessor(profile)([cells(100, 120), cells(150, 80)])
+    assert batch.shape[2] % 32 == batch.shape[3] % 32 == 0
+    assert (batch.shape[2] - 32 < sizes[:, 0].max()) and (batch.shape[3] - 32 < sizes[:, 1].max())
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    for row, (height, width) in zip(batch, sizes.tolist()):
+        assert not row[:, height:].any() and not row[:, :, width:].any()
+        assert row[:, :height, :width].abs().min(0).values.max() > 0
+        assert row[:, height - 1, width - 1].any()
+
+
+def test_dtype_own_statistics_and_scale_factors():
+    p = DataPreprocessor(PROFILES["mmdet"], 64, 128, mean=(1.0, 2.0, 3.0), std=(2.0, 2.0, 4.0))
+    batch, sizes, factors = p([torch.full((3, 32, 64), 11, dtype=torch.uint8)], torch.bfloat16)
+    assert batch.dtype == torch.bfloat16 and sizes.tolist() == [[64, 128]]
+    assert batch[0, :, 0, 0].tolist() == [5.0, 4.5, 2.0]
+    assert factors.dtype == torch.float32 and factors.tolist() == [[2.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    "image, error",
+    [
+        (torch.zeros(1, 32, 32), ValueError),
+        (torch.zeros(3, 32), ValueError),
+        (torch.zeros(3, 0, 32), ValueError),
+        (np.zeros((3, 32, 32), np.float32), ValueError),
+        (torch.zeros(3, 32, 32, dtype=torch.int64), TypeError),
+    ],
+)
+def test_a_wrong_image_is_named(image, error):
+    with pytest.raises(error, match=r"images\[1\]"):
+        preprocessor("mmdet")([torch.zeros(3, 32, 32), image])
