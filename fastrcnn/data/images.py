@@ -25,7 +25,7 @@ def _decode(data: bytes, name: str) -> Tensor:
     try:
         image = decode_image(buffer, ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError as error:
-        return _decode_with_pillow(data, name, str(error).splitlines()[0])
+        return _decode_with_pillow(data, name, str(error).splitlines()[0].rsplit(", ", 1)[-1])
     if image.dtype != torch.uint8:  # 16-bit PNG
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image[0] if image.dim() == 4 else image  # the first frame of a GIF

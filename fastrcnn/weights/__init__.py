@@ -1,5 +1,12 @@
 """Checkpoints of MMDetection, torchvision and Detectron2, read into our models with the peer's own semantics."""
 
-from fastrcnn.weights.load import coco_address, infer_model, load_checkpoint, load_weights, model_metadata
+from fastrcnn.weights.load import (
+    coco_address,
+    export_weights,
+    infer_model,
+    load_checkpoint,
+    load_weights,
+    model_metadata,
+)
 
-__all__ = ["coco_address", "infer_model", "load_checkpoint", "load_weights", "model_metadata"]
+__all__ = ["coco_address", "export_weights", "infer_model", "load_checkpoint", "load_weights", "model_metadata"]

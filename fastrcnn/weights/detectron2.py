@@ -37,11 +37,46 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for pattern, replacement in _RULES:
             match = re.match(pattern, key)
             if match:
-                number = int(match[1]) if match[1].isdigit() else 0
+                number = int(match[1]) if match.lastindex and match[1].isdigit() else 0
                 replacement = replacement.replace("{L}", str(number - 1)).replace("{P}", str(number - 2))
                 new = match.expand(replacement.replace("{F}", str(number - 1)))
                 break
         out[new] = value
+    return out
+
+
+_EXPORT = [
+    (r"^backbone\.conv1\.weight$", "backbone.bottom_up.stem.conv1.weight"),
+    (r"^backbone\.bn1\.(.*)$", r"backbone.bottom_up.stem.conv1.norm.\1"),
+    (r"^backbone\.layer(\d)\.(\d+)\.conv(\d)\.weight$", r"backbone.bottom_up.res{+1}.\2.conv\3.weight"),
+    (r"^backbone\.layer(\d)\.(\d+)\.bn(\d)\.(.*)$", r"backbone.bottom_up.res{+1}.\2.conv\3.norm.\4"),
+    (r"^backbone\.layer(\d)\.(\d+)\.downsample\.0\.weight$", r"backbone.bottom_up.res{+1}.\2.shortcut.weight"),
+    (r"^backbone\.layer(\d)\.(\d+)\.downsample\.1\.(.*)$", r"backbone.bottom_up.res{+1}.\2.shortcut.norm.\3"),
+    (r"^neck\.lateral_convs\.(\d)\.conv\.(.*)$", r"backbone.fpn_lateral{+2}.\2"),
+    (r"^neck\.fpn_convs\.(\d)\.conv\.(.*)$", r"backbone.fpn_output{+2}.\2"),
+    (r"^rpn_head\.rpn_conv\.(weight|bias)$", r"proposal_generator.rpn_head.conv.\1"),
+    (r"^rpn_head\.rpn_cls\.(.*)$", r"proposal_generator.rpn_head.objectness_logits.\1"),
+    (r"^rpn_head\.rpn_reg\.(.*)$", r"proposal_generator.rpn_head.anchor_deltas.\1"),
+    (r"^roi_head\.bbox_head\.shared_fcs\.(\d)\.(.*)$", r"roi_heads.box_head.fc{+1}.\2"),
+    (r"^roi_head\.bbox_head\.fc_cls\.(.*)$", r"roi_heads.box_predictor.cls_score.\1"),
+    (r"^roi_head\.bbox_head\.fc_reg\.(.*)$", r"roi_heads.box_predictor.bbox_pred.\1"),
+]
+
+
+def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict in Detectron2's keys from one in ours. Raises ValueError for a key it has no place for."""
+    out = {}
+    for key, value in state.items():
+        if key.endswith("num_batches_tracked"):
+            continue  # Detectron2's frozen norms do not count
+        for pattern, replacement in _EXPORT:
+            match = re.match(pattern, key)
+            if match:
+                shifted = re.sub(r"\{\+(\d)\}", lambda m, n=match: str(int(n[1]) + int(m[1])), replacement)
+                out[match.expand(shifted)] = value
+                break
+        else:
+            raise ValueError(f"Detectron2's Faster R-CNN has no place for {key}")
     return out
 
 

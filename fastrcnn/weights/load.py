@@ -150,6 +150,21 @@ def _set_style(backbone: nn.Module, style: str) -> None:
             block.conv1.stride, block.conv2.stride = first, second
 
 
+def export_weights(model: FasterRCNN, peer: str) -> dict[str, Tensor]:
+    """The model's state dict in the keys of "mmdet", "torchvision" or "detectron2", for `load_state_dict` there.
+
+    The weights give the same detections there only where the model follows that peer's profile, so another one is
+    refused: ValueError. So is a key that the peer's own models have no place for.
+    """
+    if peer not in PEERS:
+        raise ValueError(f"peer: expected one of {', '.join(PEERS)}, got {peer!r}")
+    if model.profile.name != peer:
+        raise ValueError(
+            f"the model follows the profile {model.profile.name!r}: its weights would give other boxes in {peer}"
+        )
+    return PEERS[peer].export({k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
+
+
 def model_metadata(name: str, model: FasterRCNN, overrides: dict) -> dict[str, str]:
     """What `infer_model` reads back from a safetensors file of ours."""
     names = "\n".join(model.class_names or [])

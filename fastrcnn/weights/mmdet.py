@@ -21,6 +21,11 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """MMDetection's keys are ours."""
+    return dict(state)
+
+
 def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
     """What the checkpoint's own configuration text says about the input: the caffe style of its backbone."""
     text = str(meta.get("cfg") or meta.get("config") or "")

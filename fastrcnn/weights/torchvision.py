@@ -53,6 +53,45 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+_EXPORT = [
+    (r"^backbone\.(.*)$", r"backbone.body.\1"),
+    (r"^neck\.lateral_convs\.(\d+)\.conv\.(.*)$", r"backbone.fpn.inner_blocks.\1.0.\2"),
+    (r"^neck\.lateral_convs\.(\d+)\.bn\.(.*)$", r"backbone.fpn.inner_blocks.\1.1.\2"),
+    (r"^neck\.fpn_convs\.(\d+)\.conv\.(.*)$", r"backbone.fpn.layer_blocks.\1.0.\2"),
+    (r"^neck\.fpn_convs\.(\d+)\.bn\.(.*)$", r"backbone.fpn.layer_blocks.\1.1.\2"),
+    (r"^rpn_head\.rpn_conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
+    (r"^rpn_head\.rpn_conv\.(\d+)\.conv\.(.*)$", r"rpn.head.conv.\1.0.\2"),
+    (r"^rpn_head\.rpn_cls\.(.*)$", r"rpn.head.cls_logits.\1"),
+    (r"^rpn_head\.rpn_reg\.(.*)$", r"rpn.head.bbox_pred.\1"),
+    (r"^roi_head\.bbox_head\.shared_convs\.(\d+)\.conv\.(.*)$", r"roi_heads.box_head.\1.0.\2"),
+    (r"^roi_head\.bbox_head\.shared_convs\.(\d+)\.bn\.(.*)$", r"roi_heads.box_head.\1.1.\2"),
+    (r"^roi_head\.bbox_head\.fc_cls\.(.*)$", r"roi_heads.box_predictor.cls_score.\1"),
+    (r"^roi_head\.bbox_head\.fc_reg\.(.*)$", r"roi_heads.box_predictor.bbox_pred.\1"),
+]
+
+
+def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict in torchvision's keys from one in ours: the background moves to the front and gets box regression of 0,
+    which torchvision never reads. Raises ValueError for a key that torchvision's models have no place for."""
+    v2 = "roi_head.bbox_head.shared_convs.0.conv.weight" in state
+    fcs = {"0": "5"} if v2 else {"0": "fc6", "1": "fc7"}
+    out = {}
+    for key, value in state.items():
+        fc = re.match(r"^roi_head\.bbox_head\.shared_fcs\.(\d)\.(.*)$", key)
+        if fc and fc[1] in fcs:
+            new = f"roi_heads.box_head.{fcs[fc[1]]}.{fc[2]}"
+        else:
+            new = next((re.sub(p, r, key) for p, r in _EXPORT if re.match(p, key)), None)
+        if new is None:
+            raise ValueError(f"torchvision's Faster R-CNN has no place for {key}")
+        if key.startswith("roi_head.bbox_head.fc_cls."):
+            value = torch.cat([value[-1:], value[:-1]])
+        elif key.startswith("roi_head.bbox_head.fc_reg."):
+            value = torch.cat([torch.zeros_like(value[:4]), value])
+        out[new] = value
+    return out
+
+
 def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
     """torchvision sets eps = 0 in the frozen norms of its published COCO weights. A frozen norm, unlike BatchNorm2d, has
     no num_batches_tracked; the eps itself is not in the file."""
