@@ -17,7 +17,11 @@ def proposals(images, args, rates):
     height, width = (800, 1344) if not args.quick else (128, 192)
     g = torch.Generator().manual_seed(0)
     sizes = [(-(-height // s), -(-width // s)) for s in (4, 8, 16, 32, 64)]
-    logits = [torch.randn(images, 3, h, w, generator=g).to(args.device) * 3 for h, w in sizes]
+    # Distinct logits: where they tie, torch.topk may keep either.
+    logits = [
+        torch.stack([torch.randperm(3 * h * w, generator=g) for _ in range(images)]).view(images, 3, h, w) for h, w in sizes
+    ]
+    logits = [(x / x[0].numel() * 16 - 12).to(args.device) for x in logits]
     deltas = [torch.randn(images, 12, h, w, generator=g).to(args.device) * 0.3 for h, w in sizes]
     generator = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
     rpn = RegionProposalNetwork(generator, None, 0.7, 0.3, 256, 0.5, dict(training=2000, testing=1000),

@@ -1,25 +1,37 @@
 // Box regression deltas -> boxes (Girshick et al., R-CNN, 2014, appendix C), clipped to each image's own size.
 #include "box_math.h"
 
+#include <algorithm>
+
 namespace fastrcnn {
 namespace {
 
-// One anchor, its `classes` quadruples of deltas: the loop over anchors of a thread's share.
+template <class T>
+HOST_DEVICE Box<T> decode_one(const Box<T>& anchor, const T* d, const T* hw, const DeltaCoder<T>& coder) {
+  const Box<T> b = decode(anchor, d[0], d[1], d[2], d[3], coder);
+  return hw == nullptr ? b : clip(b, hw[0], hw[1]);
+}
+
+// A thread's share of the anchors. SIMD lanes run along memory: over the classes of an anchor, or over the anchors.
 template <class T>
 HOST_DEVICE void decode_range_body(const Box<T>* anchors, const T* deltas, const T* max_shape, int64_t first,
                                    int64_t last, int64_t per_image, int64_t classes, const DeltaCoder<T>& coder,
                                    Box<T>* out) {
-  for (int64_t c = 0; c < classes; ++c) {
+  while (first < last) {
+    const int64_t image = first / per_image, end = std::min(last, (image + 1) * per_image);
+    const T* hw = max_shape == nullptr ? nullptr : max_shape + image * 2;
+    if (classes == 1) {
 #pragma omp simd
-    for (int64_t i = first; i < last; ++i) {
-      const T* d = deltas + (i * classes + c) * 4;
-      Box<T> b = decode(anchors[i], d[0], d[1], d[2], d[3], coder);
-      if (max_shape != nullptr) {
-        const T* hw = max_shape + i / per_image * 2;
-        b = clip(b, hw[0], hw[1]);
+      for (int64_t i = first; i < end; ++i) out[i] = decode_one(anchors[i], deltas + i * 4, hw, coder);
+    } else {
+      for (int64_t i = first; i < end; ++i) {
+        const Box<T> anchor = anchors[i];
+#pragma omp simd
+        for (int64_t c = i * classes; c < (i + 1) * classes; ++c)
+          out[c] = decode_one(anchor, deltas + c * 4, hw, coder);
       }
-      out[i * classes + c] = b;
     }
+    first = end;
   }
 }
 

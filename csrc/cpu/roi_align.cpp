@@ -33,15 +33,19 @@ HOST_DEVICE void forward_bin_body(const F* map, int64_t stride_h, int64_t stride
   }
 }
 
+// kPlanes planes go side by side: their cache misses overlap, and a tap's offset and weight are read once for all.
 template <class T, class F>
 HOST_DEVICE void forward_planes_body(const F* map, int64_t stride_c, const int64_t* offset, const T* weight,
                                      const int* begin, int64_t bins, int64_t channels, F* out) {
-  for (int64_t c = 0; c < channels; ++c) {
-    const F* plane = map + c * stride_c;
+  for (int64_t c0 = 0; c0 < channels; c0 += kPlanes) {
+    const F* plane[kPlanes];
+    for (int64_t u = 0; u < kPlanes; ++u) plane[u] = map + std::min(c0 + u, channels - 1) * stride_c;
+    const int64_t planes = std::min(kPlanes, channels - c0);
     for (int64_t b = 0; b < bins; ++b) {
-      T sum = T(0);
-      for (int k = begin[b]; k < begin[b + 1]; ++k) sum += weight[k] * static_cast<T>(plane[offset[k]]);
-      out[c * bins + b] = static_cast<F>(sum);
+      T sum[kPlanes] = {};
+      for (int k = begin[b]; k < begin[b + 1]; ++k)
+        for (int64_t u = 0; u < kPlanes; ++u) sum[u] += weight[k] * static_cast<T>(plane[u][offset[k]]);
+      for (int64_t u = 0; u < planes; ++u) out[(c0 + u) * bins + b] = static_cast<F>(sum[u]);
     }
   }
 }

@@ -87,6 +87,8 @@ struct RoiTaps {
   }
 };
 
+constexpr int64_t kPlanes = 8;  // NCHW planes worked on together
+
 // A RoI's pixels as offsets into a plane, bin after bin: the same for each of the planes.
 template <class T>
 struct PlaneTaps {

@@ -20,15 +20,25 @@ HOST_DEVICE void backward_bin_body(T* map, int64_t stride_h, int64_t stride_w, c
   }
 }
 
+// kPlanes planes go side by side, as in the forward pass.
 template <class T, class F>
 HOST_DEVICE void backward_planes_body(T* map, int64_t stride_c, const int64_t* offset, const T* weight,
                                       const int* begin, int64_t bins, int64_t channels, const F* grad_out,
                                       int64_t grad_stride_c, int64_t grad_stride_bin) {
-  for (int64_t c = 0; c < channels; ++c) {
-    T* plane = map + c * stride_c;
+  for (int64_t c0 = 0; c0 < channels; c0 += kPlanes) {
+    const int64_t planes = std::min(kPlanes, channels - c0);
     for (int64_t b = 0; b < bins; ++b) {
-      const T g = static_cast<T>(grad_out[c * grad_stride_c + b * grad_stride_bin]);
-      for (int k = begin[b]; k < begin[b + 1]; ++k) plane[offset[k]] += weight[k] * g;
+      T g[kPlanes];
+      for (int64_t u = 0; u < planes; ++u)
+        g[u] = static_cast<T>(grad_out[(c0 + u) * grad_stride_c + b * grad_stride_bin]);
+      for (int k = begin[b]; k < begin[b + 1]; ++k) {
+        T* at = map + c0 * stride_c + offset[k];
+        if (planes == kPlanes) {
+          for (int64_t u = 0; u < kPlanes; ++u) at[u * stride_c] += weight[k] * g[u];
+        } else {
+          for (int64_t u = 0; u < planes; ++u) at[u * stride_c] += weight[k] * g[u];
+        }
+      }
     }
   }
 }
