@@ -19,7 +19,8 @@ def proposals(images, args, rates):
     sizes = [(-(-height // s), -(-width // s)) for s in (4, 8, 16, 32, 64)]
     # Distinct logits: where they tie, torch.topk may keep either.
     logits = [
-        torch.stack([torch.randperm(3 * h * w, generator=g) for _ in range(images)]).view(images, 3, h, w) for h, w in sizes
+        torch.stack([torch.randperm(3 * h * w, generator=g) for _ in range(images)]).view(images, 3, h, w)
+        for h, w in sizes
     ]
     logits = [(x / x[0].numel() * 16 - 12).to(args.device) for x in logits]
     deltas = [torch.randn(images, 12, h, w, generator=g).to(args.device) * 0.3 for h, w in sizes]

@@ -55,9 +55,9 @@ def _target(out: Path, source: str, taken: set[Path]) -> Path:
     name = Path(source.split("?")[0])
     suffix = ".jpg" if name.suffix.lower() in (".jpg", ".jpeg") else ".png"
     path, n = out / f"{name.stem}{suffix}", 2
-    while path in taken or path.resolve() == Path(source).resolve():
+    while path.resolve() in taken:
         path, n = out / f"{name.stem}_{n}{suffix}", n + 1
-    taken.add(path)
+    taken.add(path.resolve())
     return path
 
 
@@ -75,7 +75,7 @@ def _run(detector, sources: list[str], out: Path, classes: set[int] | None, batc
     import torch
 
     out.mkdir(parents=True, exist_ok=True)
-    images, annotations, failed, objects, taken = {}, {}, 0, Counter(), set()
+    images, annotations, failed, objects, taken = {}, {}, 0, Counter(), {Path(s).resolve() for s in sources}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         with Progress(*columns, console=err, transient=True, disable=len(sources) < 2) as progress:
@@ -251,6 +251,8 @@ def train(
         net = faster_rcnn(model, len(dataset.class_names), **overrides).to(_device(device))
         if weights:
             load_weights(net, weights)
+        for target in dataset.targets:
+            target["labels"] = target["labels"] + net.profile.label_offset
         net = run(net, dataset, epochs, batch, lr, log=console.print)
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)

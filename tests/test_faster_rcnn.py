@@ -145,7 +145,9 @@ def tiny(profile="mmdet", **more):
 
 def targets_of(profile: str, n: int = 2) -> list[dict]:
     first = PROFILES[profile].label_offset
-    one = dict(boxes=torch.tensor([[5.0, 8.0, 40.0, 50.0], [30.0, 10.0, 80.0, 60.0]]), labels=torch.tensor([0, 2]) + first)
+    one = dict(
+        boxes=torch.tensor([[5.0, 8.0, 40.0, 50.0], [30.0, 10.0, 80.0, 60.0]]), labels=torch.tensor([0, 2]) + first
+    )
     return [one] * n
 
 
@@ -237,7 +239,7 @@ def test_predict_and_proposals_shapes():
     small, large = model.predict(batch, sizes), model.predict(batch, sizes, factors)
     for s, o, (height, width) in zip(small, large, ((128, 160), (96, 96))):
         assert o["boxes"].shape == (100, 4) and o["scores"].shape == o["labels"].shape == (100,)
-        assert o["labels"].dtype == torch.int64 and 0 <= o["labels"].min() and o["labels"].max() <= 2
+        assert o["labels"].dtype == torch.int64 and o["labels"].min() >= 0 and o["labels"].max() <= 2
         assert o["boxes"][:, 2].max() <= width + 1e-3 and o["boxes"][:, 3].max() <= height + 1e-3
         assert s["boxes"].max() < o["boxes"].max()
     assert len(model.predict(batch, sizes.tolist(), factors.tolist())) == 2

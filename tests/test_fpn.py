@@ -40,7 +40,9 @@ def test_equals_torchvision(device):
     renamed = {}
     for key, value in theirs.state_dict().items():
         kind, i, _, parameter = key.split(".")
-        renamed[f"{ {'inner_blocks': 'lateral_convs', 'layer_blocks': 'fpn_convs'}[kind] }.{i}.conv.{parameter}"] = value
+        renamed[f"{ {'inner_blocks': 'lateral_convs', 'layer_blocks': 'fpn_convs'}[kind] }.{i}.conv.{parameter}"] = (
+            value
+        )
     ours.load_state_dict(renamed, strict=True)
     maps = feature_maps(device)
     with torch.no_grad():

@@ -97,7 +97,14 @@ def resize_by_loops(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "old, new",
-    [((5, 7), (9, 13)), ((1, 5), (3, 9)), ((2, 2), (7, 7)), ((12, 16), (6, 8)), ((13, 9), (6, 20)), ((40, 30), (17, 11))],
+    [
+        ((5, 7), (9, 13)),
+        ((1, 5), (3, 9)),
+        ((2, 2), (7, 7)),
+        ((12, 16), (6, 8)),
+        ((13, 9), (6, 20)),
+        ((40, 30), (17, 11)),
+    ],
 )
 def test_resize_is_opencvs_bit_for_bit(old, new, device):
     image = torch.randint(0, 256, (3, *old), dtype=torch.uint8)
@@ -138,9 +145,8 @@ def test_mmdetections_values_by_hand():
 
 
 def test_the_caffe_input_is_bgr_without_a_deviation():
-    p = preprocessor("mmdet")
-    p.set_caffe()
-    image = cells(192, 256)
+    caffe = dict(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
+    p, image = DataPreprocessor(PROFILES["mmdet"], 192, 256, **caffe), cells(192, 256)
     batch, _, _ = p([image])
     expected = image.flip(0).float() - torch.tensor([103.53, 116.28, 123.675])[:, None, None]
     torch.testing.assert_close(batch[0], expected, rtol=1e-6, atol=1e-4)

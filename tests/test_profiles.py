@@ -62,7 +62,7 @@ def test_torchvisions_least_proposal_is_a_thousandth_of_a_pixel():
 
 
 def test_an_unknown_profile_is_refused_and_the_known_ones_are_constant():
-    with pytest.raises(ValueError, match="profile.*mmdet.*torchvision.*detectron2.*caffe2"):
+    with pytest.raises(ValueError, match=r"profile.*mmdet.*torchvision.*detectron2.*caffe2"):
         get_profile("caffe2")
     with pytest.raises(FrozenInstanceError):
         get_profile("mmdet").aligned = False
@@ -80,7 +80,7 @@ def state_of(model) -> dict:
         assigner=rpn.train_cfg["assigner"]["min_pos_iou"],
         proposals=(model.rpn_proposal["nms_pre"], model.rpn_proposal["max_per_img"]),
         statistics=(model.data_preprocessor.mean, model.data_preprocessor.std),
-        anchors=[a.tolist() for n, a in rpn.named_buffers() if "anchors" in n],
+        anchors=[a.tolist() for a in rpn._base_anchors(torch.device("cpu"))],
     )
 
 

@@ -100,9 +100,7 @@ def test_losses_by_hand_with_one_positive(profile, cls_factor, box_factor):
     deltas[0, :, 1, 2] = torch.tensor([0.5, 0.0, 0.05, 0.0])
     target = [dict(boxes=torch.tensor([[48.0, 16.0, 80.0, 48.0]]))]  # the last anchor exactly
     cls, box = head.loss([logits], [deltas], torch.tensor([[64, 96]]), (64, 96), target)
-    expected = F.binary_cross_entropy_with_logits(
-        logits.flatten(), torch.tensor([0.0, 0, 0, 0, 0, 1]), reduction="sum"
-    )
+    expected = F.binary_cross_entropy_with_logits(logits.flatten(), torch.tensor([0.0, 0, 0, 0, 0, 1]), reduction="sum")
     assert cls.item() == pytest.approx(expected.item() / cls_factor, rel=1e-5)
     beta = 1 / 9
     moved = (0.5 - beta / 2) + 0.5 * 0.05**2 / beta if profile == "torchvision" else 0.55
@@ -126,7 +124,9 @@ def test_an_image_without_objects_counts_one_positive_in_mmdetection_only(profil
 @pytest.mark.parametrize("profile, positives", [("mmdet", 0), ("torchvision", 6), ("detectron2", 6)])
 def test_an_object_that_overlaps_no_anchor(profile, positives):
     # MMDetection's floor on the best IoU leaves it out; the others' low-quality rule takes every anchor of IoU 0.
-    head = one_level(profile, assigner=dict(pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=PROFILES[profile].min_pos_iou))
+    head = one_level(
+        profile, assigner=dict(pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=PROFILES[profile].min_pos_iou)
+    )
     logits = torch.full((1, 1, 2, 3), 2.0, requires_grad=True)
     target = [dict(boxes=torch.tensor([[200.0, 200.0, 220.0, 220.0]]))]
     cls, _ = head.loss([logits], [torch.zeros(1, 4, 2, 3)], torch.tensor([[64, 96]]), (64, 96), target)

@@ -3,7 +3,6 @@
 #include "box_math.h"
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
 #include <utility>
 
@@ -73,21 +72,19 @@ std::vector<int64_t> top_k(const std::vector<K>& keys, int64_t k) {
     if (keys[i] >= lowest) candidates.emplace_back(keys[i], -static_cast<int64_t>(i));
   const auto end = candidates.begin() + std::min<int64_t>(k, candidates.size());
   std::partial_sort(candidates.begin(), end, candidates.end(), std::greater<>());
-  std::vector<int64_t> indices;
-  for (auto it = candidates.begin(); it != end; ++it) indices.push_back(-it->second);
+  std::vector<int64_t> indices(end - candidates.begin());
+  std::transform(candidates.begin(), end, indices.begin(), [](const auto& c) { return -c.second; });
   return indices;
 }
-
-template <class T>
-struct Rows {
-  T* boxes;         // [K, 4]
-  T* scores;        // [K]
-  int64_t* levels;  // [K]
-};
 
 struct Filter {
   double min_size;
   bool topk_on_logits, return_logits;
+};
+template <class T>
+struct Rows {
+  T *boxes, *scores;  // [K, 4], [K]
+  int64_t* levels;    // [K]
 };
 
 // One image, one level: writes the surviving rows and returns how many there are.
@@ -159,10 +156,9 @@ Outputs run(const Inputs& in, ScalarType dtype, const DeltaCoder<T>& coder, cons
       memmove(to.levels, from.levels, n * sizeof(int64_t));
       row += n;
     }
-    const Rows<T> rest = rows_at(image, row);
-    std::fill_n(rest.boxes, (total - row) * 4, T(0));
-    std::fill_n(rest.scores, total - row, T(0));
-    std::fill_n(rest.levels, total - row, int64_t{-1});
+    std::fill_n(rows_at(image, row).boxes, (total - row) * 4, T(0));
+    std::fill_n(rows_at(image, row).scores, total - row, T(0));
+    std::fill_n(rows_at(image, row).levels, total - row, int64_t{-1});
     counts.mutable_data_ptr<int64_t>()[image] = row;
   }
   return {boxes, scores, level_ids, counts};

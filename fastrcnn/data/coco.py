@@ -17,9 +17,15 @@ def apply(transforms, image: Tensor, target: dict) -> tuple[Tensor, dict]:
 
     size = image.shape[-2:]
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
-    image, moved = transforms(tv_tensors.Image(image), {"boxes": boxes, "labels": target["labels"]})
+    given = {"boxes": boxes, "labels": target["labels"]}
+    if "ignore_boxes" in target:
+        given["ignore_boxes"] = tv_tensors.BoundingBoxes(target["ignore_boxes"], format="XYXY", canvas_size=size)
+    image, moved = transforms(tv_tensors.Image(image), given)
+    ignored = moved.pop("ignore_boxes", None)
     moved = v2.SanitizeBoundingBoxes()(moved) if len(moved["boxes"]) else moved
     out = {**target, "boxes": moved["boxes"].as_subclass(Tensor), "labels": moved["labels"]}
+    if ignored is not None:
+        out["ignore_boxes"] = v2.functional.clamp_bounding_boxes(ignored).as_subclass(Tensor)
     return image.as_subclass(Tensor), out
 
 

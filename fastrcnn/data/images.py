@@ -72,6 +72,9 @@ def as_image(source, name: str = "image") -> Tensor:
     if isinstance(source, str | Path):
         return read_image(source)
     if hasattr(source, "convert") and hasattr(source, "getexif"):  # a PIL image, without importing PIL
+        if source.mode.startswith("I;16"):
+            source = (np.array(source) >> 8).astype(np.uint8)
+            return as_image(source, name)
         source = np.array(source.convert("RGB"))
     if isinstance(source, np.ndarray):
         array = source[..., None].repeat(3, -1) if source.ndim == 2 else source

@@ -54,6 +54,7 @@ class FasterRCNN(nn.Module):
         self.rpn_proposal = {**self.rpn_head.test_cfg, "nms_pre": 2000, "max_per_img": self.profile.rpn_post_nms_train}
         self.rpn_proposal.update(train_cfg.get("rpn_proposal") or {})
         self.class_names: list[str] | None = None
+        self.built_with = self.profile.name, self.peer_options()
 
     @property
     def num_classes(self) -> int:
@@ -76,6 +77,23 @@ class FasterRCNN(nn.Module):
         assigner = {**self.rpn_head.train_cfg["assigner"], "min_pos_iou": p.min_pos_iou}
         self.rpn_head.train_cfg = {**self.rpn_head.train_cfg, "assigner": assigner}
         self.rpn_proposal["max_per_img"] = p.rpn_post_nms_train
+
+    def peer_options(self) -> dict:
+        """What a checkpoint decides beside its profile: the backbone's style, its norms' epsilon, the pixel statistics."""
+        p = self.data_preprocessor
+        options: dict = dict(data_preprocessor=dict(mean=p.mean, std=p.std, bgr_to_rgb=not p.bgr))
+        if isinstance(self.backbone, ResNet):
+            options["style"] = self.backbone.style
+        eps = [m.eps for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return {**options, "norm_eps": eps[0]} if eps else options
+
+    def set_peer_options(self, data_preprocessor: dict | None = None, style: str | None = None, norm_eps=None) -> None:
+        self.data_preprocessor.set_profile(self.profile, **(data_preprocessor or {}))
+        if style is not None and isinstance(self.backbone, ResNet):
+            self.backbone.set_style(style)
+        for m in self.backbone.modules() if norm_eps is not None else ():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.eps = norm_eps
 
     def extract_feat(self, batch: Tensor) -> tuple[Tensor, ...]:
         """batch [B, 3, H, W], normalised and padded -> the maps of the neck (or backbone), finest first."""

@@ -20,27 +20,29 @@ def resized_size(height: int, width: int, min_size: int, max_size: int, resize: 
     scale = min_size / min(height, width)
     new = (min_size, scale * width) if height < width else (scale * height, min_size)
     if max(new) > max_size:
-        new = tuple(v * max_size / max(new) for v in new)
+        scale = max_size / max(new)
+        new = tuple(v * scale for v in new)
     return int(new[0] + 0.5), int(new[1] + 0.5)
 
 
-def _opencv_taps(size: int, new: int, device) -> tuple[Tensor, Tensor, Tensor]:
+def _opencv_taps(size: int, new: int, device, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Neighbours and the 11-bit weight of the second, for one axis of OpenCV's 8-bit bilinear resize."""
-    at = ((torch.arange(new, dtype=torch.float64) + 0.5) * (size / new) - 0.5).float()
+    at = ((torch.arange(new, dtype=torch.float64) + 0.5) * (1.0 / (new / size)) - 0.5).float()
     low = torch.floor(at)
     frac = at - low
-    frac[(low < 0) | (low >= size - 1)] = 0.0
-    low = low.long().clamp(0, size - 1)
+    if columns:
+        frac[(low < 0) | (low >= size - 1)] = 0.0
+    low = low.long()
     weight = torch.round(frac * 2048).to(torch.int32)
-    return low.to(device), (low + 1).clamp(max=size - 1).to(device), weight.to(device)
+    return low.clamp(0, size - 1).to(device), (low + 1).clamp(0, size - 1).to(device), weight.to(device)
 
 
 def resize_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
     """cv2.resize(..., INTER_LINEAR) on uint8 [C, H, W], bit for bit: 11-bit weights, and 32-bit sums rounded twice."""
     if tuple(image.shape[1:]) == tuple(size):
         return image
-    x0, x1, wx = _opencv_taps(image.shape[2], size[1], image.device)
-    y0, y1, wy = _opencv_taps(image.shape[1], size[0], image.device)
+    x0, x1, wx = _opencv_taps(image.shape[2], size[1], image.device, True)
+    y0, y1, wy = _opencv_taps(image.shape[1], size[0], image.device, False)
     rows = image.to(torch.int32)
     rows = rows[:, :, x0] * (2048 - wx) + rows[:, :, x1] * wx  # [C, H, new_w], scaled by 2^11
     rows >>= 4

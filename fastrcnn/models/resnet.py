@@ -158,6 +158,7 @@ class ResNet(nn.Module):
             raise ValueError(f"frozen_stages: expected -1..{num_stages}, got {frozen_stages}")
         block, num_blocks = self.arch_settings[depth]
         self.depth, self.out_indices, self.deep_stem = depth, tuple(out_indices), deep_stem
+        self.style = style
         self.frozen_stages, self.norm_eval, self.zero_init_residual = frozen_stages, norm_eval, zero_init_residual
         inplanes = stem_channels or base_channels
         self._make_stem(in_channels, inplanes, conv_cfg, norm_cfg)
@@ -191,6 +192,14 @@ class ResNet(nn.Module):
             self.norm1_name, norm1 = build_norm(norm_cfg, channels, 1)
             self.add_module(self.norm1_name, norm1)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
+
+    def set_style(self, style: str) -> None:
+        """Moves each stage's stride to the 3x3 ("pytorch") or the first 1x1 ("caffe") of its first bottleneck."""
+        self.style = style
+        for block in self.modules():
+            if isinstance(block, Bottleneck):
+                strides = (1, 1), max(block.conv1.stride, block.conv2.stride)
+                block.conv1.stride, block.conv2.stride = strides if style == "pytorch" else strides[::-1]
 
     def norm_pairs(self):
         if self.deep_stem:

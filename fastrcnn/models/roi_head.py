@@ -307,7 +307,7 @@ class StandardRoIHead(nn.Module):
         row, label = (scores > cfg["score_thr"]).nonzero(as_tuple=True)
         column = torch.zeros_like(label) if self.bbox_head.reg_class_agnostic else label
         boxes = self.bbox_head.bbox_coder.decode(
-            rois[row], deltas.view(len(deltas), -1, 4)[row, column], image_size.float()
+            rois[row], deltas.unflatten(1, (-1, 4))[row, column], image_size.float()
         )
         scores = scores[row, label]
         factor = None if scale is None else (1.0 / scale).repeat(2)

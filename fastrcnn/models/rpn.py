@@ -74,9 +74,14 @@ class RPNHead(nn.Module):
     def set_profile(self, profile: str | Profile) -> None:
         self.profile = get_profile(profile) if isinstance(profile, str) else profile
         self.bbox_coder.symmetric_clip = self.profile.symmetric_clip
-        # Buffers, so that they follow the module to its device; not in the state dict, as in MMDetection.
-        for i, base in enumerate(self.anchor_generator.base_anchors(self.profile.round_anchors)):
-            self.register_buffer(f"_base_anchors{i}", base.to(self.rpn_cls.weight.device), persistent=False)
+        self._base_by_device: dict[torch.device, list[Tensor]] = {}
+
+    def _base_anchors(self, device: torch.device) -> list[Tensor]:
+        """Base anchors [A, 4] a level, in float32 whatever the weights are, copied to each device once."""
+        if device not in self._base_by_device:
+            base = self.anchor_generator.base_anchors(self.profile.round_anchors)
+            self._base_by_device[device] = [b.to(device) for b in base]
+        return self._base_by_device[device]
 
     def init_weights(self) -> None:
         for m in self.modules():
@@ -109,7 +114,7 @@ class RPNHead(nn.Module):
         if cfg["nms"].get("type", "nms") != "nms":
             raise ValueError(f"rpn nms: expected type 'nms', got {cfg['nms']}")
         strides = self.anchor_generator.level_strides([x.shape[2:] for x in logits], self._grid_shape(batch_shape))
-        base = [getattr(self, f"_base_anchors{i}").float() for i in range(len(logits))]
+        base = self._base_anchors(logits[0].device)
         boxes, scores, levels, counts = decode_proposals(
             logits, deltas, base, strides, image_sizes, cfg["nms_pre"], self.bbox_coder.means, self.bbox_coder.stds,
             symmetric_clip=p.symmetric_clip, min_size=max(p.rpn_min_size, cfg["min_bbox_size"]), topk_on=p.rpn_topk_on,

@@ -68,6 +68,8 @@ def _read_pth(path: Path):
         with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "global" not in str(error).lower():
+            raise ValueError(f"{path}: not a readable PyTorch checkpoint") from None
         reason = str(error).split("\n\n")[0].splitlines()
         detail = next((line.strip() for line in reason if "global" in line.lower()), reason[0] if reason else "")
         raise ValueError(
@@ -75,7 +77,8 @@ def _read_pth(path: Path):
             f"where it was written: torch.save({{'state_dict': model.state_dict()}}, path)"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or ["it ends early"])[0]
+        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({reason})") from None
 
 
 def _read_pkl(path: Path):

@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrcnn.models import FasterRCNN, faster_rcnn
-from fastrcnn.models.resnet import Bottleneck
+from fastrcnn.models.zoo import merge
 from fastrcnn.weights import detectron2, files, mmdet, torchvision
 
 # torchvision's own addresses; the file names end in the first digits of their SHA-256.
@@ -127,27 +127,16 @@ def _apply(model, state, profile, options, meta, source, norm_eps) -> None:
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
     if model.profile.name != profile:
         model.set_profile(profile)
-    if "data_preprocessor" in options:
-        model.data_preprocessor.set_profile(model.profile, **options["data_preprocessor"])
-    if "style" in options:
-        _set_style(model.backbone, options["style"])
-    eps = options.get("norm_eps") if norm_eps is None else norm_eps
-    if eps is not None:
-        for m in model.backbone.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.eps = eps
+    # Nothing of an earlier checkpoint stays. Within the profile it was built for, the model's own choices (a caffe-style
+    # C4, say) are what the file does not contradict.
+    built_for, own_options = model.built_with
+    options = {**(own_options if built_for == profile else {}), **options}
+    if norm_eps is not None:
+        options["norm_eps"] = norm_eps
+    model.set_peer_options(**options)
     names = meta.get("class_names")
     names = names.split("\n") if isinstance(names, str) else mmdet.class_names(meta)
     model.class_names = names if names and len(names) == model.num_classes else None
-
-
-def _set_style(backbone: nn.Module, style: str) -> None:
-    """Moves the stride of each stage's first bottleneck to the 3x3 ("pytorch") or the first 1x1 ("caffe")."""
-    for block in backbone.modules():
-        if isinstance(block, Bottleneck):
-            stride = max(block.conv1.stride, block.conv2.stride)
-            first, second = ((1, 1), stride) if style == "pytorch" else (stride, (1, 1))
-            block.conv1.stride, block.conv2.stride = first, second
 
 
 def export_weights(model: FasterRCNN, peer: str) -> dict[str, Tensor]:
@@ -168,4 +157,9 @@ def export_weights(model: FasterRCNN, peer: str) -> dict[str, Tensor]:
 def model_metadata(name: str, model: FasterRCNN, overrides: dict) -> dict[str, str]:
     """What `infer_model` reads back from a safetensors file of ours."""
     names = "\n".join(model.class_names or [])
+    options = model.peer_options()
+    backbone = {"style": options["style"]} if "style" in options else {}
+    if "norm_eps" in options:
+        backbone["norm_cfg"] = dict(eps=options["norm_eps"])
+    overrides = merge(overrides, dict(data_preprocessor=options["data_preprocessor"], backbone=backbone))
     return dict(model=name, profile=model.profile.name, overrides=json.dumps(overrides), class_names=names)

@@ -96,4 +96,4 @@ def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
     """torchvision sets eps = 0 in the frozen norms of its published COCO weights. A frozen norm, unlike BatchNorm2d, has
     no num_batches_tracked; the eps itself is not in the file."""
     frozen = not any(k.endswith("num_batches_tracked") for k in state)
-    return dict(norm_eps=0.0 if frozen else 1e-5)
+    return dict(style="pytorch", norm_eps=0.0 if frozen else 1e-5)

@@ -1,0 +1,396 @@
+import pickle
+import sys
+import types
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastrcnn import load_weights
+from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.models import faster_rcnn
+from fastrcnn.weights import load_checkpoint
+
+CLASSES = 3
+
+
+def overrides(bottleneck: bool) -> dict:
+    """A named model, made small."""
+    return dict(
+        min_size=64,
+        max_size=96,
+        backbone=dict(base_channels=8),
+        neck=dict(in_channels=[8 * 2**i * (4 if bottleneck else 1) for i in range(4)], out_channels=16),
+        rpn_head=dict(in_channels=16, feat_channels=16),
+        roi_head=dict(bbox_roi_extractor=dict(out_channels=16), bbox_head=dict(in_channels=16, fc_out_channels=16)),
+        test_cfg=dict(rcnn=dict(score_thr=0.0)),
+    )
+
+
+def tiny(name="r18_fpn", profile="mmdet", seed=0, num_classes=CLASSES):
+    """A small model whose norms and heads have all moved away from their initial values."""
+    torch.manual_seed(seed)
+    model = faster_rcnn(name, num_classes, profile, **overrides(name != "r18_fpn"))
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.uniform_(0.2, 0.5)
+                m.bias.normal_(std=0.2)
+                m.running_mean.normal_(std=0.2)
+                m.running_var.uniform_(0.1, 1.0)
+        for layer in (model.rpn_head.rpn_cls, model.roi_head.bbox_head.fc_cls, model.roi_head.bbox_head.fc_reg):
+            layer.weight.normal_(std=0.3)
+            layer.bias.normal_(std=0.1)
+    return model.eval()
+
+
+def found_by(model) -> dict:
+    image = torch.from_numpy(render_cells(0, 64, 90)[0]).permute(2, 0, 1)
+    return model.eval()([image])[0]
+
+
+def assert_same_model(a, b) -> None:
+    first, second = found_by(a), found_by(b)
+    assert len(first["boxes"]) > 20
+    for key in ("boxes", "scores", "labels"):
+        assert torch.equal(first[key], second[key])
+
+
+def to_torchvision(state: dict, old_names: bool = False, frozen: bool = False) -> dict:
+    """Our keys in torchvision's names and class order, the background first."""
+    inner = "" if old_names else ".0"
+    table = [
+        ("backbone.", "backbone.body."),
+        *((f"neck.lateral_convs.{i}.conv", f"backbone.fpn.inner_blocks.{i}{inner}") for i in range(4)),
+        *((f"neck.fpn_convs.{i}.conv", f"backbone.fpn.layer_blocks.{i}{inner}") for i in range(4)),
+        ("rpn_head.rpn_conv", "rpn.head.conv" if old_names else "rpn.head.conv.0.0"),
+        ("rpn_head.rpn_cls", "rpn.head.cls_logits"),
+        ("rpn_head.rpn_reg", "rpn.head.bbox_pred"),
+        ("roi_head.bbox_head.shared_fcs.0", "roi_heads.box_head.fc6"),
+        ("roi_head.bbox_head.shared_fcs.1", "roi_heads.box_head.fc7"),
+        ("roi_head.bbox_head.fc_cls", "roi_heads.box_predictor.cls_score"),
+        ("roi_head.bbox_head.fc_reg", "roi_heads.box_predictor.bbox_pred"),
+    ]
+    out = {}
+    for key, value in state.items():
+        if frozen and key.endswith("num_batches_tracked"):
+            continue
+        ours, theirs = next((a, b) for a, b in table if key.startswith(a))
+        if ".fc_cls." in key:
+            value = torch.cat([value[-1:], value[:-1]])
+        elif ".fc_reg." in key:
+            value = torch.cat([torch.full_like(value[:4], 99.0), value])
+        out[theirs + key.removeprefix(ours)] = value
+    return out
+
+
+def to_detectron2(state: dict) -> dict:
+    out = {}
+    for key, value in state.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        part = key.split(".")
+        if key.startswith("backbone.layer"):
+            head = f"backbone.bottom_up.res{int(part[1][-1]) + 1}.{part[2]}"
+            if part[3] == "downsample":
+                new = f"{head}.shortcut.weight" if part[4] == "0" else f"{head}.shortcut.norm.{part[5]}"
+            else:
+                new = f"{head}.conv{part[3][-1]}." + ("norm." if part[3].startswith("bn") else "") + part[4]
+        elif key.startswith("backbone."):
+            new = f"backbone.bottom_up.stem.conv1.{'norm.' if part[1] == 'bn1' else ''}{part[2]}"
+        elif key.startswith("neck."):
+            kind = {"lateral_convs": "lateral", "fpn_convs": "output"}[part[1]]
+            new = f"backbone.fpn_{kind}{int(part[2]) + 2}.{part[4]}"
+        elif key.startswith("rpn_head."):
+            names = {"rpn_conv": "conv", "rpn_cls": "objectness_logits", "rpn_reg": "anchor_deltas"}
+            new = f"proposal_generator.rpn_head.{names[part[1]]}.{part[2]}"
+        elif part[2] == "shared_fcs":
+            new = f"roi_heads.box_head.fc{int(part[3]) + 1}.{part[4]}"
+        else:
+            new = f"roi_heads.box_predictor.{ {'fc_cls': 'cls_score', 'fc_reg': 'bbox_pred'}[part[2]] }.{part[3]}"
+        out[new] = value
+    return out
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_torchvision_weights_give_torchvisions_model(tmp_path, old_names, frozen):
+    source = tiny(profile="torchvision")
+    torch.save(to_torchvision(source.state_dict(), old_names, frozen), tmp_path / "model.pth")
+    if frozen:  # the published weights were made with frozen norms of epsilon 0
+        for m in source.backbone.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eps = 0.0
+    loaded = load_weights(tiny(seed=1), tmp_path / "model.pth")
+    assert loaded.profile.name == "torchvision"
+    assert torch.equal(loaded.roi_head.bbox_head.fc_cls.bias, source.roi_head.bbox_head.fc_cls.bias)
+    assert_same_model(loaded, source)
+    labels = set(found_by(loaded)["labels"].tolist())
+    assert 3 in labels and 0 not in labels  # counted from 1
+
+
+def test_the_norms_epsilon_can_be_given(tmp_path):
+    torch.save(to_torchvision(tiny().state_dict(), frozen=True), tmp_path / "model.pth")
+    for given, expected in ((None, 0.0), (1e-5, 1e-5), (1e-3, 1e-3)):
+        model = load_weights(tiny(seed=1), tmp_path / "model.pth", norm_eps=given)
+        assert {m.eps for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)} == {expected}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_detectron2_weights_give_detectron2s_model(tmp_path, suffix):
+    source = tiny("r50_fpn", "detectron2")
+    state, path = to_detectron2(source.state_dict()), tmp_path / f"model{suffix}"
+    if suffix == ".pkl":
+        content = dict(model={k: v.numpy() for k, v in state.items()}, __author__="Detectron2 Model Zoo")
+        path.write_bytes(pickle.dumps(content))
+    else:
+        anchors = {f"proposal_generator.anchor_generator.cell_anchors.{i}": torch.zeros(3, 4) for i in range(5)}
+        torch.save(dict(model={**state, **anchors}, iteration=90000), path)
+    loaded = load_weights(tiny("r50_fpn", seed=1), path)
+    assert loaded.profile.name == "detectron2" and loaded.data_preprocessor.mean == (103.53, 116.28, 123.675)
+    block = loaded.backbone.layer2[0]
+    assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
+    assert_same_model(loaded, source)
+
+
+def test_detectron2s_pixel_statistics_are_taken_from_the_file(tmp_path):
+    state = to_detectron2(tiny("r50_fpn", "detectron2").state_dict())
+    state |= dict(pixel_mean=torch.tensor([1.0, 2.0, 3.0])[:, None, None], pixel_std=torch.full((3, 1, 1), 57.0))
+    torch.save(dict(model=state), tmp_path / "model.pth")
+    preprocessor = load_weights(tiny("r50_fpn"), tmp_path / "model.pth").data_preprocessor
+    assert (preprocessor.mean, preprocessor.std) == ((1.0, 2.0, 3.0), (57.0, 57.0, 57.0))
+
+
+def test_detectron2s_resnexts_have_the_stride_on_the_3x3(tmp_path):
+    source = tiny("x50_32x4d_fpn", "detectron2")
+    torch.save(dict(model=to_detectron2(source.state_dict())), tmp_path / "model.pth")
+    block = load_weights(tiny("x50_32x4d_fpn"), tmp_path / "model.pth").backbone.layer2[0]
+    assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
+
+
+class HistoryBuffer:
+    """What a training log leaves in a checkpoint."""
+
+    __module__ = "mmengine.logging.history_buffer"
+
+    def __init__(self):
+        self._log_history = np.arange(3.0)
+
+
+@pytest.fixture
+def history_buffer(monkeypatch):
+    """Saves a checkpoint that holds an object whose class is gone when the file is read."""
+
+    def save(content, path: Path) -> None:
+        with monkeypatch.context() as context:
+            for name in ("mmengine", "mmengine.logging", HistoryBuffer.__module__):
+                context.setitem(sys.modules, name, types.ModuleType(name))
+            sys.modules[HistoryBuffer.__module__].HistoryBuffer = HistoryBuffer
+            torch.save(dict(content, message_hub=dict(loss=HistoryBuffer())), path)
+
+    return save
+
+
+@pytest.mark.parametrize("layout", ["pth", "old pth", "safetensors", "ddp"])
+def test_mmdetection_weights(tmp_path, layout, history_buffer):
+    source = tiny()
+    state, path = dict(source.state_dict()), tmp_path / ("m.safetensors" if layout == "safetensors" else "m.pth")
+    if layout == "safetensors":
+        save_file(state, path)
+    else:
+        if layout == "old pth":
+            state = {k.removeprefix("roi_head.") if "bbox_head" in k else k: v for k, v in state.items()}
+        if layout == "ddp":
+            state = {f"module.{k}": v for k, v in state.items()}
+        state |= {"data_preprocessor.mean": torch.zeros(3)}
+        meta = dict(dataset_meta=dict(CLASSES=("rbc", "wbc", "platelet")), cfg="style='pytorch'", epoch=12)
+        history_buffer(dict(meta=meta, state_dict=state), path)
+    loaded = load_weights(tiny(seed=1), path)
+    assert loaded.profile.name == "mmdet"
+    assert loaded.class_names == (None if layout == "safetensors" else ["rbc", "wbc", "platelet"])
+    assert_same_model(loaded, source)
+
+
+CAFFE_CFG = "model = dict(backbone=dict(depth=50, norm_eval=True, style='caffe'))"
+
+
+def save_mmdetection(path: Path, model, cfg: str = "") -> Path:
+    torch.save(dict(meta=dict(cfg=cfg), state_dict=model.state_dict()), path)
+    return path
+
+
+def input_and_strides(model) -> tuple:
+    p, block = model.data_preprocessor, model.backbone.layer2[0]
+    eps = {m.eps for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)}
+    batch, _, _ = p([torch.arange(3 * 64 * 64).reshape(3, 64, 64).remainder(251).to(torch.uint8)])
+    return p.mean, p.std, batch[0, :, 5, 5].tolist(), block.conv1.stride, block.conv2.stride, eps
+
+
+def test_a_caffe_style_checkpoint_says_so(tmp_path):
+    model = load_weights(tiny("r50_fpn"), save_mmdetection(tmp_path / "m.pth", tiny("r50_fpn"), CAFFE_CFG))
+    mean, std, pixel, first, second, _ = input_and_strides(model)
+    assert (mean, std, first, second) == ((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), (2, 2), (1, 1))
+    rgb = [(325 + 4096 * c) % 251 for c in range(3)]
+    assert pixel == pytest.approx([v - m for v, m in zip(rgb[::-1], mean)], abs=1e-3)
+
+
+@pytest.mark.parametrize("first", ["caffe", "torchvision", "detectron2"])
+def test_a_second_checkpoint_leaves_nothing_of_the_first(tmp_path, first):
+    source = tiny("r50_fpn")
+    plain = save_mmdetection(tmp_path / "plain.pth", source)
+    before = tmp_path / "before.pth"
+    if first == "caffe":
+        save_mmdetection(before, source, CAFFE_CFG)
+    else:
+        torch.save(to_torchvision(source.state_dict(), frozen=True) if first == "torchvision" else
+                   dict(model=to_detectron2(source.state_dict())), before)  # fmt: skip
+    model = tiny("r50_fpn", seed=1)
+    load_weights(load_weights(model, before), plain)
+    assert input_and_strides(model) == input_and_strides(tiny("r50_fpn"))
+    assert_same_model(model, source)
+
+
+def test_torchvision_weights_fit_a_model_built_for_detectron2(tmp_path):
+    source = tiny("r50_fpn", "torchvision")
+    torch.save(to_torchvision(source.state_dict()), tmp_path / "model.pth")
+    assert_same_model(load_weights(tiny("r50_fpn", "detectron2", seed=1), tmp_path / "model.pth"), source)
+
+
+@pytest.mark.parametrize("peer", ["torchvision", "detectron2", "mmdet"])
+def test_the_peer_is_told_by_its_keys(tmp_path, peer):
+    state = tiny("r50_fpn").state_dict()
+    rename = dict(torchvision=to_torchvision, detectron2=to_detectron2, mmdet=dict)[peer]
+    torch.save(rename(state), tmp_path / "model.pth")
+    ours, profile, _, _ = load_checkpoint(tmp_path / "model.pth")
+    assert profile == peer
+    assert set(ours) == {k for k in state if peer != "detectron2" or not k.endswith("num_batches_tracked")}
+    assert all(torch.equal(ours[k], state[k]) for k in ours)
+
+
+@pytest.mark.parametrize(
+    "content", [dict(layer=torch.zeros(2)), dict(state_dict=dict(fc=torch.zeros(2)))], ids=["plain", "nested"]
+)
+def test_other_networks_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="not a Faster R-CNN of MMDetection, torchvision or Detectron2"):
+        load_checkpoint(tmp_path / "model.pth")
+
+
+class Payload:
+    """Unpickling it naively would create the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".pkl"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_malicious_pickle_is_refused_without_running(tmp_path, suffix, plain):
+    path, trace = tmp_path / f"model{suffix}", tmp_path / "trace"
+    content = dict(state_dict=dict(tiny().state_dict()), extra=Payload(trace))
+    if suffix == ".pkl" or plain:
+        plain_content = content if suffix != ".pkl" else dict(model={}, extra=Payload(trace))
+        path.write_bytes(pickle.dumps(plain_content, protocol=2))  # the protocol that torch.load reads
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"model{suffix}.*refused"):
+        load_weights(tiny(), path)
+    assert not trace.exists()
+    if suffix == ".pkl":
+        pickle.loads(path.read_bytes())
+        assert trace.exists()  # the payload is a real one
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "noise"])
+def test_a_damaged_file_is_called_damaged(tmp_path, suffix, damage):
+    path, state = tmp_path / f"model{suffix}", tiny().state_dict()
+    if suffix == ".pth":
+        torch.save(state, path)
+    elif suffix == ".pkl":
+        path.write_bytes(pickle.dumps(dict(model={k: v.numpy() for k, v in state.items()})))
+    else:
+        save_file(state, path)
+    data = path.read_bytes()
+    path.write_bytes(dict(truncated=data[: len(data) // 2], empty=b"", noise=bytes(range(7, 256)) * 9)[damage])
+    with pytest.raises(ValueError, match=f"model{suffix}") as error:
+        load_weights(tiny(), path)
+    assert "run code" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_file_without_tensors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        load_weights(tiny(), tmp_path / "nowhere.pth")
+    torch.save(dict(state_dict={}, meta={}), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="no tensors"):
+        load_weights(tiny(), tmp_path / "model.pth")
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="dict"):
+        load_weights(tiny(), tmp_path / "list.pth")
+
+
+def test_keys_that_do_not_fit_are_named_and_the_model_is_untouched(tmp_path):
+    state = dict(tiny(seed=1).state_dict())
+    del state["neck.fpn_convs.2.conv.bias"]
+    state["neck.gate.weight"] = torch.zeros(3)
+    state["rpn_head.rpn_conv.weight"] = torch.zeros(16, 16, 1, 1)
+    torch.save(state, tmp_path / "model.pth")
+    model = tiny("r18_fpn", "torchvision")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        load_weights(model, tmp_path / "model.pth")
+    message = str(error.value)
+    assert "missing keys: neck.fpn_convs.2.conv.bias" in message
+    assert "unexpected keys: neck.gate.weight" in message
+    assert "rpn_head.rpn_conv.weight [16, 16, 1, 1], expected [16, 16, 3, 3]" in message
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.profile.name == "torchvision" and model.class_names is None
+
+
+def test_another_number_of_classes_is_explained(tmp_path):
+    torch.save(tiny(num_classes=5).state_dict(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="num_classes=5"):
+        load_weights(tiny(), tmp_path / "model.pth")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+
+
+def test_plain_http_is_refused(hub, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("it was fetched"))
+    with pytest.raises(ValueError, match="https"):
+        load_weights(tiny(), "http://example.com/model.pth")
+
+
+def test_a_failed_download_is_one_clear_error(hub, monkeypatch):
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(OSError, match=r"cannot download https://example.com/model.pth: .*no route to host") as error:
+        load_weights(tiny(), "https://example.com/model.pth")
+    assert error.value.__suppress_context__ and "--weights" in str(error.value)
+
+
+def test_a_download_is_checked_by_its_name_and_kept(hub, tmp_path, monkeypatch):
+    source, calls = tiny(), []
+
+    def download(url, target, digest, progress):
+        calls.append((url, digest))
+        torch.save(source.state_dict(), target)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    address = "https://example.com/weights/model-0123abcd.pth?download=1"
+    for _ in range(2):
+        assert_same_model(load_weights(tiny(seed=1), address), source)
+    assert calls == [(address, "0123abcd")]
+    assert (tmp_path / "hub" / "checkpoints" / "model-0123abcd.pth").is_file()
