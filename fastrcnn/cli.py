@@ -29,7 +29,9 @@ def _fail(message) -> None:
 
 def _detector(model: str | None, weights: str | None, device: str, precision: str, score: float):
     from fastrcnn import Detector
+    from fastrcnn.inference.memory import keep_memory
 
+    keep_memory()
     if weights is None:
         model, weights = model or "r50_fpn", "coco"
     try:
@@ -50,29 +52,11 @@ def _selected(names: list[str], wanted: str | None) -> set[int] | None:
     return {i for i, name in enumerate(names) if name in asked}
 
 
-def _target(out: Path, source: str, taken: set[Path]) -> Path:
-    """Where the picture goes: the source's own name, numbered where two sources share it, never the source itself."""
-    name = Path(source.split("?")[0])
-    suffix = ".jpg" if name.suffix.lower() in (".jpg", ".jpeg") else ".png"
-    path, n = out / f"{name.stem}{suffix}", 2
-    while path.resolve() in taken:
-        path, n = out / f"{name.stem}_{n}{suffix}", n + 1
-    taken.add(path.resolve())
-    return path
-
-
-def _write_picture(path: Path, picture) -> None:
-    from torchvision.io import write_jpeg, write_png
-
-    if path.suffix == ".jpg":
-        write_jpeg(picture, str(path), quality=92)
-    else:
-        write_png(picture, str(path))
-
-
 def _run(detector, sources: list[str], out: Path, classes: set[int] | None, batch: int | None, pictures: bool):
     """Detects, writes pictures as they come and the JSON at the end, also after an interruption. Returns the counts."""
     import torch
+
+    from fastrcnn.inference.output import picture_path, write_coco, write_picture
 
     out.mkdir(parents=True, exist_ok=True)
     images, annotations, failed, objects, taken = {}, {}, 0, Counter(), {Path(s).resolve() for s in sources}
@@ -90,17 +74,13 @@ def _run(detector, sources: list[str], out: Path, classes: set[int] | None, batc
                     found = found[torch.tensor([i in classes for i in found.labels.tolist()], dtype=torch.bool)]
                 picture = found.draw(sources[index])
                 if pictures:
-                    _write_picture(_target(out, sources[index], taken), picture)
+                    write_picture(picture_path(out, sources[index], taken), picture)
                 height, width = picture.shape[1:]
                 images[index] = dict(id=index + 1, file_name=sources[index], width=width, height=height)
                 annotations[index] = found.to_coco(index + 1)
                 objects.update(found.names)
     finally:
-        rows = [dict(id=n, area=a["bbox"][2] * a["bbox"][3], iscrowd=0, **a)
-                for n, a in enumerate((a for i in sorted(annotations) for a in annotations[i]), 1)]  # fmt: skip
-        categories = [dict(id=i, name=name) for i, name in zip(detector.category_ids, detector.class_names)]
-        content = dict(images=[images[i] for i in sorted(images)], annotations=rows, categories=categories)
-        (out / "detections.json").write_text(json.dumps(content))
+        write_coco(out / "detections.json", images, annotations, detector)
     return len(images), failed, objects
 
 
