@@ -13,8 +13,10 @@ from fastrcnn.models import (
     Shared4Conv1FCBBoxHead,
     SingleRoIExtractor,
     StandardRoIHead,
+    faster_rcnn,
 )
 from fastrcnn.models.profiles import PROFILES
+from fastrcnn.models.roi_head import _suppress
 from fastrcnn.ops import batched_nms
 
 STRIDES = [4, 8, 16, 32]
@@ -315,3 +317,41 @@ def test_box_heads(make, keys, device):
 def test_bad_arguments_are_named(make, names):
     with pytest.raises(ValueError, match=names):
         make()
+
+
+def test_soft_nms_keeps_overlapping_boxes_with_lower_scores():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60], [0, 0, 10, 10]])
+    scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 1, 1, 2])
+    hard, hard_scores = _suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5), 10)
+    assert hard.tolist() == [0, 2, 3] and torch.equal(hard_scores, scores[hard])
+    soft, soft_scores = _suppress(boxes, scores, labels, dict(type="soft_nms", iou_threshold=0.5), 10)
+    assert soft.tolist() == [0, 2, 3, 1]  # the other class does not decay
+    assert soft_scores[3].item() == pytest.approx(0.8 * (1 - 0.9), rel=1e-5)
+    across, _ = _suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5, class_agnostic=True), 10)
+    assert across.tolist() == [0, 2]
+    assert len(_suppress(boxes, scores, labels, dict(type="soft_nms", iou_threshold=0.5), 2)[0]) == 2
+    with pytest.raises(ValueError, match="soft_nms"):
+        _suppress(boxes, scores, labels, dict(type="matrix_nms"), 10)
+
+
+@pytest.mark.parametrize("loss", ["GIoULoss", "IoULoss", "BoundedIoULoss"])
+def test_losses_on_decoded_boxes_are_zero_for_exact_deltas(loss):
+    head = ConvFCBBoxHead(num_classes=2, reg_decoded_bbox=True, loss_bbox=dict(type=loss), in_channels=4)
+    rois = torch.tensor([[0, 10.0, 10, 40, 50], [0, 20, 20, 60, 50]])
+    truth = torch.tensor([[12.0, 8, 44, 52], [0, 0, 0, 0]])
+    labels = torch.tensor([1, 2])  # the second is background
+    deltas = torch.zeros(2, 2, 4)
+    deltas[0, 1] = head.bbox_coder.encode(rois[:1, 1:], truth[:1])[0]
+    _, exact = head.loss(torch.zeros(2, 3), deltas.flatten(1), rois, labels, truth)
+    assert exact.item() == pytest.approx(0.0, abs=1e-3)
+    _, off = head.loss(torch.zeros(2, 3), torch.zeros(2, 8), rois, labels, truth)
+    assert off.item() > 0.02
+
+
+def test_hard_examples_are_found_with_the_heads_own_loss():
+    model = faster_rcnn("r18_fpn", 3, backbone=dict(base_channels=4), neck=dict(in_channels=[4, 8, 16, 32]),
+                        train_cfg=dict(rcnn=dict(sampler=dict(type="OHEMSampler", num=8, pos_fraction=0.25))))  # fmt: skip
+    target = dict(boxes=torch.tensor([[4.0, 4, 40, 40], [30, 30, 60, 60]]), labels=torch.tensor([1, 2]))
+    losses = model.loss(torch.randn(1, 3, 64, 64), [(64, 64)], [target])
+    sum(losses.values()).backward()
+    assert model.roi_head.bbox_head.fc_cls.weight.grad.abs().max() > 0
