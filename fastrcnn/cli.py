@@ -202,8 +202,8 @@ def train(
     annotations: Annotated[Path, typer.Argument(help="COCO annotation file")],
     images: Annotated[Path | None, typer.Option(help="image folder [default: images/ beside the annotations]")] = None,
     val: Annotated[Path | None, typer.Option(help="COCO annotation file to report AP on")] = None,
-    model: Annotated[str, typer.Option(help="name from `fastrcnn models`")] = "r50_fpn",
-    weights: Annotated[str | None, typer.Option(help="checkpoint to start from, of the same classes")] = None,
+    model: Annotated[str | None, typer.Option(help="name [default: told by the weights, else r50_fpn]")] = None,
+    weights: Annotated[str | None, typer.Option(help="start: a detector of any classes, or an ImageNet ResNet")] = None,
     out: Annotated[Path, typer.Option(help="where the trained weights go")] = Path("trained.safetensors"),
     epochs: int = 12,
     batch: int = 2,
@@ -219,18 +219,18 @@ def train(
     from fastrcnn.inference.detector import _device
     from fastrcnn.models import faster_rcnn
     from fastrcnn.training import train as run
-    from fastrcnn.weights import load_weights, model_metadata
+    from fastrcnn.weights import model_metadata, pretrained_model
 
     try:
         from torchvision.transforms import v2
 
         dataset = CocoDataset(annotations, images, v2.RandomHorizontalFlip())
-        # Without ImageNet weights nothing may stay frozen at random values.
-        backbone = {} if weights else dict(frozen_stages=-1, norm_eval=False)
-        overrides = dict(min_size=min_size, max_size=max_size, backbone=backbone)
-        net = faster_rcnn(model, len(dataset.class_names), **overrides).to(_device(device))
+        sizes, classes = dict(min_size=min_size, max_size=max_size), len(dataset.class_names)
         if weights:
-            load_weights(net, weights)
+            net = pretrained_model(weights, classes, model, **sizes)
+        else:  # nothing may stay frozen at random values
+            net = faster_rcnn(model or "r50_fpn", classes, backbone=dict(frozen_stages=-1, norm_eval=False), **sizes)
+        net = net.to(_device(device))
         for target in dataset.targets:
             target["labels"] = target["labels"] + net.profile.label_offset
         net = run(net, dataset, epochs, batch, lr, log=console.print)
@@ -238,7 +238,7 @@ def train(
         _fail(error)
     net.class_names = dataset.class_names
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    save_file(state, out, model_metadata(model, net, overrides))
+    save_file(state, out, model_metadata(net.zoo_name, net, net.zoo_overrides))
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     if val is not None:
         from fastrcnn.evaluation import evaluate

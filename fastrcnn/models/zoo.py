@@ -155,6 +155,7 @@ def faster_rcnn(
     profile = profile or ("torchvision" if name.endswith("_v2") else "mmdet")
     config = merge(model_config(name, 80 if num_classes is None else num_classes, profile), overrides)
     model = FasterRCNN(profile=profile, **config)
+    model.zoo_name, model.zoo_overrides = name, overrides  # what a saved file needs to build it again
     if weights is not None:
         from fastrcnn.weights import coco_address, load_weights  # weights are read into models: a local import
 

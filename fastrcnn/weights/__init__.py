@@ -7,6 +7,15 @@ from fastrcnn.weights.load import (
     load_checkpoint,
     load_weights,
     model_metadata,
+    pretrained_model,
 )
 
-__all__ = ["coco_address", "export_weights", "infer_model", "load_checkpoint", "load_weights", "model_metadata"]
+__all__ = [
+    "coco_address",
+    "export_weights",
+    "infer_model",
+    "load_checkpoint",
+    "load_weights",
+    "model_metadata",
+    "pretrained_model",
+]

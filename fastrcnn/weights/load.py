@@ -15,6 +15,7 @@ COCO_WEIGHTS = {
     "r50_fpn": "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
     "r50_fpn_v2": "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth",
 }
+_CLASS_WEIGHT = "roi_head.bbox_head.fc_cls.weight"
 PEERS = {"torchvision": torchvision, "detectron2": detectron2, "mmdet": mmdet}
 
 
@@ -70,13 +71,42 @@ def infer_model(path_or_url: str | Path | Mapping, name: str | None = None, **ov
     where the checkpoint does not tell or does not fit.
     """
     state, profile, options, meta = load_checkpoint(path_or_url)
-    name = name or meta.get("model") or _model_name(state)
-    num_classes = len(state["roi_head.bbox_head.fc_cls.weight"]) - 1
-    if "overrides" in meta:  # our own files carry what differs from the named model, as JSON
-        overrides = {**json.loads(meta["overrides"]), **overrides}
-    model = faster_rcnn(name, num_classes, profile, **overrides)
+    num_classes = len(state[_CLASS_WEIGHT]) - 1
+    model = _build(state, profile, meta, num_classes, name, overrides)
     _apply(model, state, profile, options, meta, _name(path_or_url), None)
     return model.eval()
+
+
+def _build(state, profile, meta, num_classes, name, overrides) -> FasterRCNN:
+    name = name or meta.get("model") or _model_name(state)
+    if "overrides" in meta:  # our own files carry what differs from the named model, as JSON
+        overrides = merge(json.loads(meta["overrides"]), overrides)
+    return faster_rcnn(name, num_classes, profile, **overrides)
+
+
+def pretrained_model(
+    path_or_url: str | Path | Mapping, num_classes: int, name: str | None = None, **overrides
+) -> FasterRCNN:
+    """A model of `num_classes` to train, that starts from a checkpoint: a detector of any peer, whose last layers are left
+    fresh where it has other classes, or an image classifier (a torchvision ResNet or ResNeXt), for the backbone alone.
+
+    name: the model (default: told by a detector's keys; "r50_fpn" for a classifier); overrides: as in
+    `fastrcnn.models.faster_rcnn`. Raises ValueError where the checkpoint does not fit.
+    """
+    content, meta = files.read(path_or_url)
+    if "layer1.0.conv1.weight" in content:
+        model = faster_rcnn(name or "r50_fpn", num_classes, **overrides)
+        body = {f"backbone.{k}": v for k, v in content.items() if not k.startswith("fc.")}
+        others = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+        _apply(model, {**others, **body}, model.profile.name, {}, {}, _name(path_or_url), None)
+        return model
+    state, profile, options, meta = load_checkpoint({"state_dict": content, "meta": meta})
+    model = _build(state, profile, meta, num_classes, name, overrides)
+    if len(state[_CLASS_WEIGHT]) - 1 != num_classes:
+        last = tuple(f"roi_head.bbox_head.{layer}." for layer in ("fc_cls", "fc_reg"))
+        state = {**state, **{k: v for k, v in model.state_dict().items() if k.startswith(last)}}
+    _apply(model, state, profile, options, meta, _name(path_or_url), None)
+    return model
 
 
 def load_weights(model: FasterRCNN, path_or_url: str | Path | Mapping, norm_eps: float | None = None) -> FasterRCNN:
@@ -113,7 +143,7 @@ def _check_keys(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -
     ]
     if problems:
         hint = ""
-        cls = "roi_head.bbox_head.fc_cls.weight"
+        cls = _CLASS_WEIGHT
         if cls in state and cls in own and len(state[cls]) != len(own[cls]):
             hint = (
                 f". The file has {len(state[cls]) - 1} classes: build the model with num_classes={len(state[cls]) - 1}"
