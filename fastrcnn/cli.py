@@ -233,7 +233,7 @@ def train(
         net = net.to(_device(device))
         for target in dataset.targets:
             target["labels"] = target["labels"] + net.profile.label_offset
-        net = run(net, dataset, epochs, batch, lr, log=console.print)
+        net = run(net, dataset, epochs, batch, lr, log=lambda line: console.print(line, soft_wrap=True))
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
     net.class_names = dataset.class_names
@@ -243,7 +243,12 @@ def train(
     if val is not None:
         from fastrcnn.evaluation import evaluate
 
-        console.print({k: round(v, 1) for k, v in evaluate(net, CocoDataset(val, images)).items()})
+        _print_scores(evaluate(net, CocoDataset(val, images)))
+
+
+def _print_scores(scores: dict[str, float]) -> None:
+    for name, value in scores.items():
+        console.print(f"{name:6} {value:5.1f}")
 
 
 @app.command("eval")
@@ -267,8 +272,7 @@ def evaluate_command(
         scores = evaluate(model, dataset)
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
-    for name, value in scores.items():
-        console.print(f"{name:6} {value:5.1f}")
+    _print_scores(scores)
 
 
 def main() -> None:

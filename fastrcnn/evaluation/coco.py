@@ -1,5 +1,7 @@
 """COCO's box AP, computed by hotcoco (the same six numbers as pycocotools, in a fraction of the time)."""
 
+import contextlib
+import io
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -41,7 +43,8 @@ def evaluate_coco(targets: Sequence[dict], results: Sequence[dict], num_classes:
     evaluation = COCOeval(truth, truth.load_res(detections), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
-    evaluation.summarize()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its own table
+        evaluation.summarize()
     stats = [float(v) * 100 if v >= 0 else float("nan") for v in evaluation.stats]
     return dict(zip(METRICS, stats))
 

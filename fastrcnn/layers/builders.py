@@ -1,7 +1,22 @@
 """Layers from MMDetection's configuration dicts: `dict(type="BN", requires_grad=True)` and the like."""
 
-from torch import nn
+from torch import Tensor, nn
 
+
+class ConvWS2d(nn.Conv2d):
+    """Convolution with weight standardisation (Qiao et al., 2019): each filter has mean 0 and deviation 1 (+ eps)."""
+
+    def __init__(self, *args, eps: float = 1e-5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.flatten(1)
+        flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + self.eps)
+        return self._conv_forward(x, flat.view_as(self.weight), self.bias)
+
+
+CONVS = {"Conv2d": nn.Conv2d, "Conv": nn.Conv2d, "ConvWS": ConvWS2d}
 NORMS = {
     "BN": ("bn", nn.BatchNorm2d),
     "BN2d": ("bn", nn.BatchNorm2d),
@@ -26,8 +41,8 @@ def build_conv(conv_cfg: dict | None, *args, **kwargs) -> nn.Module:
     """A convolution; None is nn.Conv2d."""
     if conv_cfg is None:
         return nn.Conv2d(*args, **kwargs)
-    _, options = _split(conv_cfg, "conv_cfg", ("Conv2d", "Conv"))
-    return nn.Conv2d(*args, **kwargs, **options)
+    kind, options = _split(conv_cfg, "conv_cfg", CONVS)
+    return CONVS[kind](*args, **kwargs, **options)
 
 
 def build_norm(norm_cfg: dict, num_features: int, postfix: int | str = "") -> tuple[str, nn.Module]:
