@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fastrcnn.ops import decode_boxes
-from fastrcnn.ops._checks import coordinates
 
 
 class DeltaXYWHBBoxCoder:
@@ -27,7 +26,7 @@ class DeltaXYWHBBoxCoder:
 
     def encode(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
         """boxes, gt_boxes [N, 4] xyxy pixels, boxes of positive size -> deltas [N, 4]."""
-        boxes, gt_boxes = coordinates(boxes), coordinates(gt_boxes)
+        boxes, gt_boxes = boxes.float(), gt_boxes.float()  # targets are float32 in MMDetection, whatever the model is
         size, gt_size = boxes[:, 2:] - boxes[:, :2], gt_boxes[:, 2:] - gt_boxes[:, :2]
         centre, gt_centre = (boxes[:, :2] + boxes[:, 2:]) * 0.5, (gt_boxes[:, :2] + gt_boxes[:, 2:]) * 0.5
         deltas = torch.cat([(gt_centre - centre) / size, torch.log(gt_size / size)], -1)

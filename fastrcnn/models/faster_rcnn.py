@@ -13,6 +13,7 @@ from fastrcnn.models.profiles import get_profile
 from fastrcnn.models.resnet import ResNet, ResNetV1d, ResNeXt
 from fastrcnn.models.roi_head import StandardRoIHead
 from fastrcnn.models.rpn import RPNHead
+from fastrcnn.ops._checks import coordinates
 
 BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNeXt, "ResNetV1d": ResNetV1d}
 
@@ -164,7 +165,7 @@ class FasterRCNN(nn.Module):
             missing = {"boxes", "labels"} - set(target)
             if missing:
                 raise ValueError(f"targets[{i}]: expected the keys boxes and labels, missing {sorted(missing)}")
-            boxes = target["boxes"].to(batch.device).float().reshape(-1, 4)
+            boxes = coordinates(target["boxes"].to(batch.device)).reshape(-1, 4)
             labels = target["labels"].to(batch.device).long() - self.profile.label_offset
             if len(boxes) != len(labels):
                 raise ValueError(f"targets[{i}]: {len(boxes)} boxes but {len(labels)} labels")
@@ -178,7 +179,7 @@ class FasterRCNN(nn.Module):
                                  f"got {sorted(set(target['labels'].tolist()))}")  # fmt: skip
             one = dict(boxes=boxes, labels=labels)
             if "ignore_boxes" in target:
-                one["ignore_boxes"] = target["ignore_boxes"].to(batch.device).float().reshape(-1, 4)
+                one["ignore_boxes"] = coordinates(target["ignore_boxes"].to(batch.device)).reshape(-1, 4)
             checked.append(one)
         return checked
 
@@ -198,6 +199,6 @@ class FasterRCNN(nn.Module):
             target = dict(target)
             for key in ("boxes", "ignore_boxes"):
                 if key in target:
-                    target[key] = target[key].float().to(batch.device) * factor.repeat(2)
+                    target[key] = coordinates(target[key].to(batch.device)) * factor.repeat(2)
             scaled.append(target)
         return self.loss(batch, sizes, scaled)

@@ -16,7 +16,8 @@ ASSIGNER = dict(
 def _padded(boxes: Sequence[Tensor], device) -> tuple[Tensor, Tensor]:
     """[B, M, 4] and the counts [B] of a list of [M_i, 4]."""
     counts = torch.tensor([len(b) for b in boxes], dtype=torch.int64, device=device)
-    out = torch.zeros(len(boxes), max((len(b) for b in boxes), default=0), 4, device=device)
+    dtype = torch.promote_types(torch.float32, boxes[0].dtype) if boxes else torch.float32
+    out = torch.zeros(len(boxes), max((len(b) for b in boxes), default=0), 4, dtype=dtype, device=device)
     for row, b in zip(out, boxes):
         row[: len(b)] = b
     return out, counts
