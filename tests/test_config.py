@@ -121,6 +121,11 @@ def test_a_config_builds_the_model_its_input_and_its_classes(tmp_path):
         (dict(mask_head=dict(type="X")), "mask_head"),
         (dict(neck=dict(init_cfg=dict(type="Normal"))), "init_cfg"),
         (dict(type="RetinaNet"), "RetinaNet"),
+        (dict(test_cfg=dict(rcnn=dict(mask_thr_binary=0.5))), "mask_thr_binary"),
+        (dict(test_cfg=dict(rpn=dict(nms_across_levels=True))), "nms_across_levels"),
+        (dict(train_cfg=dict(rpn_proposal=dict(nms_thr=0.7))), "nms_thr"),
+        (dict(train_cfg=dict(rpn=dict(pos_weight=2.0))), "pos_weight"),
+        (dict(train_cfg=dict(rcnn=dict(mask_size=28))), "mask_size"),
     ],
 )
 def test_what_is_not_supported_is_named(change, named):

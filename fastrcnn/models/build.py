@@ -26,3 +26,14 @@ def build(cfg: dict | nn.Module, table: dict[str, Callable[..., nn.Module]], wha
         if option is None or option[1] not in options:
             raise
         raise ValueError(f"{what}: {kind} has no option {option[1]!r}, or it is not supported") from None
+
+
+def settings(defaults: dict, given: dict | None, what: str) -> dict:
+    """`given` laid over `defaults`. Raises ValueError for an option that is not among them, so that none is ignored."""
+    given = given or {}
+    unknown = sorted(set(given) - set(defaults) - {"debug"})
+    if unknown:
+        raise ValueError(f"{what}: options that are not supported: {unknown}, expected some of {sorted(defaults)}")
+    if given.get("pos_weight", -1) > 0:
+        raise ValueError(f"{what}: pos_weight > 0 is not supported, got {given['pos_weight']}")
+    return {**defaults, **given}

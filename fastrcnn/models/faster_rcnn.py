@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastrcnn.models.build import build
+from fastrcnn.models.build import build, settings
 from fastrcnn.models.fpn import FPN
 from fastrcnn.models.losses import build_loss
 from fastrcnn.models.preprocess import DataPreprocessor
@@ -53,7 +53,7 @@ class FasterRCNN(nn.Module):
             roi_head = build({**roi_head, **cfgs}, {"StandardRoIHead": StandardRoIHead}, "roi_head")
         self.rpn_head, self.roi_head = rpn_head, roi_head
         self.rpn_proposal = {**self.rpn_head.test_cfg, "nms_pre": 2000, "max_per_img": self.profile.rpn_post_nms_train}
-        self.rpn_proposal.update(train_cfg.get("rpn_proposal") or {})
+        self.rpn_proposal = settings(self.rpn_proposal, train_cfg.get("rpn_proposal"), "train_cfg rpn_proposal")
         self.class_names: list[str] | None = None
         self.built_with = self.profile.name, self.peer_options()
 

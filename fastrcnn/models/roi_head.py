@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastrcnn.layers import ConvModule
 from fastrcnn.models.box_coder import build_box_coder
-from fastrcnn.models.build import build
+from fastrcnn.models.build import build, settings
 from fastrcnn.models.losses import build_loss
 from fastrcnn.models.matching import assign
 from fastrcnn.models.profiles import Profile, get_profile
@@ -262,8 +262,8 @@ class StandardRoIHead(nn.Module):
         self.bbox_roi_extractor = build(bbox_roi_extractor, extractors, "bbox_roi_extractor")
         self.bbox_head = build(bbox_head, BBOX_HEADS, "bbox_head")
         self.shared_head = None if shared_head is None else build(shared_head, {"ResLayer": ResLayer}, "shared_head")
-        self.train_cfg = {**TRAIN_CFG, **(train_cfg or {})}
-        self.test_cfg = {**TEST_CFG, **(test_cfg or {})}
+        self.train_cfg = settings(TRAIN_CFG, train_cfg, "roi_head train_cfg")
+        self.test_cfg = settings(TEST_CFG, test_cfg, "roi_head test_cfg")
         self.set_profile(profile)
 
     def set_profile(self, profile: str | Profile) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.anchors import build_anchor_generator
 from fastrcnn.models.box_coder import build_box_coder
+from fastrcnn.models.build import settings
 from fastrcnn.models.losses import build_loss
 from fastrcnn.models.matching import assign
 from fastrcnn.models.profiles import Profile, get_profile
@@ -57,8 +58,8 @@ class RPNHead(nn.Module):
         self.loss_cls, self.loss_bbox = build_loss(loss_cls), build_loss(loss_bbox)
         if not getattr(self.loss_cls, "use_sigmoid", False):
             raise ValueError("loss_cls: the RPN's objectness needs use_sigmoid=True")
-        self.train_cfg = {**TRAIN_CFG, **(train_cfg or {})}
-        self.test_cfg = {**TEST_CFG, **(test_cfg or {})}
+        self.train_cfg = settings(TRAIN_CFG, train_cfg, "rpn_head train_cfg")
+        self.test_cfg = settings(TEST_CFG, test_cfg, "rpn_head test_cfg")
         self.reg_decoded_bbox = reg_decoded_bbox
         self.num_anchors = self.anchor_generator.num_base_anchors
         if num_convs == 1:
