@@ -85,7 +85,10 @@ class DataPreprocessor(nn.Module):
         if p.resize == "opencv":
             image = resize_opencv(_to_uint8(image), size)
         elif p.resize == "pillow":
-            image = F.interpolate(_to_uint8(image)[None], size, mode="bilinear", antialias=True)[0]
+            image = _to_uint8(image)
+            if image.device.type != "cpu":  # torch filters uint8, as Pillow does, on the CPU only
+                image = image.float()
+            image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0].round()
         elif image.dtype == torch.uint8:
             image = image.float() / 255.0
         if self.bgr:
