@@ -47,8 +47,6 @@ inline void check_shape(const Tensor& t, const char* name, const char* expected,
   STD_TORCH_CHECK(ok, name, " must have shape [", expected, "]");
 }
 #define CHECK_SHAPE(t, ...) ::fastrcnn::check_shape(t, #t, #__VA_ARGS__, __VA_ARGS__)
-#define CHECK_DTYPE(t, dtype) \
-  STD_TORCH_CHECK((t).scalar_type() == ::fastrcnn::ScalarType::dtype, #t " must have dtype " #dtype)
 
 // Box and score arithmetic runs in double for double tensors and in float for every other dtype.
 inline ScalarType coordinate_type(const Tensor& t) {

@@ -11,10 +11,4 @@
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("built_with_torch") = STRINGIFY(TORCH_VERSION_MAJOR) "." STRINGIFY(TORCH_VERSION_MINOR) "." STRINGIFY(TORCH_VERSION_PATCH);
-  m.attr("compiler") = __VERSION__;
-#ifdef USE_CUDA
-  m.attr("has_cuda_kernels") = true;
-#else
-  m.attr("has_cuda_kernels") = false;
-#endif
 }

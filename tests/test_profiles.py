@@ -17,7 +17,6 @@ NAMES = ("mmdet", "torchvision", "detectron2")
     "field, mmdet, torchvision, detectron2",
     [
         ("bgr", False, False, True),
-        ("scale", 255.0, 1.0, 255.0),
         ("mean", (123.675, 116.28, 103.53), (0.485, 0.456, 0.406), (103.53, 116.28, 123.675)),
         ("std", (58.395, 57.12, 57.375), (0.229, 0.224, 0.225), (1.0, 1.0, 1.0)),
         ("resize", "opencv", "interpolate", "pillow"),

@@ -107,9 +107,8 @@ class FasterRCNN(nn.Module):
             raise ValueError(f"image_sizes: expected [{len(batch)}, 2] (height, width), got {list(sizes.shape)}")
         return sizes
 
-    def _propose(self, feats, sizes, batch_shape, cfg):
-        logits, deltas = self.rpn_head(feats)
-        return logits, deltas, self.rpn_head.predict(logits, deltas, sizes, batch_shape, cfg)
+    def _propose(self, feats, sizes: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rpn_head.predict(*self.rpn_head(feats), sizes, batch.shape[2:], self.rpn_head.test_cfg)
 
     @torch.no_grad()
     def proposals(self, batch: Tensor, image_sizes) -> list[tuple[Tensor, Tensor]]:
@@ -119,9 +118,7 @@ class FasterRCNN(nn.Module):
         in the detectron2 profile logits.
         """
         sizes = self._sizes(image_sizes, batch)
-        *_, (boxes, scores, counts) = self._propose(
-            self.extract_feat(batch), sizes, batch.shape[2:], self.rpn_head.test_cfg
-        )
+        boxes, scores, counts = self._propose(self.extract_feat(batch), sizes, batch)
         return [(b[:n], s[:n]) for b, s, n in zip(boxes, scores, counts.tolist())]
 
     @torch.no_grad()
@@ -135,7 +132,7 @@ class FasterRCNN(nn.Module):
         if scale_factors is not None:
             scale_factors = torch.as_tensor(scale_factors, dtype=torch.float32, device=batch.device)
         feats = self.extract_feat(batch)
-        *_, (boxes, _, counts) = self._propose(feats, sizes, batch.shape[2:], self.rpn_head.test_cfg)
+        boxes, _, counts = self._propose(feats, sizes, batch)
         return self.roi_head.predict(feats, boxes, counts, sizes, scale_factors)
 
     def loss(self, batch: Tensor, image_sizes, targets: list[dict]) -> dict[str, Tensor]:

@@ -194,7 +194,6 @@ LOSSES = {
         BoundedIoULoss,
     )
 }  # fmt: skip
-IOU_LOSSES = (IoULoss, GIoULoss, DIoULoss, CIoULoss, BoundedIoULoss)
 
 
 def build_loss(cfg: dict | nn.Module) -> nn.Module:

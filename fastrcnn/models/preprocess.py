@@ -94,7 +94,7 @@ class DataPreprocessor(nn.Module):
         if self.bgr:
             image = image.flip(0)
         if p.resize != "interpolate":
-            image = image.float() * (p.scale / 255.0)
+            image = image.float()
         mean = torch.tensor(self.mean, dtype=image.dtype, device=image.device)[:, None, None]
         std = torch.tensor(self.std, dtype=image.dtype, device=image.device)[:, None, None]
         image = (image - mean) / std

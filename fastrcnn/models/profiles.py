@@ -11,10 +11,9 @@ from dataclasses import dataclass
 class Profile:
     name: str
     # --- input
-    mean: tuple[float, float, float]  # in the units of `scale`, in the network's channel order
+    mean: tuple[float, float, float]  # in the network's channel order and range (0..1 or 0..255)
     std: tuple[float, float, float]
     bgr: bool  # channel order of the network's input
-    scale: float  # the network sees images in 0..scale
     resize: str  # "opencv": uint8, fixed point; "interpolate": float, after normalising; "pillow": uint8, antialiased
     # --- anchors and deltas
     round_anchors: bool
@@ -52,7 +51,6 @@ PROFILES = {
         mean=(123.675, 116.28, 103.53),
         std=(58.395, 57.12, 57.375),
         bgr=False,
-        scale=255.0,
         resize="opencv",
         round_anchors=False,
         strides_from_grid=False,
@@ -80,7 +78,6 @@ PROFILES = {
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         bgr=False,
-        scale=1.0,
         resize="interpolate",
         round_anchors=True,
         strides_from_grid=True,
@@ -108,7 +105,6 @@ PROFILES = {
         mean=(103.53, 116.28, 123.675),
         std=(1.0, 1.0, 1.0),
         bgr=True,
-        scale=255.0,
         resize="pillow",
         round_anchors=False,
         strides_from_grid=False,

@@ -24,8 +24,6 @@ def _downsample(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
 class _Block(nn.Module):
     """What both blocks share: checkpointing, and the list of norms to fold."""
 
-    convs: tuple[str, ...]
-
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and x.requires_grad:
             return checkpoint(self._forward, x, use_reentrant=False)

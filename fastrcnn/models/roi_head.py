@@ -44,15 +44,11 @@ class SingleRoIExtractor(nn.Module):
         self.out_channels, self.featmap_strides = out_channels, list(featmap_strides)
         self.finest_scale, self.profile = finest_scale, get_profile("mmdet")
 
-    @property
-    def num_inputs(self) -> int:
-        return len(self.featmap_strides)
-
     def forward(self, feats: Sequence[Tensor], rois: Tensor) -> Tensor:
         """feats: one [B, C, H, W] for each stride (more are left out); rois [K, 5] -> [K, C, out, out]."""
         return multilevel_roi_align(
-            feats[: self.num_inputs], rois, self.output_size, self.featmap_strides, self.sampling_ratio, self.aligned,
-            self.finest_scale, self.profile.name,
+            feats[: len(self.featmap_strides)], rois, self.output_size, self.featmap_strides, self.sampling_ratio,
+            self.aligned, self.finest_scale, self.profile.name,
         )  # fmt: skip
 
 
