@@ -31,6 +31,8 @@ NAMES = ("mmdet", "torchvision", "detectron2")
         ("sampling_ratio", 0, 2, 0),
         ("aligned", True, False, True),
         ("rescale_before_nms", True, False, False),
+        ("anchors_inside", True, False, False),
+        ("rpn_divisor", "floored", "sampled", "num"),
         ("min_box_size", None, 1e-2, None),
         ("gt_first", True, False, False),
         ("label_offset", 0, 1, 0),

@@ -27,6 +27,8 @@ class Profile:
     low_quality: str
     min_pos_iou: float
     iou_eps: float
+    anchors_inside: bool  # only anchors of the image's own padded area, within allowed_border, are trained
+    rpn_divisor: str  # of the losses: "floored" counts at least one of each side an image, "sampled", or "num"
     rpn_loss_bbox: dict
     # --- RoI head
     sampling_ratio: int
@@ -62,6 +64,8 @@ PROFILES = {
         low_quality="last_gt",
         min_pos_iou=0.3,
         iou_eps=1e-6,
+        anchors_inside=True,
+        rpn_divisor="floored",
         rpn_loss_bbox=L1,
         sampling_ratio=0,
         aligned=True,
@@ -89,6 +93,8 @@ PROFILES = {
         low_quality="argmax",
         min_pos_iou=0.0,
         iou_eps=0.0,
+        anchors_inside=False,
+        rpn_divisor="sampled",
         rpn_loss_bbox=SMOOTH_L1,
         sampling_ratio=2,
         aligned=False,
@@ -116,6 +122,8 @@ PROFILES = {
         low_quality="argmax",
         min_pos_iou=0.0,
         iou_eps=0.0,
+        anchors_inside=False,
+        rpn_divisor="num",
         rpn_loss_bbox=L1,
         sampling_ratio=0,
         aligned=True,

@@ -135,7 +135,7 @@ class RPNHead(nn.Module):
         anchors = torch.cat(generator.grid(sizes, p.round_anchors, self._grid_shape(batch_shape), device))
         candidates: Tensor = anchors
         inside = None
-        if p.name == "mmdet":  # anchors beyond the image's own padded area take no part
+        if p.anchors_inside:
             inside = generator.inside(sizes, image_sizes, self.train_cfg["allowed_border"], device)
             if not bool(inside.all()):
                 nowhere = anchors.new_tensor([-1e6, -1e6, -1e6, -1e6])
@@ -158,9 +158,7 @@ class RPNHead(nn.Module):
             box_targets.append(truth if self.reg_decoded_bbox else self.bbox_coder.encode(anchors[pos], truth))
             sampled += len(pos) + len(neg)
             floor += max(len(pos), 1) + max(len(neg), 1)
-        # MMDetection counts at least one positive and one negative an image; Detectron2 divides by the sampler's size.
-        avg_factor = {"mmdet": floor, "torchvision": max(sampled, 1)}.get(
-            p.name, self.train_cfg["sampler"]["num"] * batch
-        )
+        divisors = dict(floored=floor, sampled=max(sampled, 1), num=self.train_cfg["sampler"]["num"] * batch)
+        avg_factor = divisors[p.rpn_divisor]
         loss_cls = self.loss_cls(torch.cat(picked_logits), torch.cat(labels), avg_factor)
         return loss_cls, self.loss_bbox(torch.cat(picked_deltas), torch.cat(box_targets), avg_factor)
