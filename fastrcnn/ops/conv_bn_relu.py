@@ -61,7 +61,6 @@ def _op_reference(
 _conv_bn_relu = torch.library.custom_op("fastrcnn::conv_bn_relu", _op_reference, mutates_args=())
 
 
-@_conv_bn_relu.register_kernel("cpu")
 def _cpu(
     input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation, groups, residual, relu
 ):  # fmt: skip
@@ -86,10 +85,12 @@ def _cpu(
     return conv.binary(x, r, w, bias, *where, "add", None, "relu" if relu else None, [], "")
 
 
+if torch.backends.mkldnn.is_available():  # a torch without oneDNN keeps the reference, and `fastrcnn info` says so
+    _conv_bn_relu.register_kernel("cpu")(_cpu)
+
+
 def _onednn_takes(dtype: torch.dtype) -> bool:
     """Half precision needs AVX-512 at least; elsewhere the reference's own convolution is the faster one."""
-    if not torch.backends.mkldnn.is_available():
-        return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrcnn.ops._checks import check_same_device, check_tensor
-from fastrcnn.ops.roi_align import _backward, _empty_output, _forward, _grad_format, _pair
+from fastrcnn.ops.roi_align import _backward, _empty_output, _forward, _layout, _pair
 
 PROFILES = ("mmdet", "torchvision", "detectron2")
 
@@ -24,7 +24,7 @@ def _(features, rois, pooled_h, pooled_w, scales, sampling_ratio, aligned, fines
 
 @_multilevel_backward.register_fake
 def _(grad, features, rois, scales, sampling_ratio, aligned, finest_scale, profile):
-    return [torch.empty_like(m, memory_format=_grad_format(features)) for m in features]
+    return [torch.empty_like(m, memory_format=_layout(features)) for m in features]
 
 
 def _multilevel_setup(ctx, inputs, output):

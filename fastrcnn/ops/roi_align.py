@@ -72,11 +72,15 @@ def _roi_weights(rois: Tensor, shapes, pooled_h, pooled_w, scales, sampling_rati
         yield k, level, int(roi[0]), rows, columns
 
 
+def _layout(maps: Sequence[Tensor]) -> torch.memory_format:
+    """Channels-last where every map is: the rule of csrc/cpu/roi_align.h."""
+    channels_last = all(m.shape[1] > 1 and m.stride(1) == 1 for m in maps)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def _empty_output(maps: Sequence[Tensor], num_rois: int, pooled_h: int, pooled_w: int) -> Tensor:
-    channels_last = all(m.shape[1] > 1 and m.stride(1) == 1 for m in maps)  # the rule of csrc/cpu/roi_align.cpp
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shape = (num_rois, maps[0].shape[1], pooled_h, pooled_w)
-    return torch.empty(shape, dtype=maps[0].dtype, device=maps[0].device, memory_format=memory_format)
+    return torch.empty(shape, dtype=maps[0].dtype, device=maps[0].device, memory_format=_layout(maps))
 
 
 def _forward(
@@ -109,16 +113,11 @@ def _backward(
     profile: str,
 ) -> list[Tensor]:
     rois = rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
-    grads = [torch.zeros_like(m, dtype=rois.dtype, memory_format=_grad_format(features)) for m in features]
+    grads = [torch.zeros_like(m, dtype=rois.dtype, memory_format=_layout(features)) for m in features]
     rules = [m.shape[2:] for m in features], *grad.shape[2:], scales, sampling_ratio, aligned, finest_scale, profile
     for k, level, image, rows, columns in _roi_weights(rois, *rules):
         grads[level][image] += rows.T @ grad[k].to(rows.dtype) @ columns
     return [g.to(m.dtype) for g, m in zip(grads, features)]
-
-
-def _grad_format(maps: Sequence[Tensor]) -> torch.memory_format:
-    channels_last = all(m.shape[1] > 1 and m.stride(1) == 1 for m in maps)
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _one_forward(
@@ -150,7 +149,7 @@ def _(input, rois, pooled_h, pooled_w, spatial_scale, sampling_ratio, aligned):
 
 @_roi_align_backward.register_fake
 def _(grad, input, rois, spatial_scale, sampling_ratio, aligned):
-    return torch.empty_like(input, memory_format=_grad_format([input]))
+    return torch.empty_like(input, memory_format=_layout([input]))
 
 
 def _roi_setup(ctx, inputs, output):
