@@ -1,16 +1,10 @@
 // Box regression deltas -> boxes (Girshick et al., R-CNN, 2014, appendix C), clipped to each image's own size.
-#include "box_math.h"
+#include "decode_boxes.h"
 
 #include <algorithm>
 
 namespace fastrcnn {
 namespace {
-
-template <class T>
-HOST_DEVICE Box<T> decode_one(const Box<T>& anchor, const T* d, const T* hw, const DeltaCoder<T>& coder) {
-  const Box<T> b = decode(anchor, d[0], d[1], d[2], d[3], coder);
-  return hw == nullptr ? b : clip(b, hw[0], hw[1]);
-}
 
 // A thread's share of the anchors. SIMD lanes run along memory: over the classes of an anchor, or over the anchors.
 template <class T>
@@ -66,11 +60,7 @@ Tensor run(const Tensor& anchors, const Tensor& deltas, const std::optional<Tens
 
 Tensor decode_boxes(const Tensor& anchors, const Tensor& deltas, std::optional<Tensor> max_shape,
                     std::vector<double> means, std::vector<double> stds, double wh_ratio_clip, bool symmetric_clip) {
-  const int64_t batch = anchors.size(0), n = anchors.size(1), columns = deltas.size(2);
-  CHECK_SHAPE(anchors, batch, n, 4);
-  CHECK_SHAPE(deltas, batch, n, columns);
-  STD_TORCH_CHECK(columns % 4 == 0, "deltas must have 4 columns a class, got ", columns);
-  if (max_shape) CHECK_SHAPE(*max_shape, batch, 2);
+  check_decode_boxes(anchors, deltas, max_shape);
   const ScalarType dtype = coordinate_type(anchors);
   return dtype == ScalarType::Double
              ? run<double>(anchors, deltas, max_shape, dtype, make_coder<double>(means, stds, wh_ratio_clip, symmetric_clip))

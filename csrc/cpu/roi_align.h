@@ -129,8 +129,8 @@ const T* checked_rois(const Tensor& rois, const Problem& p) {
 }
 
 inline Problem make_problem(const std::vector<Tensor>& maps, const Tensor& rois, const std::vector<double>& scales,
-                     int64_t pooled_h, int64_t pooled_w, int64_t sampling_ratio, bool aligned, double finest_scale,
-                     const std::string& profile) {
+                            int64_t pooled_h, int64_t pooled_w, int64_t sampling_ratio, bool aligned,
+                            double finest_scale, const std::string& profile) {
   const int64_t num_rois = rois.size(0);
   STD_TORCH_CHECK(!maps.empty() && maps.size() == scales.size(), "features and strides must have the same length");
   CHECK_SHAPE(rois, num_rois, 5);

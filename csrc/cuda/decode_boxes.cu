@@ -1,5 +1,5 @@
-// Box regression deltas -> boxes, one thread a box. Memory-bound: 16-byte loads and stores where the dtype allows.
-#include "box_math.h"
+// Box regression deltas -> boxes, one thread a box. Loads are 4 bytes (8 for double): a slice of a tensor need not lie on 16.
+#include "decode_boxes.h"
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,13 +16,10 @@ __global__ void decode_boxes_kernel(const Box<T>* anchors, const Box<T>* deltas,
                                     int64_t per_image, int64_t classes, DeltaCoder<T> coder, Box<T>* out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= total) return;
-  const Box<T> d = deltas[i];
-  Box<T> b = decode(anchors[i / classes], d.x1, d.y1, d.x2, d.y2, coder);
-  if (max_shape != nullptr) {
-    const T* hw = max_shape + i / classes / per_image * 2;
-    b = clip(b, hw[0], hw[1]);
-  }
-  out[i] = b;
+  const Box<T> d = deltas[i];  // the four deltas
+  const T numbers[4] = {d.x1, d.y1, d.x2, d.y2};
+  const T* hw = max_shape == nullptr ? nullptr : max_shape + i / classes / per_image * 2;
+  out[i] = decode_one(anchors[i / classes], numbers, hw, coder);
 }
 
 template <class T>
@@ -48,11 +45,7 @@ Tensor run(const Tensor& anchors, const Tensor& deltas, const std::optional<Tens
 
 Tensor decode_boxes(const Tensor& anchors, const Tensor& deltas, std::optional<Tensor> max_shape,
                     std::vector<double> means, std::vector<double> stds, double wh_ratio_clip, bool symmetric_clip) {
-  const int64_t batch = anchors.size(0), n = anchors.size(1), columns = deltas.size(2);
-  CHECK_SHAPE(anchors, batch, n, 4);
-  CHECK_SHAPE(deltas, batch, n, columns);
-  STD_TORCH_CHECK(columns % 4 == 0, "deltas must have 4 columns a class, got ", columns);
-  if (max_shape) CHECK_SHAPE(*max_shape, batch, 2);
+  check_decode_boxes(anchors, deltas, max_shape);
   const ScalarType dtype = coordinate_type(anchors);
   if (dtype == ScalarType::Double)
     return run<double>(anchors, deltas, max_shape, dtype, make_coder<double>(means, stds, wh_ratio_clip, symmetric_clip));
