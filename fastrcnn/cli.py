@@ -53,35 +53,21 @@ def _selected(names: list[str], wanted: str | None) -> set[int] | None:
 
 
 def _run(detector, sources: list[str], out: Path, classes: set[int] | None, batch: int | None, pictures: bool):
-    """Detects, writes pictures as they come and the JSON at the end, also after an interruption. Returns the counts."""
-    import torch
+    """`write_detections` with a progress bar and the unreadable images named. Returns (images done, failed, objects)."""
+    from fastrcnn.inference.output import write_detections
 
-    from fastrcnn.inference.output import picture_path, write_coco, write_picture
-
-    out.mkdir(parents=True, exist_ok=True)
-    images, annotations, failed, objects, taken = {}, {}, 0, Counter(), {Path(s).resolve() for s in sources}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    try:
-        with Progress(*columns, console=err, transient=True, disable=len(sources) < 2) as progress:
-            task = progress.add_task("detecting", total=len(sources))
-            for index, found in detector.stream(sources, batch):
-                progress.advance(task)
-                if isinstance(found, Exception):
-                    failed += 1
-                    err.print(f"skipped {found}", style="yellow", markup=False, soft_wrap=True)
-                    continue
-                if classes is not None:
-                    found = found[torch.tensor([i in classes for i in found.labels.tolist()], dtype=torch.bool)]
-                picture = found.draw(sources[index])
-                if pictures:
-                    write_picture(picture_path(out, sources[index], taken), picture)
-                height, width = picture.shape[1:]
-                images[index] = dict(id=index + 1, file_name=sources[index], width=width, height=height)
-                annotations[index] = found.to_coco(index + 1)
+    failed, objects = 0, Counter()
+    with Progress(*columns, console=err, transient=True, disable=len(sources) < 2) as progress:
+        task = progress.add_task("detecting", total=len(sources))
+        for found in write_detections(detector, sources, out, classes, batch, pictures):
+            progress.advance(task)
+            if isinstance(found, Exception):
+                failed += 1
+                err.print(f"skipped {found}", style="yellow", markup=False, soft_wrap=True)
+            else:
                 objects.update(found.names)
-    finally:
-        write_coco(out / "detections.json", images, annotations, detector)
-    return len(images), failed, objects
+    return len(sources) - failed, failed, objects
 
 
 @app.command()
@@ -216,7 +202,7 @@ def train(
     from safetensors.torch import save_file
 
     from fastrcnn.data import CocoDataset
-    from fastrcnn.inference.detector import _device
+    from fastrcnn.inference.detector import as_device
     from fastrcnn.models import faster_rcnn
     from fastrcnn.training import train as run
     from fastrcnn.weights import model_metadata, pretrained_model
@@ -230,9 +216,7 @@ def train(
             net = pretrained_model(weights, classes, model, **sizes)
         else:  # nothing may stay frozen at random values
             net = faster_rcnn(model or "r50_fpn", classes, backbone=dict(frozen_stages=-1, norm_eval=False), **sizes)
-        net = net.to(_device(device))
-        for target in dataset.targets:
-            target["labels"] = target["labels"] + net.profile.label_offset
+        net = net.to(as_device(device))
         net = run(net, dataset, epochs, batch, lr, log=lambda line: console.print(line, soft_wrap=True))
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
@@ -261,12 +245,12 @@ def evaluate_command(
     """COCO's twelve numbers of a checkpoint on annotated images."""
     from fastrcnn.data import CocoDataset
     from fastrcnn.evaluation import evaluate
-    from fastrcnn.inference.detector import _device
+    from fastrcnn.inference.detector import as_device
     from fastrcnn.weights import infer_model
 
     try:
         dataset = CocoDataset(annotations, images)
-        model = infer_model(weights).to(_device(device))
+        model = infer_model(weights).to(as_device(device))
         if model.num_classes != len(dataset.class_names):
             _fail(f"{weights} has {model.num_classes} classes, {annotations} has {len(dataset.class_names)}")
         scores = evaluate(model, dataset)

@@ -129,7 +129,7 @@ def test_an_unreadable_image_stops_a_call_and_not_a_stream(detector, tmp_path):
         detector([good, None])
     with pytest.raises(ValueError, match=r"images\[0\].*\[3, H, W\]"):
         detector(torch.zeros(2, 3, 8, 8))
-    results = dict(detector.stream([good, bad, None, tmp_path / "none.png", good]))
+    results = {i: found for i, _, found in detector.stream([good, bad, None, tmp_path / "none.png", good])}
     assert sorted(results) == [0, 1, 2, 3, 4]
     assert [isinstance(results[i], Exception) for i in range(5)] == [False, True, True, True, False]
     assert isinstance(results[1], ImageError) and isinstance(results[2], TypeError)

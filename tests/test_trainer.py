@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from fastrcnn.models import faster_rcnn
+from fastrcnn.models.profiles import PROFILES
 from fastrcnn.training import train
 from fastrcnn.training.demo import RenderedCells
 
@@ -55,6 +56,8 @@ def test_the_same_seed_gives_the_same_weights(cells):
 class Scripted(nn.Module):
     """Gives the losses it is told, and remembers the weight decay's trace on its parameters."""
 
+    profile = PROFILES["mmdet"]
+
     def __init__(self, losses):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
@@ -66,7 +69,7 @@ class Scripted(nn.Module):
         return dict(loss_a=self.weight.sum() * 0 + self.bias.sum() * 0 + value, loss_b=self.weight.sum() * 0)
 
 
-IMAGES = [(torch.zeros(3, 8, 8), {})] * 5
+IMAGES = [(torch.zeros(3, 8, 8), dict(labels=torch.zeros(0, dtype=torch.int64)))] * 5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -93,6 +96,8 @@ def test_a_last_batch_that_is_too_small_is_left_out():
 
 class Recorder(nn.Module):
     """A gradient of one, always: the weight tells the sum of the learning rates."""
+
+    profile = PROFILES["mmdet"]
 
     def __init__(self):
         super().__init__()

@@ -39,7 +39,8 @@ def _names_and_ids(model: FasterRCNN) -> tuple[list[str], list[int]]:
     return list(names), list(range(1, len(names) + 1))
 
 
-def _device(device: str | torch.device) -> torch.device:
+def as_device(device: str | torch.device) -> torch.device:
+    """The device that a name stands for; "auto" is CUDA where there is one. Raises ValueError where there is none."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(device)
@@ -67,7 +68,7 @@ class Detector:
     ):
         if not 0.0 <= score_threshold <= 1.0:
             raise ValueError(f"score_threshold: expected a number in [0, 1], got {score_threshold}")
-        self.device = _device(device)
+        self.device = as_device(device)
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
         if precision == "fp8":
@@ -106,19 +107,21 @@ class Detector:
         """
         single = not isinstance(images, Sequence | Iterable) or isinstance(images, str) or hasattr(images, "shape")
         read = [as_image(image, f"images[{i}]") for i, image in enumerate([images] if single else images)]
-        results = dict(self.stream(read, batch_size))
+        results = {i: found for i, _, found in self.stream(read, batch_size)}
         return [results[i] for i in range(len(read))]
 
-    def stream(self, images: Iterable, batch_size: int | None = None) -> Iterator[tuple[int, Detections | Exception]]:
-        """(index, Detections), or (index, the error) for an image that cannot be read, as they are done: images of one
-        shape wait for each other until there are `batch_size` (default 8 on CUDA, 1 on a CPU, where a batch gains
-        nothing). Reading runs ahead in threads.
+    def stream(
+        self, images: Iterable, batch_size: int | None = None
+    ) -> Iterator[tuple[int, Tensor | None, Detections | Exception]]:
+        """(index, image uint8 [3, H, W], Detections), or (index, None, the error) for an image that cannot be read, as they
+        are done: images of one shape wait for each other until there are `batch_size` (default 8 on CUDA, 1 on a CPU,
+        where a batch gains nothing). Reading runs ahead in threads.
         """
         batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
         waiting: dict[tuple, list[tuple[int, Tensor]]] = {}
         for index, image in self._read_ahead(images, batch_size):
             if isinstance(image, Exception):
-                yield index, image
+                yield index, None, image
                 continue
             p = self.model.data_preprocessor
             shape = resized_size(*image.shape[1:], p.min_size, p.max_size, p.profile.resize)
@@ -148,11 +151,11 @@ class Detector:
                 yield index, future.result()
 
     @torch.inference_mode()
-    def _detect(self, group: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Detections]]:
+    def _detect(self, group: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor, Detections]]:
         offset = self.model.profile.label_offset
         results = self.model([image.to(self.device) for _, image in group])
-        for (index, _), r in zip(group, results):
-            yield index, Detections(
+        for (index, image), r in zip(group, results):
+            yield index, image, Detections(
                 r["boxes"].float().cpu(), r["scores"].float().cpu(), r["labels"].cpu() - offset, self.class_names,
                 self.category_ids,
             )  # fmt: skip

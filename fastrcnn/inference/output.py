@@ -1,9 +1,14 @@
 """Results on disk: pictures and COCO-format JSON."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from fastrcnn.inference.detections import Detections
+from fastrcnn.inference.detector import Detector
 
 
 def picture_path(folder: Path, source: str, taken: set[Path]) -> Path:
@@ -28,7 +33,39 @@ def write_picture(path: Path, picture: Tensor) -> None:
         write_png(picture, str(path))
 
 
-def write_coco(path: Path, images: dict[int, dict], annotations: dict[int, list[dict]], detector) -> None:
+def write_detections(
+    detector: Detector,
+    sources: list[str],
+    folder: Path,
+    classes: set[int] | None = None,
+    batch_size: int | None = None,
+    pictures: bool = True,
+) -> Iterator[Detections | Exception]:
+    """Detects in `sources` and gives, for each as it is done, its Detections or why it could not be read.
+
+    Pictures (with `pictures`) go to `folder` as they are done, detections.json at the end or when it is interrupted: what
+    is found is never lost. Objects of other labels than `classes` are left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    images: dict[int, dict] = {}
+    annotations: dict[int, list[dict]] = {}
+    taken = {Path(source).resolve() for source in sources}
+    try:
+        for index, image, found in detector.stream(sources, batch_size):
+            if isinstance(found, Detections):
+                if classes is not None:
+                    found = found[torch.tensor([i in classes for i in found.labels.tolist()], dtype=torch.bool)]
+                if pictures:
+                    write_picture(picture_path(folder, sources[index], taken), found.draw(image))
+                height, width = image.shape[1:]
+                images[index] = dict(id=index + 1, file_name=sources[index], width=width, height=height)
+                annotations[index] = found.to_coco(index + 1)
+            yield found
+    finally:
+        _write_coco(folder / "detections.json", images, annotations, detector)
+
+
+def _write_coco(path: Path, images: dict[int, dict], annotations: dict[int, list[dict]], detector: Detector) -> None:
     """A COCO file of the detections (with scores), in the order of the indices. images and annotations: by index, as
     COCO's entries and as `Detections.to_coco` gives them."""
     rows = [a for i in sorted(annotations) for a in annotations[i]]

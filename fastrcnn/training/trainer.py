@@ -48,7 +48,7 @@ def train(
 ) -> nn.Module:
     """Trains `model` in place on (image uint8 [3, H, W], target) pairs and returns the averaged model in eval mode.
 
-    Targets are as `FasterRCNN.forward` takes them, labels counted from the profile's first label. Stops with
+    Targets are dicts boxes [N, 4], labels [N] counted from 0, optional ignore_boxes [R, 4]. Stops with
     FloatingPointError at a loss that is not finite, naming the step and the losses.
     """
     torch.manual_seed(seed)
@@ -70,7 +70,8 @@ def train(
         for images, targets in loader:
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(step, total, warmup, lr)
-            losses = model([image.to(device) for image in images], list(targets))
+            targets = [{**t, "labels": t["labels"] + model.profile.label_offset} for t in targets]
+            losses = model([image.to(device) for image in images], targets)
             loss = sum(losses.values())
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"step {step}: the loss is {loss.item()}, from "
