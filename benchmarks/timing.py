@@ -77,7 +77,7 @@ class Rates:
 
     def matmul(self, dtype: torch.dtype) -> float:
         if dtype not in self.known:
-            n = 2048 if self.device == "cpu" else 8192
+            n = 1024 if self.device == "cpu" else 8192
             a = torch.randn(n, n, device=self.device).to(dtype)
             self.known[dtype] = 2 * n**3 / min(_once(lambda: a @ a, self.device) for _ in range(6)) * 1e3
         return self.known[dtype]

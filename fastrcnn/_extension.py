@@ -20,6 +20,8 @@ OPS = (
     "multilevel_roi_align",
     "decode_boxes",
     "decode_proposals",
+    "deform_conv2d",
+    "deform_roi_pool",
     "match_boxes",
     "conv_bn_relu",
 )

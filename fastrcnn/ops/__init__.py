@@ -8,6 +8,8 @@ from fastrcnn import _extension  # noqa: F401  registers the compiled kernels
 from fastrcnn.ops.conv_bn_relu import conv_bn_relu, conv_bn_relu_reference
 from fastrcnn.ops.decode_boxes import decode_boxes, decode_boxes_reference
 from fastrcnn.ops.decode_proposals import decode_proposals, decode_proposals_reference
+from fastrcnn.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
+from fastrcnn.ops.deform_roi_pool import deform_roi_pool, deform_roi_pool_reference
 from fastrcnn.ops.match_boxes import match_boxes, match_boxes_reference
 from fastrcnn.ops.multilevel_roi_align import multilevel_roi_align, multilevel_roi_align_reference
 from fastrcnn.ops.nms import (
@@ -30,6 +32,10 @@ __all__ = [
     "decode_boxes_reference",
     "decode_proposals",
     "decode_proposals_reference",
+    "deform_conv2d",
+    "deform_conv2d_reference",
+    "deform_roi_pool",
+    "deform_roi_pool_reference",
     "match_boxes",
     "match_boxes_reference",
     "multilevel_roi_align",

@@ -46,7 +46,7 @@ def _axis_weights(low: Tensor, high: Tensor, scale: float, bins: int, size: int,
     return weights / samples
 
 
-def _levels(rois: Tensor, num_levels: int, finest_scale: float, profile: str) -> Tensor:
+def roi_levels(rois: Tensor, num_levels: int, finest_scale: float, profile: str) -> Tensor:
     """Pyramid level [K] of each RoI [K, 5]. The peers put the epsilon in different places."""
     size = torch.sqrt((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2]))
     if profile == "mmdet":
@@ -61,7 +61,7 @@ def _levels(rois: Tensor, num_levels: int, finest_scale: float, profile: str) ->
 def _roi_weights(rois: Tensor, shapes, pooled_h, pooled_w, scales, sampling_ratio, aligned, finest_scale, profile):
     """Yields (k, level, image, W_y [pooled_h, H], W_x [pooled_w, W]) for every RoI that is not padding."""
     rois = coordinates(rois)
-    levels = _levels(rois, len(shapes), finest_scale, profile)
+    levels = roi_levels(rois, len(shapes), finest_scale, profile)
     for k, (roi, level) in enumerate(zip(rois, levels.tolist())):
         if not bool(roi[0] >= 0):
             continue
