@@ -58,7 +58,7 @@ def test_another_activation_follows_the_residual(cfg):
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: build_conv(dict(type="DCN"), 3, 3, 3), "DCN"),
+        (lambda: build_conv(dict(type="DCNv3"), 3, 3, 3), "DCN"),
         (lambda: build_norm(dict(type="LN"), 3), "LN"),
         (lambda: build_activation(dict(type="Mish")), "Mish"),
         (lambda: build_norm(dict(requires_grad=True), 3), "type"),

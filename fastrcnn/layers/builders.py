@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from fastrcnn.layers.deform_conv import DeformConv2dPack, ModulatedDeformConv2dPack
+
 
 class ConvWS2d(nn.Conv2d):
     """Convolution with weight standardisation (Qiao et al., 2019): each filter has mean 0 and deviation 1 (+ eps)."""
@@ -16,7 +18,13 @@ class ConvWS2d(nn.Conv2d):
         return self._conv_forward(x, flat.view_as(self.weight), self.bias)
 
 
-CONVS = {"Conv2d": nn.Conv2d, "Conv": nn.Conv2d, "ConvWS": ConvWS2d}
+CONVS = {
+    "Conv2d": nn.Conv2d,
+    "Conv": nn.Conv2d,
+    "ConvWS": ConvWS2d,
+    "DCN": DeformConv2dPack,
+    "DCNv2": ModulatedDeformConv2dPack,
+}
 NORMS = {
     "BN": ("bn", nn.BatchNorm2d),
     "BN2d": ("bn", nn.BatchNorm2d),
@@ -26,7 +34,7 @@ NORMS = {
 ACTIVATIONS = {"ReLU": nn.ReLU, "LeakyReLU": nn.LeakyReLU, "GELU": nn.GELU, "SiLU": nn.SiLU}
 
 
-def _split(cfg: dict, what: str, known) -> tuple[str, dict]:
+def split_type(cfg: dict, what: str, known) -> tuple[str, dict]:
     """("BN", {"requires_grad": True}) from dict(type="BN", requires_grad=True)."""
     if not isinstance(cfg, dict) or "type" not in cfg:
         raise TypeError(f"{what}: expected a dict with the key 'type', got {cfg!r}")
@@ -41,13 +49,13 @@ def build_conv(conv_cfg: dict | None, *args, **kwargs) -> nn.Module:
     """A convolution; None is nn.Conv2d."""
     if conv_cfg is None:
         return nn.Conv2d(*args, **kwargs)
-    kind, options = _split(conv_cfg, "conv_cfg", CONVS)
+    kind, options = split_type(conv_cfg, "conv_cfg", CONVS)
     return CONVS[kind](*args, **kwargs, **options)
 
 
 def build_norm(norm_cfg: dict, num_features: int, postfix: int | str = "") -> tuple[str, nn.Module]:
     """(name, layer): the name is MMDetection's state-dict key, "bn1" for BN with postfix 1, "gn" for GN without."""
-    kind, options = _split(norm_cfg, "norm_cfg", NORMS)
+    kind, options = split_type(norm_cfg, "norm_cfg", NORMS)
     requires_grad = options.pop("requires_grad", True)
     prefix, layer = NORMS[kind]
     norm = layer(num_channels=num_features, **options) if kind == "GN" else layer(num_features, **options)
@@ -57,7 +65,7 @@ def build_norm(norm_cfg: dict, num_features: int, postfix: int | str = "") -> tu
 
 
 def build_activation(act_cfg: dict, inplace: bool = True) -> nn.Module:
-    kind, options = _split(act_cfg, "act_cfg", ACTIVATIONS)
+    kind, options = split_type(act_cfg, "act_cfg", ACTIVATIONS)
     if kind != "GELU":
         options.setdefault("inplace", inplace)
     return ACTIVATIONS[kind](**options)
