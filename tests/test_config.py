@@ -114,17 +114,18 @@ def test_a_config_builds_the_model_its_input_and_its_classes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (dict(backbone=dict(dcn=dict(type="DCN"))), "dcn"),
+        (dict(backbone=dict(dcn=dict(type="DCN"), stage_with_dcn=(False, False, False, True))), "dcn"),
+        (dict(backbone=dict(init_cfg=dict(type="Normal"))), "init_cfg"),
         (dict(backbone=dict(type="RegNet")), "RegNet"),
-        (dict(rpn_head=dict(type="FCOSHead")), "FCOSHead"),
+        (dict(rpn_head=dict(type="CascadeRPNHead")), "CascadeRPNHead"),
         (dict(roi_head=dict(mask_head=dict(type="X"))), "mask_head"),
         (dict(mask_head=dict(type="X")), "mask_head"),
         (dict(neck=dict(init_cfg=dict(type="Normal"))), "init_cfg"),
-        (dict(type="RetinaNet"), "RetinaNet"),
+        (dict(type="MaskRCNN"), "MaskRCNN"),
+        (dict(type="RetinaNet"), "roi_head"),
         (dict(test_cfg=dict(rcnn=dict(mask_thr_binary=0.5))), "mask_thr_binary"),
         (dict(test_cfg=dict(rpn=dict(nms_across_levels=True))), "nms_across_levels"),
         (dict(train_cfg=dict(rpn_proposal=dict(nms_thr=0.7))), "nms_thr"),
-        (dict(train_cfg=dict(rpn=dict(pos_weight=2.0))), "pos_weight"),
         (dict(train_cfg=dict(rcnn=dict(mask_size=28))), "mask_size"),
     ],
 )

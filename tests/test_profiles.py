@@ -81,7 +81,7 @@ def state_of(model) -> dict:
         assigner=rpn.train_cfg["assigner"]["min_pos_iou"],
         proposals=(model.rpn_proposal["nms_pre"], model.rpn_proposal["max_per_img"]),
         statistics=(model.data_preprocessor.mean, model.data_preprocessor.std),
-        anchors=[a.tolist() for a in rpn._base_anchors(torch.device("cpu"))],
+        anchors=[a.tolist() for a in rpn.base_anchors(torch.device("cpu"))],
     )
 
 

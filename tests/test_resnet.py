@@ -251,7 +251,7 @@ def test_strides_and_dilations_give_the_map_sizes(options, sizes, depth):
         (dict(depth=18, frozen_stages=5), "frozen_stages"),
         (dict(depth=50, style="tensorflow"), "style"),
         (dict(depth=18, norm_cfg=dict(type="LN")), "norm_cfg"),
-        (dict(depth=18, conv_cfg=dict(type="DCN")), "conv_cfg"),
+        (dict(depth=18, conv_cfg=dict(type="DCNv3")), "conv_cfg"),
     ],
 )
 def test_bad_arguments_are_named(options, names):

@@ -15,8 +15,8 @@ from fastrcnn.models import (
     StandardRoIHead,
     faster_rcnn,
 )
+from fastrcnn.models.post_process import suppress
 from fastrcnn.models.profiles import PROFILES
-from fastrcnn.models.roi_head import _suppress
 from fastrcnn.ops import batched_nms
 
 STRIDES = [4, 8, 16, 32]
@@ -146,8 +146,8 @@ def sampled(head: StandardRoIHead, proposals: torch.Tensor, target: dict):
     """(boxes, labels, matched ground truth) that the box head's loss is given."""
     seen = []
 
-    def record(logits, deltas, *rest):
-        seen.extend(rest)
+    def record(logits, deltas, rois, labels, boxes, pos_weight):
+        seen.extend([rois, labels, boxes])
         return logits.sum(), deltas.sum()
 
     head.bbox_head.loss = record
@@ -232,7 +232,7 @@ def test_nms_runs_at_the_original_size_in_mmdetection_only(profile, box, monkeyp
         seen.append(boxes.clone())
         return batched_nms(boxes, *rest)
 
-    monkeypatch.setattr("fastrcnn.models.roi_head.batched_nms", recording_nms)
+    monkeypatch.setattr("fastrcnn.models.post_process.batched_nms", recording_nms)
     proposals = torch.tensor([[[10.0, 20, 50, 60], [100, 40, 180, 120]]])
     sizes, factors = torch.tensor([[160, 224]]), torch.tensor([[2.0, 2.0]])
     (found,) = handmade(profile).predict(features(), proposals, torch.tensor([2]), sizes, factors)
@@ -322,16 +322,16 @@ def test_bad_arguments_are_named(make, names):
 def test_soft_nms_keeps_overlapping_boxes_with_lower_scores():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60], [0, 0, 10, 10]])
     scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 1, 1, 2])
-    hard, hard_scores = _suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5), 10)
+    hard, hard_scores = suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5), 10)
     assert hard.tolist() == [0, 2, 3] and torch.equal(hard_scores, scores[hard])
-    soft, soft_scores = _suppress(boxes, scores, labels, dict(type="soft_nms", iou_threshold=0.5), 10)
+    soft, soft_scores = suppress(boxes, scores, labels, dict(type="soft_nms", iou_threshold=0.5), 10)
     assert soft.tolist() == [0, 2, 3, 1]  # the other class does not decay
     assert soft_scores[3].item() == pytest.approx(0.8 * (1 - 0.9), rel=1e-5)
-    across, _ = _suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5, class_agnostic=True), 10)
+    across, _ = suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5, class_agnostic=True), 10)
     assert across.tolist() == [0, 2]
-    assert len(_suppress(boxes, scores, labels, dict(type="soft_nms", iou_threshold=0.5), 2)[0]) == 2
+    assert len(suppress(boxes, scores, labels, dict(type="soft_nms", iou_threshold=0.5), 2)[0]) == 2
     with pytest.raises(ValueError, match="soft_nms"):
-        _suppress(boxes, scores, labels, dict(type="matrix_nms"), 10)
+        suppress(boxes, scores, labels, dict(type="matrix_nms"), 10)
 
 
 @pytest.mark.parametrize("loss", ["GIoULoss", "IoULoss", "BoundedIoULoss"])

@@ -276,7 +276,7 @@ def test_the_peer_is_told_by_its_keys(tmp_path, peer):
 )
 def test_other_networks_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match="not a Faster R-CNN of MMDetection, torchvision or Detectron2"):
+    with pytest.raises(ValueError, match="not a Faster R-CNN or RetinaNet of MMDetection, torchvision or Detectron2"):
         load_checkpoint(tmp_path / "model.pth")
 
 

@@ -10,7 +10,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_res
 
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import ResNet, ResNeXt, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, faster_rcnn
-from fastrcnn.models.zoo import NAMES, merge
+from fastrcnn.models.zoo import FASTER_RCNNS, NAMES, merge, named_model
 from fastrcnn.weights import coco_address, infer_model, load_weights, model_metadata
 from fastrcnn.weights import torchvision as torchvision_weights
 
@@ -56,9 +56,10 @@ def test_the_names_of_the_documentation_are_there():
 def test_every_name_builds_in_every_profile(name):
     for profile in ("mmdet", "torchvision", "detectron2"):
         with torch.device("meta"):
-            model = faster_rcnn(name, 7, profile)
+            model = named_model(name, 7, profile)
         assert model.profile.name == profile and model.num_classes == 7
-        assert model.roi_head.bbox_head.fc_cls.out_features == 8
+        classes = model.roi_head.bbox_head.fc_cls if name in FASTER_RCNNS else model.bbox_head.retina_cls
+        assert len(classes.weight) == (8 if name in FASTER_RCNNS else 7 * 9)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,6 @@ def evaluate(model, dataset: Iterable, batch_size: int = 4) -> dict[str, float]:
         pairs = [dataset[i] for i in indices[start : start + batch_size]]
         found = model([image.to(device) for image, _ in pairs])
         targets += [target for _, target in pairs]
-        results += [{**r, "labels": r["labels"] - model.profile.label_offset} for r in found]
+        results += [{**r, "labels": r["labels"] - model.label_offset} for r in found]
     model.train(was_training)
     return evaluate_coco(targets, results, model.num_classes)

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastrcnn.data.images import ImageError, as_image
 from fastrcnn.inference.detections import Detections
 from fastrcnn.layers import fold_batch_norm
-from fastrcnn.models import FasterRCNN, faster_rcnn
+from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.preprocess import resized_size
-from fastrcnn.models.zoo import NAMES
+from fastrcnn.models.zoo import NAMES, named_model
 from fastrcnn.weights import coco_address, infer_model
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,14 +28,17 @@ def _coco_names() -> tuple[list[str], list[str]]:
     return by_id, [name for name in by_id if name != "N/A"]
 
 
-def _names_and_ids(model: FasterRCNN) -> tuple[list[str], list[int]]:
+def _names_and_ids(model: BaseDetector) -> tuple[list[str], list[int]]:
     """Class names and COCO category ids by label: the checkpoint's own names, COCO's by their number, or numbers."""
     by_id, in_use = _coco_names()
     names = model.class_names
     if names is None:
-        names = {90: by_id, 80: in_use}.get(model.num_classes) or [f"class {i}" for i in range(model.num_classes)]
+        names = {90: by_id, 80: in_use, 91: ["N/A", *by_id]}.get(model.num_classes)
+        names = names or [f"class {i}" for i in range(model.num_classes)]
     if list(names) == in_use:
         return list(names), [by_id.index(name) + 1 for name in in_use]
+    if list(names) == ["N/A", *by_id]:  # torchvision's RetinaNet, which counts from an unused 0
+        return list(names), list(range(len(names)))
     return list(names), list(range(1, len(names) + 1))
 
 
@@ -52,7 +55,7 @@ def as_device(device: str | torch.device) -> torch.device:
 class Detector:
     """Finds objects: `Detector("r50_fpn", weights="coco")("street.jpg")[0].boxes`.
 
-    model_or_name: a FasterRCNN (copied, not changed), a name of `fastrcnn.models.faster_rcnn`, or a checkpoint file or
+    model_or_name: a FasterRCNN or RetinaNet (copied, not changed), a name from `fastrcnn models`, or a checkpoint file or
     address from which the model is inferred. weights: a checkpoint of MMDetection, torchvision or Detectron2, "coco" for
     published ones, or None. device: "auto", "cpu", "cuda", "cuda:1"... precision: "fp32", "bf16", "fp16"; "auto" is fp32
     on a CPU, so that a checkpoint gives its old numbers, and bf16 on CUDA. Objects below score_threshold are left out.
@@ -60,7 +63,7 @@ class Detector:
 
     def __init__(
         self,
-        model_or_name: FasterRCNN | str,
+        model_or_name: BaseDetector | str,
         weights: str | None = None,
         device: str | torch.device = "auto",
         precision: str = "auto",
@@ -85,8 +88,8 @@ class Detector:
         self.model = fold_batch_norm(model.float()).to(self.device, PRECISIONS[precision])
 
     @staticmethod
-    def _model(model_or_name: FasterRCNN | str, weights: str | None) -> FasterRCNN:
-        if isinstance(model_or_name, FasterRCNN):
+    def _model(model_or_name: BaseDetector | str, weights: str | None) -> BaseDetector:
+        if isinstance(model_or_name, BaseDetector):
             if weights is not None:
                 raise ValueError("weights: expected None beside a model; load them with fastrcnn.load_weights first")
             return copy.deepcopy(model_or_name)
@@ -96,7 +99,7 @@ class Detector:
                 raise ValueError(f"model_or_name: unknown model {name!r}, expected one of {', '.join(NAMES)}")
             return infer_model(name)
         if weights is None:
-            return faster_rcnn(name)
+            return named_model(name)
         return infer_model(coco_address(name) if weights == "coco" else weights, name)
 
     def __call__(self, images, batch_size: int | None = None) -> list[Detections]:
@@ -152,7 +155,7 @@ class Detector:
 
     @torch.inference_mode()
     def _detect(self, group: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor, Detections]]:
-        offset = self.model.profile.label_offset
+        offset = self.model.label_offset
         results = self.model([image.to(self.device) for _, image in group])
         for (index, image), r in zip(group, results):
             yield index, image, Detections(

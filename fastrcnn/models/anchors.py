@@ -11,14 +11,15 @@ class AnchorGenerator:
 
     An anchor of scale s and ratio r = height / width at a level of base size b is b * s * sqrt(1/r) wide and
     b * s * sqrt(r) high, centred on center_offset * b. strides: a number or (x, y) a level, in pixels; base_sizes default
-    to the strides. scales may be given as octave_base_scale * 2^(i / scales_per_octave). Source: MMDetection.
+    to the strides. scales: one list for all levels, or a list for each; or octave_base_scale * 2^(i / scales_per_octave).
+    Source: MMDetection.
     """
 
     def __init__(
         self,
         strides: Sequence[float | tuple[float, float]],
         ratios: Sequence[float],
-        scales: Sequence[float] | None = None,
+        scales: Sequence[float] | Sequence[Sequence[float]] | None = None,
         base_sizes: Sequence[float] | None = None,
         scale_major: bool = True,
         octave_base_scale: float | None = None,
@@ -35,18 +36,23 @@ class AnchorGenerator:
         self.base_sizes = [min(s) for s in self.strides] if base_sizes is None else list(base_sizes)
         if len(self.base_sizes) != len(self.strides):
             raise ValueError(f"base_sizes: expected {len(self.strides)} entries, got {self.base_sizes}")
-        self.ratios, self.scales, self.scale_major = list(ratios), list(scales), scale_major
+        self.ratios, self.scale_major = list(ratios), scale_major
+        self.scales = (
+            [list(s) for s in scales] if isinstance(scales[0], Sequence) else [list(scales)] * len(self.strides)
+        )
+        if len(self.scales) != len(self.strides) or len({len(s) for s in self.scales}) != 1:
+            raise ValueError(f"scales: expected as many for each of the {len(self.strides)} levels, got {scales}")
         self.centers, self.center_offset = centers, center_offset
 
     @property
     def num_base_anchors(self) -> int:
-        return len(self.ratios) * len(self.scales)
+        return len(self.ratios) * len(self.scales[0])
 
     def base_anchors(self, rounded: bool = False) -> list[Tensor]:
         """[A, 4] xyxy pixels around the origin, one a level. `rounded`: torchvision's integers."""
         anchors = []
         for level, size in enumerate(self.base_sizes):
-            ratios, scales = torch.tensor(self.ratios), torch.tensor(self.scales)
+            ratios, scales = torch.tensor(self.ratios), torch.tensor(self.scales[level])
             h, w = torch.sqrt(ratios), 1 / torch.sqrt(ratios)
             if self.scale_major:
                 ws = (size * w[:, None] * scales[None, :]).reshape(-1)

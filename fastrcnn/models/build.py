@@ -34,6 +34,4 @@ def settings(defaults: dict, given: dict | None, what: str) -> dict:
     unknown = sorted(set(given) - set(defaults) - {"debug"})
     if unknown:
         raise ValueError(f"{what}: options that are not supported: {unknown}, expected some of {sorted(defaults)}")
-    if given.get("pos_weight", -1) > 0:
-        raise ValueError(f"{what}: pos_weight > 0 is not supported, got {given['pos_weight']}")
     return {**defaults, **given}

@@ -6,14 +6,18 @@ Everything else (imports, loops, conditions, calls) is refused with the line it 
 """
 
 import ast
+import inspect
 import json
 import operator
 import re
 from pathlib import Path
 
 from fastrcnn.models.faster_rcnn import FasterRCNN
+from fastrcnn.models.retinanet import RetinaNet
+from fastrcnn.models.rpn import RPN
 from fastrcnn.models.zoo import merge
 
+DETECTORS = {"FasterRCNN": FasterRCNN, "RetinaNet": RetinaNet, "RPN": RPN}
 _CALLS = {"dict": dict, "list": list, "tuple": tuple}
 _OPERATORS = {
     ast.Add: operator.add,
@@ -195,56 +199,48 @@ def _input_options(config: dict, model: dict) -> dict:
     if not pixels and "img_norm_cfg" in config:
         norm = config["img_norm_cfg"]
         pixels = dict(mean=norm["mean"], std=norm["std"], bgr_to_rgb=norm.get("to_rgb", True))
+    if "mean" in pixels:
+        pixels.setdefault("bgr_to_rgb", False)  # MMDetection's default
     pixels = {k: pixels[k] for k in ("mean", "std", "bgr_to_rgb", "pad_size_divisor") if k in pixels}
     if pixels:
         options["data_preprocessor"] = pixels
     return options
 
 
-def from_mmdet_config(path_or_dict: str | Path | dict) -> FasterRCNN:
+def from_mmdet_config(path_or_dict: str | Path | dict) -> FasterRCNN | RetinaNet | RPN:
     """Builds the model of an MMDetection 2.x or 3.x config file, or of a dict: a whole config, or its `model` alone.
 
-    `model.config` keeps the whole config, data and schedule included, as plain data. Pretrained weights that it names
-    are not fetched. Raises FileNotFoundError, or ValueError naming what is not understood or not supported.
+    `model.config` keeps the whole config, data and schedule included, as plain data. Weights to start from that it names
+    are fetched by `model.init_weights()`, not here. Raises FileNotFoundError, or ValueError naming what is not understood
+    or not supported.
     """
     config = dict(path_or_dict) if isinstance(path_or_dict, dict) else read_config(path_or_dict)
     if "model" not in config and "type" not in config:
         raise ValueError(f"config: expected a key 'model' or 'type', got {sorted(config)}")
     model = dict(config.get("model", config))
     kind = model.pop("type", None)
-    if kind != "FasterRCNN":
-        raise ValueError(f"config: model type {kind!r} is not supported, only 'FasterRCNN'")
+    if kind not in DETECTORS:
+        raise ValueError(f"config: model type {kind!r} is not supported, expected one of {sorted(DETECTORS)}")
     options = _input_options(config, model)
     model.pop("data_preprocessor", None)
-    model = _without_pretrained(model)
+    if model.pop("pretrained", None):  # MMDetection 2.x named the backbone's start here
+        start = config.get("model", config)["pretrained"]
+        model["backbone"] = {**model["backbone"], "pretrained": start}
+    model = {k: v for k, v in model.items() if k != "init_cfg" or v is not None}
     model.setdefault("neck", None)
     # MMDetection 2.0 kept these two beside the model.
     for key in ("train_cfg", "test_cfg"):
-        if key not in model and isinstance(config.get(key), dict) and "rcnn" in config[key]:
+        if key not in model and isinstance(config.get(key), dict) and "type" not in config[key]:
             model[key] = config[key]
-    unknown = set(model) - {"backbone", "neck", "rpn_head", "roi_head", "train_cfg", "test_cfg"}
+    unknown = set(model) - set(inspect.signature(DETECTORS[kind]).parameters)
     if unknown:
         raise ValueError(f"config: options of the model that are not supported: {sorted(unknown)}")
-    built = FasterRCNN(**model, **options)
+    built = DETECTORS[kind](**model, **options)
     built.config = config
     names = [m["classes"] for m in _metainfos(config) if "classes" in m]
     if names and len(names[0]) == built.num_classes:
         built.class_names = list(names[0])
     return built
-
-
-def _without_pretrained(part: dict) -> dict:
-    """The dict without the names of weights to start from. Another initialisation than MMDetection's own is refused."""
-    out = {}
-    for key, value in part.items():
-        if key == "pretrained":
-            continue
-        if key == "init_cfg":
-            if value is not None and (not isinstance(value, dict) or value.get("type") != "Pretrained"):
-                raise ValueError(f"config: init_cfg={value!r} is not supported, only type='Pretrained'")
-            continue
-        out[key] = _without_pretrained(value) if isinstance(value, dict) else value
-    return out
 
 
 def _metainfos(config: dict) -> list[dict]:

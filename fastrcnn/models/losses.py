@@ -14,6 +14,17 @@ from fastrcnn.ops._checks import coordinates
 EPS = torch.finfo(torch.float32).eps  # MMDetection adds it to every avg_factor
 
 
+def positive_weight(positive: Tensor, pos_weight: float) -> Tensor | None:
+    """Weights [N] of MMDetection's `pos_weight`: that much for positives, 1 for the rest; None where it is not above 0."""
+    return None if pos_weight <= 0 else torch.where(positive, float(pos_weight), 1.0)
+
+
+def _weighted(elements: Tensor, weight: Tensor | None, loss_weight: float, avg_factor: float) -> Tensor:
+    if weight is not None:
+        elements = elements * weight.view(-1, *[1] * (elements.dim() - 1))
+    return loss_weight * elements.sum() / (avg_factor + EPS)
+
+
 class CrossEntropyLoss(nn.Module):
     """Softmax over classes, or sigmoid with use_sigmoid (then the target is the foreground indicator).
 
@@ -32,8 +43,9 @@ class CrossEntropyLoss(nn.Module):
         weight = None if self.class_weight is None else pred.new_tensor(self.class_weight)
         return F.cross_entropy(pred, target, weight, reduction="none")
 
-    def forward(self, pred: Tensor, target: Tensor, avg_factor: float) -> Tensor:
-        return self.loss_weight * self.elements(pred, target).sum() / (avg_factor + EPS)
+    def forward(self, pred: Tensor, target: Tensor, avg_factor: float, weight: Tensor | None = None) -> Tensor:
+        """weight [N]: of each row, none for 1."""
+        return _weighted(self.elements(pred, target), weight, self.loss_weight, avg_factor)
 
 
 class FocalLoss(nn.Module):
@@ -50,16 +62,19 @@ class FocalLoss(nn.Module):
         self.gamma, self.alpha, self.loss_weight = gamma, alpha, loss_weight
 
     def elements(self, pred: Tensor, target: Tensor) -> Tensor:
-        """[N, C] from pred [N, C] logits and target [N] int64, C standing for background."""
+        """[N, C] from pred [N, C] logits and target [N] int64, C standing for background; or [N] from pred [N] and the
+        foreground indicator [N], as an RPN has them."""
         pred = coordinates(pred)
-        one_hot = F.one_hot(target, pred.shape[1] + 1)[:, :-1].to(pred.dtype)
+        one_hot = target if pred.dim() == 1 else F.one_hot(target, pred.shape[1] + 1)[:, :-1]
+        one_hot = one_hot.to(pred.dtype)
         p = pred.sigmoid()
         miss = (1 - p) * one_hot + p * (1 - one_hot)
         weight = (self.alpha * one_hot + (1 - self.alpha) * (1 - one_hot)) * miss**self.gamma
         return F.binary_cross_entropy_with_logits(pred, one_hot, reduction="none") * weight
 
-    def forward(self, pred: Tensor, target: Tensor, avg_factor: float) -> Tensor:
-        return self.loss_weight * self.elements(pred, target).sum() / (avg_factor + EPS)
+    def forward(self, pred: Tensor, target: Tensor, avg_factor: float, weight: Tensor | None = None) -> Tensor:
+        """weight [N]: of each row, none for 1."""
+        return _weighted(self.elements(pred, target), weight, self.loss_weight, avg_factor)
 
 
 class _BoxLoss(nn.Module):
@@ -133,7 +148,7 @@ class IoULoss(_BoxLoss):
 class GIoULoss(_BoxLoss):
     """1 - IoU + (hull - union) / hull (Rezatofighi et al., 2019)."""
 
-    def __init__(self, eps: float = 1e-7, loss_weight: float = 1.0):
+    def __init__(self, eps: float = 1e-6, loss_weight: float = 1.0):
         super().__init__(loss_weight)
         self.eps = eps
 

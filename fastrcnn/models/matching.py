@@ -27,7 +27,7 @@ def assign(boxes: Tensor, targets: Sequence[dict], assigner: dict, profile: Prof
     """Ground-truth index of each box [B, N] int64, -1 background, -2 ignored, and its best IoU [B, N].
 
     boxes [N, 4] or [B, N, 4] xyxy pixels; targets: dicts with boxes [M, 4] and optionally ignore_boxes [R, 4];
-    assigner: MMDetection's MaxIoUAssigner options.
+    assigner: MMDetection's MaxIoUAssigner options. A neg_iou_thr of (low, high) ignores what overlaps by less than low.
     """
     rules = {**ASSIGNER, **assigner}
     unknown = set(rules) - set(ASSIGNER) - {"gt_max_assign_all", "gpu_assign_thr"}
@@ -38,8 +38,13 @@ def assign(boxes: Tensor, targets: Sequence[dict], assigner: dict, profile: Prof
     if rules["ignore_iof_thr"] > 0 and any(len(t.get("ignore_boxes", ())) for t in targets):
         none = boxes.new_zeros(0, 4)
         ignore, ignore_counts = _padded([t.get("ignore_boxes", none) for t in targets], boxes.device)
+    negative = rules["neg_iou_thr"]
+    floor, rules["neg_iou_thr"] = negative if isinstance(negative, list | tuple) else (0.0, negative)
     thresholds = {k: float(rules[k]) for k in ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr")}
-    return match_boxes(
+    matches, max_iou = match_boxes(
         boxes, gts, counts, ignore, ignore_counts, match_low_quality=bool(rules["match_low_quality"]),
         low_quality=profile.low_quality, iou_eps=profile.iou_eps, **thresholds,
     )  # fmt: skip
+    if floor > 0:
+        matches = torch.where((matches == -1) & (max_iou < floor), -2, matches)
+    return matches, max_iou

@@ -30,6 +30,15 @@ class Profile:
     anchors_inside: bool  # only anchors of the image's own padded area, within allowed_border, are trained
     rpn_divisor: str  # of the losses: "floored" counts at least one of each side an image, "sampled", or "num"
     rpn_loss_bbox: dict
+    # --- RetinaNet
+    dense_divisor: (
+        str  # of the losses: "positives" of the batch, the mean of each "image" by its own, or a "running" mean
+    )
+    dense_loss_bbox: dict
+    dense_drops_small: bool  # detections must be larger than test_cfg's min_bbox_size on both sides
+    dense_anchors: dict
+    dense_extra_convs: dict  # where P6 and P7 come from
+    dense_max_per_img: int
     # --- RoI head
     sampling_ratio: int
     aligned: bool
@@ -41,11 +50,16 @@ class Profile:
     label_offset: int  # the first foreground label outside the network
     # --- names
     losses: tuple[str, str, str, str]  # RPN classification, RPN boxes, RoI classification, RoI boxes
+    dense_losses: tuple[str, str]  # RetinaNet's classification and boxes
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMOOTH_L1 = dict(type="SmoothL1Loss", beta=1.0 / 9.0, loss_weight=1.0)
 L1 = dict(type="L1Loss", loss_weight=1.0)
+
+# Three sizes an octave. torchvision cuts them to whole pixels; Detectron2 orders by size first, the others by ratio.
+_OCTAVES = dict(ratios=[0.5, 1.0, 2.0], strides=[8, 16, 32, 64, 128], octave_base_scale=4, scales_per_octave=3)
+_WHOLE = [[int(size * 2 ** (i / 3)) / (size / 4) for i in range(3)] for size in (32, 64, 128, 256, 512)]
 
 PROFILES = {
     "mmdet": Profile(
@@ -67,6 +81,12 @@ PROFILES = {
         anchors_inside=True,
         rpn_divisor="floored",
         rpn_loss_bbox=L1,
+        dense_divisor="positives",
+        dense_loss_bbox=L1,
+        dense_drops_small=True,
+        dense_anchors=dict(_OCTAVES),
+        dense_extra_convs=dict(add_extra_convs="on_input"),
+        dense_max_per_img=100,
         sampling_ratio=0,
         aligned=True,
         rescale_before_nms=True,
@@ -76,6 +96,7 @@ PROFILES = {
         roi_loss_bbox=L1,
         label_offset=0,
         losses=("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"),
+        dense_losses=("loss_cls", "loss_bbox"),
     ),
     "torchvision": Profile(
         name="torchvision",
@@ -96,6 +117,12 @@ PROFILES = {
         anchors_inside=False,
         rpn_divisor="sampled",
         rpn_loss_bbox=SMOOTH_L1,
+        dense_divisor="image",
+        dense_loss_bbox=L1,
+        dense_drops_small=False,
+        dense_anchors=dict(ratios=[0.5, 1.0, 2.0], strides=[8, 16, 32, 64, 128], scales=_WHOLE),
+        dense_extra_convs=dict(add_extra_convs="on_output", relu_before_extra_convs=True),
+        dense_max_per_img=300,
         sampling_ratio=2,
         aligned=False,
         rescale_before_nms=False,
@@ -105,6 +132,7 @@ PROFILES = {
         roi_loss_bbox=SMOOTH_L1,
         label_offset=1,
         losses=("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"),
+        dense_losses=("classification", "bbox_regression"),
     ),
     "detectron2": Profile(
         name="detectron2",
@@ -125,6 +153,12 @@ PROFILES = {
         anchors_inside=False,
         rpn_divisor="num",
         rpn_loss_bbox=L1,
+        dense_divisor="running",
+        dense_loss_bbox=dict(type="SmoothL1Loss", beta=0.1, loss_weight=1.0),
+        dense_drops_small=False,
+        dense_anchors=dict(_OCTAVES, scale_major=False),
+        dense_extra_convs=dict(add_extra_convs="on_input", relu_before_extra_convs=True),
+        dense_max_per_img=100,
         sampling_ratio=0,
         aligned=True,
         rescale_before_nms=False,
@@ -134,6 +168,7 @@ PROFILES = {
         roi_loss_bbox=L1,
         label_offset=0,
         losses=("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"),
+        dense_losses=("loss_cls", "loss_box_reg"),
     ),
 }
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastrcnn.layers import build_conv, build_norm, conv_norm_act
+from fastrcnn.layers import build_conv, build_norm, build_plugin, conv_norm_act
+
+POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 
 
 def _downsample(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
@@ -52,8 +54,10 @@ class BasicBlock(_Block):
     num_convs = 2
 
     def __init__(self, inplanes, planes, stride=1, dilation=1, downsample=None, style="pytorch", with_cp=False,
-                 conv_cfg=None, norm_cfg=dict(type="BN")):  # fmt: skip
+                 conv_cfg=None, norm_cfg=dict(type="BN"), dcn=None, plugins=()):  # fmt: skip
         super().__init__()
+        if dcn is not None or plugins:
+            raise ValueError("dcn, plugins: only bottlenecks (depth 50 and above) have a place for them")
         self.conv1 = build_conv(conv_cfg, inplanes, planes, 3, stride, dilation, dilation, bias=False)
         self._add_norm(norm_cfg, planes, 1)
         self.conv2 = build_conv(conv_cfg, planes, planes, 3, padding=1, bias=False)
@@ -67,13 +71,18 @@ class BasicBlock(_Block):
 
 
 class Bottleneck(_Block):
-    """1x1, 3x3, 1x1; the stride is on the 3x3 (style "pytorch") or on the first 1x1 ("caffe")."""
+    """1x1, 3x3, 1x1; the stride is on the 3x3 (style "pytorch") or on the first 1x1 ("caffe").
+
+    dcn: the 3x3's dict, dict(type="DCN" or "DCNv2", deform_groups=1, fallback_on_stride=False); with fallback_on_stride a
+    3x3 with a stride stays an ordinary one. plugins: dicts of `cfg` (see `build_plugin`) and `position`.
+    """
 
     expansion = 4
     num_convs = 3
 
     def __init__(self, inplanes, planes, stride=1, dilation=1, downsample=None, style="pytorch", with_cp=False,
-                 conv_cfg=None, norm_cfg=dict(type="BN"), groups=1, base_width=4, base_channels=64):  # fmt: skip
+                 conv_cfg=None, norm_cfg=dict(type="BN"), dcn=None, plugins=(), groups=1, base_width=4,
+                 base_channels=64):  # fmt: skip
         super().__init__()
         if style not in ("pytorch", "caffe"):
             raise ValueError(f'style: expected "pytorch" or "caffe", got {style!r}')
@@ -82,16 +91,43 @@ class Bottleneck(_Block):
         out = planes * self.expansion
         self.conv1 = build_conv(conv_cfg, inplanes, width, 1, stride1, bias=False)
         self._add_norm(norm_cfg, width, 1)
-        self.conv2 = build_conv(conv_cfg, width, width, 3, stride2, dilation, dilation, groups, bias=False)
+        conv2_cfg = dict(dcn or {})
+        if conv2_cfg.pop("fallback_on_stride", False) and stride2 != 1:
+            conv2_cfg = {}
+        if conv2_cfg and conv_cfg is not None:
+            raise ValueError(f"conv_cfg: expected None beside dcn, got {conv_cfg}")
+        self.conv2 = build_conv(conv2_cfg or conv_cfg, width, width, 3, stride2, dilation, dilation, groups, bias=False)
         self._add_norm(norm_cfg, width, 2)
         self.conv3 = build_conv(conv_cfg, width, out, 1, bias=False)
         self._add_norm(norm_cfg, out, 3)
         self.downsample = downsample
         self.with_cp = with_cp
+        self.plugin_names: dict[str, list[str]] = {position: [] for position in POSITIONS}
+        for plugin in plugins:
+            self._add_plugin(plugin["cfg"], plugin.get("position"), planes)
+
+    def _add_plugin(self, cfg: dict, position: str, planes: int) -> None:
+        if position not in POSITIONS:
+            raise ValueError(f"plugins: expected a position of {POSITIONS}, got {position!r}")
+        channels = planes * self.expansion if position == "after_conv3" else planes
+        name, layer = build_plugin(cfg, in_channels=channels)
+        if hasattr(self, name):
+            raise ValueError(f"plugins: two are called {name!r}; give one a postfix")
+        self.add_module(name, layer)
+        self.plugin_names[position].append(name)
+
+    def _plugged(self, x: Tensor, position: str) -> Tensor:
+        for name in self.plugin_names[position]:
+            x = getattr(self, name)(x)
+        return x
 
     def _forward(self, x: Tensor) -> Tensor:
-        out = self._conv_norm(self._conv_norm(x, 1), 2)
-        return self._conv_norm(out, 3, residual=_downsample(x, self.downsample))
+        out = self._plugged(self._conv_norm(x, 1), "after_conv1")
+        out = self._plugged(self._conv_norm(out, 2), "after_conv2")
+        shortcut = _downsample(x, self.downsample)
+        if not self.plugin_names["after_conv3"]:
+            return self._conv_norm(out, 3, residual=shortcut)
+        return torch.relu(self._plugged(self._conv_norm(out, 3, relu=False), "after_conv3") + shortcut)
 
 
 def make_res_layer(block, inplanes, planes, num_blocks, stride=1, dilation=1, avg_down=False, conv_cfg=None,
@@ -109,12 +145,39 @@ def make_res_layer(block, inplanes, planes, num_blocks, stride=1, dilation=1, av
     return nn.Sequential(*blocks)
 
 
+def pretrained_source(pretrained: str | None, init_cfg: dict | None) -> tuple[str, str] | None:
+    """(checkpoint, key prefix in it) from MMDetection's 2.x or 3.x way to name one. Raises ValueError for both at once, and
+    for another init_cfg: random initialisation is each module's own."""
+    if init_cfg is None:
+        return None if pretrained is None else (pretrained, "")
+    if pretrained is not None or not isinstance(init_cfg, dict) or init_cfg.get("type") != "Pretrained":
+        raise ValueError(f"init_cfg: expected type='Pretrained' and no `pretrained`, got {init_cfg} and {pretrained!r}")
+    return init_cfg["checkpoint"], init_cfg.get("prefix") or ""
+
+
+def init_convs_and_norms(module: nn.Module) -> None:
+    """Kaiming-normal convolutions (fan-out), unit norms; layers with a rule of their own (plugins, offsets) follow it."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+            nn.init.ones_(m.weight)
+            nn.init.zeros_(m.bias)
+    for m in module.modules():
+        if m is not module and hasattr(m, "init_weights"):
+            m.init_weights()
+
+
 class ResNet(nn.Module):
     """Feature maps of the stages `out_indices`, finest first.
 
     depth: 18, 34 (BasicBlock), 50, 101, 152 (Bottleneck). frozen_stages: -1 trains everything, 0 freezes the stem, k the
     stem and the first k stages. norm_eval keeps batch norms on their running statistics while training. with_cp
-    recomputes blocks in the backward pass to save memory. Source: MMDetection's ResNet.
+    recomputes blocks in the backward pass to save memory. dcn: the dict of a deformable 3x3 convolution (see Bottleneck)
+    for the stages marked in stage_with_dcn. plugins: dicts with `cfg`, `position` ("after_conv1", "after_conv2" or
+    "after_conv3") and optionally `stages`, one bool a stage. pretrained, or init_cfg=dict(type="Pretrained",
+    checkpoint=..., prefix=...): a file, an https address or MMDetection's "torchvision://resnet50" that `init_weights`
+    reads; building reads nothing. Source: MMDetection's ResNet.
     """
 
     arch_settings = {
@@ -142,8 +205,13 @@ class ResNet(nn.Module):
         conv_cfg: dict | None = None,
         norm_cfg: dict = dict(type="BN", requires_grad=True),
         norm_eval: bool = True,
+        dcn: dict | None = None,
+        stage_with_dcn: Sequence[bool] = (False, False, False, False),
+        plugins: Sequence[dict] | None = None,
         with_cp: bool = False,
         zero_init_residual: bool = True,
+        pretrained: str | None = None,
+        init_cfg: dict | None = None,
     ):
         super().__init__()
         if depth not in self.arch_settings:
@@ -154,6 +222,13 @@ class ResNet(nn.Module):
             raise ValueError(f"strides, dilations: expected {num_stages} entries, got {strides} and {dilations}")
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f"frozen_stages: expected -1..{num_stages}, got {frozen_stages}")
+        if dcn is not None and len(stage_with_dcn) != num_stages:
+            raise ValueError(f"stage_with_dcn: expected {num_stages} entries, got {stage_with_dcn}")
+        for plugin in plugins or ():
+            unknown = set(plugin) - {"cfg", "position", "stages"}
+            if unknown or len(plugin.get("stages") or strides[:num_stages]) != num_stages:
+                raise ValueError(f"plugins: expected cfg, position and stages (one of {num_stages} each), got {plugin}")
+        self.pretrained = pretrained_source(pretrained, init_cfg)
         block, num_blocks = self.arch_settings[depth]
         self.depth, self.out_indices, self.deep_stem = depth, tuple(out_indices), deep_stem
         self.style = style
@@ -165,13 +240,15 @@ class ResNet(nn.Module):
             planes = base_channels * 2**i
             layer = make_res_layer(
                 block, inplanes, planes, num_blocks[i], strides[i], dilations[i], avg_down, conv_cfg, norm_cfg,
-                style=style, with_cp=with_cp, **self._block_options(),
+                style=style, with_cp=with_cp, dcn=dcn if dcn is not None and stage_with_dcn[i] else None,
+                plugins=[p for p in plugins or () if (p.get("stages") or [True] * num_stages)[i]],
+                **self._block_options(),
             )  # fmt: skip
             inplanes = planes * block.expansion
             self.add_module(f"layer{i + 1}", layer)
             self.res_layers.append(f"layer{i + 1}")
         self.feat_dim = inplanes
-        self.init_weights()
+        self._init_at_random()
         self._freeze_stages()
 
     def _block_options(self) -> dict:
@@ -198,6 +275,8 @@ class ResNet(nn.Module):
             if isinstance(block, Bottleneck):
                 strides = (1, 1), max(block.conv1.stride, block.conv2.stride)
                 block.conv1.stride, block.conv2.stride = strides if style == "pytorch" else strides[::-1]
+                if hasattr(block.conv2, "conv_offset"):
+                    block.conv2.conv_offset.stride = block.conv2.stride
 
     def norm_pairs(self):
         if self.deep_stem:
@@ -207,14 +286,17 @@ class ResNet(nn.Module):
             yield self.conv1, self, self.norm1_name
 
     def init_weights(self) -> None:
-        """Kaiming-normal convolutions (fan-out), unit norms; with zero_init_residual each block starts as identity."""
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(m, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
-                nn.init.ones_(m.weight)
-                nn.init.zeros_(m.bias)
-        if self.zero_init_residual:
+        """Fresh weights: the pretrained ones where the constructor names them, for every key that they have; else
+        Kaiming-normal convolutions (fan-out) and unit norms, with zero_init_residual each block starting as identity."""
+        self._init_at_random()
+        if self.pretrained is not None:
+            from fastrcnn.weights import load_pretrained  # weights are read into models: a local import
+
+            load_pretrained(self, *self.pretrained)
+
+    def _init_at_random(self) -> None:
+        init_convs_and_norms(self)
+        if self.zero_init_residual and self.pretrained is None:
             for m in self.modules():
                 if isinstance(m, _Block):
                     nn.init.zeros_(getattr(m, getattr(m, f"norm{m.num_convs}_name")).weight)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from fastrcnn.layers import ConvModule
 from fastrcnn.models.box_coder import build_box_coder
 from fastrcnn.models.build import build, settings
-from fastrcnn.models.losses import build_loss
+from fastrcnn.models.losses import build_loss, positive_weight
 from fastrcnn.models.matching import assign
+from fastrcnn.models.post_process import finish
 from fastrcnn.models.profiles import Profile, get_profile
-from fastrcnn.models.resnet import ResNet, make_res_layer
+from fastrcnn.models.resnet import ResNet, init_convs_and_norms, make_res_layer, pretrained_source
+from fastrcnn.models.roi_extractors import ROI_EXTRACTORS
 from fastrcnn.models.sampling import sample
-from fastrcnn.ops import batched_nms, multilevel_roi_align, soft_nms
 from fastrcnn.ops._checks import coordinates
 
 TEST_CFG = dict(score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
@@ -26,30 +27,6 @@ TRAIN_CFG = dict(
     sampler=dict(type="RandomSampler", num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True),
     pos_weight=-1,
 )  # fmt: skip
-
-
-class SingleRoIExtractor(nn.Module):
-    """RoIAlign from the pyramid level that fits each RoI (MMDetection's SingleRoIExtractor)."""
-
-    def __init__(self, roi_layer: dict, out_channels: int, featmap_strides: Sequence[int], finest_scale: float = 56):
-        super().__init__()
-        options = dict(roi_layer)
-        if options.pop("type", "RoIAlign") != "RoIAlign":
-            raise ValueError(f"roi_layer: expected type 'RoIAlign', got {roi_layer}")
-        self.output_size = options.pop("output_size")
-        self.sampling_ratio = options.pop("sampling_ratio", 0)
-        self.aligned = options.pop("aligned", True)
-        if options:
-            raise ValueError(f"roi_layer: unknown options {sorted(options)}")
-        self.out_channels, self.featmap_strides = out_channels, list(featmap_strides)
-        self.finest_scale, self.profile = finest_scale, get_profile("mmdet")
-
-    def forward(self, feats: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """feats: one [B, C, H, W] for each stride (more are left out); rois [K, 5] -> [K, C, out, out]."""
-        return multilevel_roi_align(
-            feats[: len(self.featmap_strides)], rois, self.output_size, self.featmap_strides, self.sampling_ratio,
-            self.aligned, self.finest_scale, self.profile.name,
-        )  # fmt: skip
 
 
 class ConvFCBBoxHead(nn.Module):
@@ -139,12 +116,15 @@ class ConvFCBBoxHead(nn.Module):
         cls, reg = self._run(x, self.cls_convs, self.cls_fcs), self._run(x, self.reg_convs, self.reg_fcs)
         return self.fc_cls(self._flat(cls)), self.fc_reg(self._flat(reg))
 
-    def loss(self, logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor):
+    def loss(
+        self, logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor, pos_weight: float = -1
+    ):
         """(class loss, box loss). rois [K, 5], labels [K] with num_classes for background, gt_boxes [K, 4] (background
-        rows are not read)."""
+        rows are not read); pos_weight: of the positives in the class loss, where it is above 0."""
         count = max(len(labels), 1)
-        loss_cls = self.loss_cls(logits, labels, count)
-        pos = (labels < self.num_classes).nonzero()[:, 0]
+        positive = labels < self.num_classes
+        loss_cls = self.loss_cls(logits, labels, count, positive_weight(positive, pos_weight))
+        pos = positive.nonzero()[:, 0]
         if len(pos) == 0:
             return loss_cls, deltas.sum() * 0.0
         picked = deltas.view(len(deltas), -1, 4)
@@ -189,8 +169,12 @@ class ResLayer(nn.Module):
         norm_cfg: dict = dict(type="BN", requires_grad=True),
         norm_eval: bool = True,
         with_cp: bool = False,
+        dcn: dict | None = None,
+        pretrained: str | None = None,
+        init_cfg: dict | None = None,
     ):
         super().__init__()
+        self.pretrained = pretrained_source(pretrained, init_cfg)
         block, num_blocks = ResNet.arch_settings[depth]
         planes = 64 * 2**stage
         inplanes, self.norm_eval, self.name = planes // 2 * block.expansion, norm_eval, f"layer{stage + 1}"
@@ -204,8 +188,18 @@ class ResLayer(nn.Module):
             norm_cfg=norm_cfg,
             style=style,
             with_cp=with_cp,
+            dcn=dcn,
         )
         self.add_module(self.name, layer)
+        init_convs_and_norms(self)
+
+    def init_weights(self) -> None:
+        """Fresh weights, or those that `pretrained` or init_cfg name (see ResNet)."""
+        init_convs_and_norms(self)
+        if self.pretrained is not None:
+            from fastrcnn.weights import load_pretrained  # weights are read into models: a local import
+
+            load_pretrained(self, *self.pretrained)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -217,28 +211,6 @@ class ResLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return getattr(self, self.name)(x)
-
-
-def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: dict, max_output: int) -> tuple[Tensor, Tensor]:
-    """(kept indices, their scores) by descending score, of NMS or soft-NMS within each class (or across all of them)."""
-    options = {k: v for k, v in cfg.items() if k not in ("type", "class_agnostic", "split_thr", "max_num")}
-    kind = cfg.get("type", "nms")
-    if kind not in ("nms", "soft_nms"):
-        raise ValueError(f"nms: expected type 'nms' or 'soft_nms', got {kind!r}")
-    groups = torch.zeros_like(labels) if cfg.get("class_agnostic") else labels
-    if kind == "nms":
-        keep = batched_nms(boxes, scores, groups, options["iou_threshold"], max_output)
-        return keep, scores[keep]
-    kept, decayed = [], []
-    for group in groups.unique().tolist():
-        members = (groups == group).nonzero()[:, 0]
-        dets, indices = soft_nms(boxes[members], scores[members], **options)
-        kept.append(members[indices])
-        decayed.append(dets[:, 4])
-    kept = torch.cat(kept) if kept else labels[:0]
-    decayed = torch.cat(decayed) if decayed else scores[:0]
-    best = decayed.sort(descending=True, stable=True).indices[:max_output]
-    return kept[best], decayed[best]
 
 
 class StandardRoIHead(nn.Module):
@@ -254,18 +226,29 @@ class StandardRoIHead(nn.Module):
         profile: str | Profile = "mmdet",
     ):
         super().__init__()
-        extractors = {"SingleRoIExtractor": SingleRoIExtractor}
-        self.bbox_roi_extractor = build(bbox_roi_extractor, extractors, "bbox_roi_extractor")
+        self.bbox_roi_extractor = build(bbox_roi_extractor, ROI_EXTRACTORS, "bbox_roi_extractor")
         self.bbox_head = build(bbox_head, BBOX_HEADS, "bbox_head")
         self.shared_head = None if shared_head is None else build(shared_head, {"ResLayer": ResLayer}, "shared_head")
         self.train_cfg = settings(TRAIN_CFG, train_cfg, "roi_head train_cfg")
         self.test_cfg = settings(TEST_CFG, test_cfg, "roi_head test_cfg")
         self.set_profile(profile)
 
+    def init_weights(self) -> None:
+        """Fresh weights for every part (see `BaseDetector.init_weights`)."""
+        for m in self.children():
+            if hasattr(m, "init_weights"):
+                m.init_weights()
+
     def set_profile(self, profile: str | Profile) -> None:
         self.profile = get_profile(profile) if isinstance(profile, str) else profile
         self.bbox_roi_extractor.profile = self.profile
         self.bbox_head.bbox_coder.symmetric_clip = self.profile.symmetric_clip
+
+    def take_defaults(self, profile: Profile) -> None:
+        """`set_profile`, and the peer's defaults of what MMDetection makes an argument: RoIAlign's and the box loss."""
+        self.set_profile(profile)
+        self.bbox_roi_extractor.take_defaults(profile)
+        self.bbox_head.loss_bbox = build_loss(profile.roi_loss_bbox)
 
     def forward(self, feats: Sequence[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         """rois [K, 5] = (image index, xyxy pixels) -> class logits, deltas."""
@@ -306,22 +289,11 @@ class StandardRoIHead(nn.Module):
             rois[row], deltas.unflatten(1, (-1, 4))[row, column], image_size.float()
         )
         scores = scores[row, label]
-        factor = None if scale is None else (1.0 / scale).repeat(2)
-        if factor is not None and p.rescale_before_nms:
-            boxes = boxes * factor
         if p.min_box_size is not None:
             keep = ((boxes[:, 2:] - boxes[:, :2]) >= p.min_box_size).all(-1)
             boxes, scores, label = boxes[keep], scores[keep], label[keep]
-        keep, scores = _suppress(boxes, scores, label, cfg["nms"], cfg["max_per_img"])
-        boxes, label = boxes[keep], label[keep]
-        if factor is not None and not p.rescale_before_nms:
-            boxes = boxes * factor
-        if p.clip_after_rescale:
-            limit = image_size.flip(0).float() * (1.0 if factor is None else factor[:2])
-            boxes = torch.minimum(boxes.clamp(min=0), limit.repeat(2))
-            keep = (boxes[:, 2:] > boxes[:, :2]).all(-1)
-            boxes, scores, label = boxes[keep], scores[keep], label[keep]
-        return dict(boxes=boxes, labels=label + p.label_offset, scores=scores)
+        found = finish(boxes, scores, label, image_size, scale, cfg, p)
+        return {**found, "labels": found["labels"] + p.label_offset}
 
     def loss(
         self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, targets: list[dict]
@@ -334,7 +306,7 @@ class StandardRoIHead(nn.Module):
             labels.append(la)
             gt_boxes.append(g)
         rois, labels, gt_boxes = torch.cat(rois), torch.cat(labels), torch.cat(gt_boxes)
-        return self.bbox_head.loss(*self(feats, rois), rois, labels, gt_boxes)
+        return self.bbox_head.loss(*self(feats, rois), rois, labels, gt_boxes, self.train_cfg["pos_weight"])
 
     @torch.no_grad()
     def _targets(self, feats, image: int, proposals: Tensor, target: dict) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from fastrcnn.layers import ConvModule, conv_norm_act
-from fastrcnn.models.anchors import build_anchor_generator
-from fastrcnn.models.box_coder import build_box_coder
-from fastrcnn.models.build import settings
-from fastrcnn.models.losses import build_loss
-from fastrcnn.models.matching import assign
-from fastrcnn.models.profiles import Profile, get_profile
+from fastrcnn.models.base_detector import BaseDetector
+from fastrcnn.models.build import build, settings
+from fastrcnn.models.dense_head import DenseHead, flat_levels
+from fastrcnn.models.losses import build_loss, positive_weight
+from fastrcnn.models.profiles import Profile
 from fastrcnn.models.sampling import sample
 from fastrcnn.ops import decode_proposals, nms_padded
 
@@ -27,7 +26,7 @@ TRAIN_CFG = dict(
 )  # fmt: skip
 
 
-class RPNHead(nn.Module):
+class RPNHead(DenseHead):
     """3x3 convolution(s) with ReLU, then 1x1 objectness (A channels) and deltas (4 A) on every level.
 
     Keys: rpn_conv, rpn_cls, rpn_reg; with num_convs > 1, rpn_conv.{i}.conv. Source: MMDetection's RPNHead.
@@ -50,18 +49,15 @@ class RPNHead(nn.Module):
         test_cfg: dict | None = None,
         profile: str | Profile = "mmdet",
     ):
-        super().__init__()
         if num_classes != 1:
             raise ValueError(f"num_classes: an RPN has one class, got {num_classes}")
-        self.anchor_generator = build_anchor_generator(anchor_generator)
-        self.bbox_coder = build_box_coder(bbox_coder)
-        self.loss_cls, self.loss_bbox = build_loss(loss_cls), build_loss(loss_bbox)
+        train_cfg = settings(TRAIN_CFG, train_cfg, "rpn_head train_cfg")
+        test_cfg = settings(TEST_CFG, test_cfg, "rpn_head test_cfg")
+        super().__init__(
+            anchor_generator, bbox_coder, loss_cls, loss_bbox, reg_decoded_bbox, train_cfg, test_cfg, profile
+        )
         if not getattr(self.loss_cls, "use_sigmoid", False):
             raise ValueError("loss_cls: the RPN's objectness needs use_sigmoid=True")
-        self.train_cfg = settings(TRAIN_CFG, train_cfg, "rpn_head train_cfg")
-        self.test_cfg = settings(TEST_CFG, test_cfg, "rpn_head test_cfg")
-        self.reg_decoded_bbox = reg_decoded_bbox
-        self.num_anchors = self.anchor_generator.num_base_anchors
         if num_convs == 1:
             self.rpn_conv = nn.Conv2d(in_channels, feat_channels, 3, padding=1)
         else:
@@ -69,20 +65,18 @@ class RPNHead(nn.Module):
             self.rpn_conv = nn.Sequential(*(ConvModule(a, b, 3, padding=1) for a, b in zip(widths, widths[1:])))
         self.rpn_cls = nn.Conv2d(feat_channels, self.num_anchors, 1)
         self.rpn_reg = nn.Conv2d(feat_channels, self.num_anchors * 4, 1)
-        self.set_profile(profile)
         self.init_weights()
 
-    def set_profile(self, profile: str | Profile) -> None:
-        self.profile = get_profile(profile) if isinstance(profile, str) else profile
-        self.bbox_coder.symmetric_clip = self.profile.symmetric_clip
-        self._base_by_device: dict[torch.device, list[Tensor]] = {}
+    def take_defaults(self, profile: Profile) -> None:
+        """`set_profile`, and the peer's defaults of what MMDetection makes an argument: box loss and min_pos_iou."""
+        self.set_profile(profile)
+        self.loss_bbox = build_loss(profile.rpn_loss_bbox)
+        assigner = {**self.train_cfg["assigner"], "min_pos_iou": profile.min_pos_iou}
+        self.train_cfg = {**self.train_cfg, "assigner": assigner}
 
-    def _base_anchors(self, device: torch.device) -> list[Tensor]:
-        """Base anchors [A, 4] a level, in float32 whatever the weights are, copied to each device once."""
-        if device not in self._base_by_device:
-            base = self.anchor_generator.base_anchors(self.profile.round_anchors)
-            self._base_by_device[device] = [b.to(device) for b in base]
-        return self._base_by_device[device]
+    @property
+    def loss_names(self) -> tuple[str, str]:
+        return self.profile.losses[:2]
 
     def init_weights(self) -> None:
         for m in self.modules():
@@ -101,64 +95,132 @@ class RPNHead(nn.Module):
             deltas.append(conv_norm_act(x, self.rpn_reg, None, relu=False))
         return logits, deltas
 
-    def _grid_shape(self, batch_shape: Sequence[int]) -> Sequence[int] | None:
-        return batch_shape if self.profile.strides_from_grid else None
-
     def predict(
-        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], image_sizes: Tensor, batch_shape, cfg: dict
+        self,
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        image_sizes: Tensor,
+        batch_shape,
+        cfg: dict,
+        scale_factors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Proposals after NMS: boxes [B, max_per_img, 4] xyxy pixels, scores [B, max_per_img], counts [B]; zeros beyond.
 
-        image_sizes [B, 2] (height, width) before padding; batch_shape: (height, width) of the padded batch.
+        image_sizes [B, 2] (height, width) before padding; batch_shape: (height, width) of the padded batch; scale_factors
+        [B, 2] (width, height), new over old: boxes come back in pixels of the unscaled image.
         """
         p = self.profile
+        # Where boxes are scaled back before NMS, min_bbox_size counts the original's pixels.
+        early = scale_factors is not None and p.rescale_before_nms
         if cfg["nms"].get("type", "nms") != "nms":
             raise ValueError(f"rpn nms: expected type 'nms', got {cfg['nms']}")
-        strides = self.anchor_generator.level_strides([x.shape[2:] for x in logits], self._grid_shape(batch_shape))
-        base = self._base_anchors(logits[0].device)
+        strides = self.anchor_generator.level_strides([x.shape[2:] for x in logits], self.grid_shape(batch_shape))
+        base = self.base_anchors(logits[0].device)
         boxes, scores, levels, counts = decode_proposals(
             logits, deltas, base, strides, image_sizes, cfg["nms_pre"], self.bbox_coder.means, self.bbox_coder.stds,
-            symmetric_clip=p.symmetric_clip, min_size=max(p.rpn_min_size, cfg["min_bbox_size"]), topk_on=p.rpn_topk_on,
-            score=p.rpn_nms_on,
+            symmetric_clip=p.symmetric_clip, topk_on=p.rpn_topk_on, score=p.rpn_nms_on,
+            min_size=p.rpn_min_size if early else max(p.rpn_min_size, cfg["min_bbox_size"]),
         )  # fmt: skip
+        factor = None if scale_factors is None else (1.0 / scale_factors).repeat(1, 2)[:, None]
+        if early:
+            boxes = boxes * factor
+            large = (boxes[..., 2:] - boxes[..., :2] > cfg["min_bbox_size"]).all(-1) & (levels >= 0)
+            # Shapes stay static: the large ones move to the front and are counted.
+            counts, first = large.sum(1), large.int().sort(dim=1, descending=True, stable=True).indices
+            boxes = boxes.gather(1, first[..., None].expand(-1, -1, 4))
+            scores, levels = scores.gather(1, first), levels.gather(1, first)
         keep, counts = nms_padded(boxes, scores, levels, cfg["nms"]["iou_threshold"], cfg["max_per_img"], counts)
         kept = keep.clamp(min=0)
         boxes = boxes.gather(1, kept[..., None].expand(-1, -1, 4)) * (keep >= 0)[..., None]
+        if factor is not None and not early:
+            boxes = boxes * factor
         return boxes, scores.gather(1, kept) * (keep >= 0), counts
 
     def loss(
         self, logits: Sequence[Tensor], deltas: Sequence[Tensor], image_sizes: Tensor, batch_shape, targets: list[dict]
     ) -> tuple[Tensor, Tensor]:
         """(objectness loss, box loss), scalars. targets: dicts with boxes [M, 4] and optionally ignore_boxes [R, 4]."""
-        sizes, device = [x.shape[2:] for x in logits], logits[0].device
-        generator, p = self.anchor_generator, self.profile
-        anchors = torch.cat(generator.grid(sizes, p.round_anchors, self._grid_shape(batch_shape), device))
-        candidates: Tensor = anchors
-        inside = None
-        if p.anchors_inside:
-            inside = generator.inside(sizes, image_sizes, self.train_cfg["allowed_border"], device)
-            if not bool(inside.all()):
-                nowhere = anchors.new_tensor([-1e6, -1e6, -1e6, -1e6])
-                candidates = torch.where(inside[..., None], anchors, nowhere)
-        matches, max_iou = assign(candidates, targets, self.train_cfg["assigner"], p)
-        if inside is not None:
-            matches = torch.where(inside, matches, -2)
-        batch = len(matches)
-        flat_logits = torch.cat([x.permute(0, 2, 3, 1).reshape(batch, -1) for x in logits], 1)
-        flat_deltas = torch.cat([x.permute(0, 2, 3, 1).reshape(batch, -1, 4) for x in deltas], 1)
-        picked_logits, labels, picked_deltas, box_targets, sampled, floor = [], [], [], [], 0, 0
+        anchors, matches, max_iou = self.assigned(logits, image_sizes, batch_shape, targets)
+        flat_logits, flat_deltas = flat_levels(logits, 1)[..., 0], flat_levels(deltas, 4)
+        picked, sampled, floor = [], 0, 0
         for i, target in enumerate(targets):
             pos, neg = sample(matches[i], self.train_cfg["sampler"], max_iou[i])
-            picked_logits += [flat_logits[i, pos], flat_logits[i, neg]]
-            labels += [torch.ones_like(pos), torch.zeros_like(neg)]
-            picked_deltas.append(flat_deltas[i, pos])
-            truth = target["boxes"][matches[i, pos]]
-            if self.reg_decoded_bbox:
-                picked_deltas[-1] = self.bbox_coder.decode(anchors[pos], picked_deltas[-1])
-            box_targets.append(truth if self.reg_decoded_bbox else self.bbox_coder.encode(anchors[pos], truth))
-            sampled += len(pos) + len(neg)
+            chosen = torch.cat([pos, neg])
+            labels = (matches[i, chosen] >= 0).long()
+            picked.append(
+                (flat_logits[i, chosen], labels, flat_deltas[i, pos], anchors[pos], target["boxes"][matches[i, pos]])
+            )
+            sampled += len(chosen)
             floor += max(len(pos), 1) + max(len(neg), 1)
-        divisors = dict(floored=floor, sampled=max(sampled, 1), num=self.train_cfg["sampler"]["num"] * batch)
-        avg_factor = divisors[p.rpn_divisor]
-        loss_cls = self.loss_cls(torch.cat(picked_logits), torch.cat(labels), avg_factor)
-        return loss_cls, self.loss_bbox(torch.cat(picked_deltas), torch.cat(box_targets), avg_factor)
+        scores, labels, moves, boxes, truth = (torch.cat(column) for column in zip(*picked))
+        num = self.train_cfg["sampler"]["num"] * len(matches)
+        avg_factor = dict(floored=floor, sampled=max(sampled, 1), num=num)[self.profile.rpn_divisor]
+        weight = positive_weight(labels > 0, self.train_cfg["pos_weight"])
+        return self.loss_cls(scores, labels, avg_factor, weight), self.box_loss(moves, boxes, truth, avg_factor)
+
+
+class RPN(BaseDetector):
+    """A region proposal network on its own (MMDetection's RPN), to train or to measure the recall of.
+
+    rpn_head: an RPNHead or MMDetection's dict; its keys are rpn_head.*, and a state dict with MMDetection 3's bbox_head.*
+    loads, too. train_cfg, test_cfg: MMDetection's dicts with the key rpn (or the RPN's settings themselves); the rest as in
+    BaseDetector. Objects of every class are one class, label 0.
+    """
+
+    num_classes, reads_labels = 1, False
+
+    def __init__(
+        self,
+        backbone: dict | nn.Module,
+        neck: dict | nn.Module | None,
+        rpn_head: dict | nn.Module,
+        train_cfg: dict | None = None,
+        test_cfg: dict | None = None,
+        profile: str = "mmdet",
+        min_size: int = 800,
+        max_size: int = 1333,
+        data_preprocessor: dict | None = None,
+    ):
+        super().__init__(backbone, neck, profile, min_size, max_size, data_preprocessor)
+        if not isinstance(rpn_head, nn.Module):
+            train_cfg, test_cfg = ((cfg or {}).get("rpn", cfg) for cfg in (train_cfg, test_cfg))
+            cfgs = dict(train_cfg=train_cfg, test_cfg=test_cfg, profile=self.profile)
+            rpn_head = build({**rpn_head, "num_classes": 1, **cfgs}, {"RPNHead": RPNHead}, "rpn_head")
+        self.rpn_head = rpn_head
+        self.built_with = self.profile.name, self.peer_options()
+        self.register_load_state_dict_pre_hook(self._rename_bbox_head)
+
+    @staticmethod
+    def _rename_bbox_head(module, state_dict: dict, prefix: str, *args) -> None:
+        for key in [k for k in state_dict if k.startswith(f"{prefix}bbox_head.")]:
+            state_dict[key.replace("bbox_head.", "rpn_head.", 1)] = state_dict.pop(key)
+
+    @property
+    def label_offset(self) -> int:
+        return 0
+
+    def set_profile(self, name: str) -> None:
+        super().set_profile(name)
+        self.rpn_head.take_defaults(self.profile)
+
+    @torch.no_grad()
+    def proposals(self, batch: Tensor, image_sizes) -> list[tuple[Tensor, Tensor]]:
+        """(boxes [K, 4] xyxy pixels, scores [K]) of each image after NMS, best first. As `FasterRCNN.proposals`."""
+        return [(found["boxes"], found["scores"]) for found in self.predict(batch, image_sizes)]
+
+    @torch.no_grad()
+    def predict(self, batch: Tensor, image_sizes, scale_factors=None) -> list[dict[str, Tensor]]:
+        """The proposals as detections: dict of boxes [K, 4] xyxy pixels, scores [K], labels [K] (0). As
+        `FasterRCNN.predict`."""
+        sizes, head = self._sizes(image_sizes, batch), self.rpn_head
+        outs, factors = head(self.extract_feat(batch)), self._factors(scale_factors, batch)
+        boxes, scores, counts = head.predict(*outs, sizes, batch.shape[2:], head.test_cfg, factors)
+        found = [(b[:n], s[:n]) for b, s, n in zip(boxes, scores, counts.tolist())]
+        return [dict(boxes=b, labels=torch.zeros_like(s, dtype=torch.int64), scores=s) for b, s in found]
+
+    def loss(self, batch: Tensor, image_sizes, targets: list[dict]) -> dict[str, Tensor]:
+        """The two losses under the profile's names. As `FasterRCNN.loss`; labels, where given, are not read."""
+        sizes = self._sizes(image_sizes, batch)
+        targets = self._checked(targets, batch)
+        outs = self.rpn_head(self.extract_feat(batch))
+        return dict(zip(self.rpn_head.loss_names, self.rpn_head.loss(*outs, sizes, batch.shape[2:], targets)))

@@ -1,9 +1,10 @@
-"""Named models: MMDetection's configs/faster_rcnn as dicts, built with any profile."""
+"""Named models: MMDetection's configs/faster_rcnn and configs/retinanet as dicts, built with any profile."""
 
 import copy
 
 from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.profiles import get_profile
+from fastrcnn.models.retinanet import RetinaNet
 
 _BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
 
@@ -31,19 +32,19 @@ BACKBONES = {
     "r152_fpn": (_resnet(152), _BOTTLENECK),
     "x50_32x4d_fpn": (_resnext(50, 32, 4), _BOTTLENECK),
     "x101_32x4d_fpn": (_resnext(101, 32, 4), _BOTTLENECK),
-    "x101_32x8d_fpn": (_resnext(101, 32, 8), _BOTTLENECK),
+    "x101_32x8d_fpn": (_resnext(101, 32, 8) | dict(norm_cfg=_FROZEN_BN), _BOTTLENECK),
     "x101_64x4d_fpn": (_resnext(101, 64, 4), _BOTTLENECK),
     "r50_fpn_v2": (_resnet(50), _BOTTLENECK),
     "r50_c4": (_CAFFE | dict(num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,)), ()),
     "r50_dc5": (_CAFFE | dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), out_indices=(3,)), ()),
 }
-NAMES = tuple(BACKBONES)
+FASTER_RCNNS = tuple(BACKBONES)
 
 
 def model_config(name: str, num_classes: int = 80, profile: str = "mmdet") -> dict:
     """The keyword arguments of FasterRCNN for a named model: MMDetection's `model` dict, with the profile's defaults."""
     if name not in BACKBONES:
-        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(NAMES)}")
+        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(FASTER_RCNNS)}")
     p = get_profile(profile)
     backbone, channels = copy.deepcopy(BACKBONES[name])
     if profile == "detectron2" and not name.startswith("x"):
@@ -100,6 +101,11 @@ def model_config(name: str, num_classes: int = 80, profile: str = "mmdet") -> di
     )  # fmt: skip
     if name in ("r50_c4", "r50_dc5"):
         _single_level(config, name, profile)
+    if (
+        name == "x101_32x8d_fpn" and profile != "torchvision"
+    ):  # its ImageNet weights come from Caffe2, as does its input
+        statistics = dict(mean=(103.53, 116.28, 123.675), std=(57.375, 57.12, 58.395), bgr_to_rgb=False)
+        config["data_preprocessor"] = statistics
     if name.endswith("_v2"):  # torchvision's second recipe (Li et al., 2021)
         norm = dict(type="BN", requires_grad=True)
         config["neck"]["norm_cfg"] = norm
@@ -128,6 +134,39 @@ def _single_level(config: dict, name: str, profile: str) -> None:
     config["test_cfg"]["rpn"]["nms_pre"] = 6000
     if profile == "mmdet":
         config["data_preprocessor"] = dict(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
+    elif profile == "detectron2":  # without a pyramid it pads to the largest image of the batch only
+        config["data_preprocessor"] = dict(pad_size_divisor=1)
+
+
+_RETINA_BACKBONES = ("r18_fpn", "r50_fpn", "r101_fpn", "x101_32x4d_fpn", "x101_64x4d_fpn", "r50_fpn_v2")
+RETINANETS = tuple(f"retinanet_{name}" for name in _RETINA_BACKBONES)
+NAMES = (*FASTER_RCNNS, *RETINANETS)
+
+
+def retinanet_config(name: str, num_classes: int = 80, profile: str = "mmdet") -> dict:
+    """The keyword arguments of RetinaNet for a named model: MMDetection's `model` dict, with the profile's defaults."""
+    if name not in RETINANETS:
+        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(RETINANETS)}")
+    p = get_profile(profile)
+    base = model_config(name.removeprefix("retinanet_"), num_classes, profile)
+    norm = dict(norm_cfg=dict(type="GN", num_groups=32)) if name.endswith("_v2") else {}
+    head = dict(
+        type="RetinaHead", num_classes=num_classes, in_channels=256, stacked_convs=4, feat_channels=256, **norm,
+        anchor_generator=dict(type="AnchorGenerator", **p.dense_anchors),
+        bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_means=(0.0, 0.0, 0.0, 0.0), target_stds=(1.0, 1.0, 1.0, 1.0)),
+        loss_cls=dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
+        loss_bbox=dict(p.dense_loss_bbox),
+    )  # fmt: skip
+    if name.endswith("_v2"):  # torchvision's second recipe: boxes compared by their overlap, P6 from the backbone
+        head.update(reg_decoded_bbox=True, loss_bbox=dict(type="GIoULoss", eps=1e-7, loss_weight=1.0))
+    extra = {**p.dense_extra_convs, **(dict(add_extra_convs="on_input") if name.endswith("_v2") else {})}
+    channels = base["neck"]["in_channels"]
+    return dict(
+        backbone=base["backbone"],
+        neck=dict(type="FPN", in_channels=channels, out_channels=256, start_level=1, num_outs=5, **extra),
+        bbox_head=head,
+        test_cfg=dict(max_per_img=p.dense_max_per_img),
+    )
 
 
 def merge(base: dict, overrides: dict) -> dict:
@@ -141,24 +180,50 @@ def merge(base: dict, overrides: dict) -> dict:
     return out
 
 
+def _named(kind, config_of, name, num_classes, profile, weights, overrides):
+    if weights is not None:
+        from fastrcnn.weights import (  # weights are read into models: a local import
+            coco_address,
+            infer_model,
+            load_weights,
+        )
+
+        source = coco_address(name, profile) if weights == "coco" else weights
+        if num_classes is None:
+            return infer_model(source, name, **overrides)
+    profile = profile or ("torchvision" if name.endswith("_v2") else "mmdet")
+    model = kind(
+        profile=profile, **merge(config_of(name, 80 if num_classes is None else num_classes, profile), overrides)
+    )
+    model.zoo_name, model.zoo_overrides = name, overrides  # what a saved file needs to build it again
+    if weights is not None:
+        load_weights(model, source)
+        model.eval()
+    return model
+
+
 def faster_rcnn(
     name: str, num_classes: int | None = None, profile: str | None = None, weights: str | None = None, **overrides
 ) -> FasterRCNN:
     """A named Faster R-CNN, in evaluation mode when `weights` are given.
 
-    num_classes counts foreground classes (default 80). profile: "mmdet" (default; "torchvision" for r50_fpn_v2),
-    "torchvision" or "detectron2". weights: a checkpoint file or https address of any of the three peers, whose profile is
-    then taken over. overrides: FasterRCNN's arguments, dicts laid over the named model's own, as in
+    num_classes counts foreground classes (default: those of the weights, else 80). profile: "mmdet" (default;
+    "torchvision" for r50_fpn_v2), "torchvision" or "detectron2". weights: a checkpoint file or https address of any of the
+    three peers, whose profile is then taken over, or "coco" for published ones (see `fastrcnn models`), of the peer that
+    `profile` names. overrides: FasterRCNN's arguments, dicts laid over the named model's own, as in
     `faster_rcnn("r50_fpn", neck=dict(out_channels=128), test_cfg=dict(rcnn=dict(score_thr=0.3)), min_size=640)`.
     Raises ValueError for an unknown name, profile or type, TypeError for an unknown argument.
     """
-    profile = profile or ("torchvision" if name.endswith("_v2") else "mmdet")
-    config = merge(model_config(name, 80 if num_classes is None else num_classes, profile), overrides)
-    model = FasterRCNN(profile=profile, **config)
-    model.zoo_name, model.zoo_overrides = name, overrides  # what a saved file needs to build it again
-    if weights is not None:
-        from fastrcnn.weights import coco_address, load_weights  # weights are read into models: a local import
+    return _named(FasterRCNN, model_config, name, num_classes, profile, weights, overrides)
 
-        load_weights(model, coco_address(name) if weights == "coco" else weights)
-        model.eval()
-    return model
+
+def retinanet(
+    name: str, num_classes: int | None = None, profile: str | None = None, weights: str | None = None, **overrides
+) -> RetinaNet:
+    """A named RetinaNet ("retinanet_r50_fpn"); arguments and errors as in `faster_rcnn`."""
+    return _named(RetinaNet, retinanet_config, name, num_classes, profile, weights, overrides)
+
+
+def named_model(name: str, *args, **kwargs) -> FasterRCNN | RetinaNet:
+    """`retinanet` or `faster_rcnn`, as the name says."""
+    return (retinanet if name.startswith("retinanet_") else faster_rcnn)(name, *args, **kwargs)

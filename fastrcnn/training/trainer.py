@@ -70,7 +70,7 @@ def train(
         for images, targets in loader:
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(step, total, warmup, lr)
-            targets = [{**t, "labels": t["labels"] + model.profile.label_offset} for t in targets]
+            targets = [{**t, "labels": t["labels"] + model.label_offset} for t in targets]
             losses = model([image.to(device) for image in images], targets)
             loss = sum(losses.values())
             if not torch.isfinite(loss):

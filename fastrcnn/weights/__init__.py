@@ -9,12 +9,14 @@ from fastrcnn.weights.load import (
     model_metadata,
     pretrained_model,
 )
+from fastrcnn.weights.pretrained import load_pretrained
 
 __all__ = [
     "coco_address",
     "export_weights",
     "infer_model",
     "load_checkpoint",
+    "load_pretrained",
     "load_weights",
     "model_metadata",
     "pretrained_model",

@@ -1,7 +1,17 @@
-"""Detectron2's R-CNN FPN models: keys, and its input (BGR, std 1) and caffe-style bottlenecks."""
+"""Detectron2's R-CNN models (FPN, C4, DC5) and RetinaNets: keys, order of anchors, its input (BGR, std 1) and caffe-style
+bottlenecks.
+
+A C4 or DC5 model has no pyramid, hence no `bottom_up` in its keys; C4's last stage is in the RoI heads.
+
+Anchors: Detectron2's RPN counts them size by size, and the ratios within each; MMDetection's, and so ours, ratio by ratio.
+With one size a level (FPN) that is the same; with C4's and DC5's five, the rows of the RPN's two output layers are put in
+our order when read and back when written. So a model has one order of anchors whatever the weights in it, and those of
+another peer can follow. (RetinaNet's order is the profile's: its anchors differ between the peers in any case.)
+"""
 
 import re
 
+import torch
 from torch import Tensor
 
 _RULES = [
@@ -19,29 +29,64 @@ _RULES = [
     (r"^roi_heads\.box_head\.fc(\d)\.(.*)$", r"roi_head.bbox_head.shared_fcs.{F}.\2"),
     (r"^roi_heads\.box_predictor\.cls_score\.(.*)$", r"roi_head.bbox_head.fc_cls.\1"),
     (r"^roi_heads\.box_predictor\.bbox_pred\.(.*)$", r"roi_head.bbox_head.fc_reg.\1"),
+    (r"^backbone\.top_block\.p(\d)\.(.*)$", r"neck.fpn_convs.{P}.conv.\2"),
+    (r"^head\.cls_subnet\.(\d)\.(.*)$", r"bbox_head.cls_convs.{H}.conv.\2"),
+    (r"^head\.bbox_subnet\.(\d)\.(.*)$", r"bbox_head.reg_convs.{H}.conv.\2"),
+    (r"^head\.cls_score\.(.*)$", r"bbox_head.retina_cls.\1"),
+    (r"^head\.bbox_pred\.(.*)$", r"bbox_head.retina_reg.\1"),
 ]
 # Buffers that Detectron2 saves and can compute: pixel statistics and anchors.
 _COMPUTED = re.compile(r"(^pixel_(mean|std)$)|(anchor_generator\.)")
+_RPN_LAYERS = ("rpn_head.rpn_cls.", "rpn_head.rpn_reg.")
+
+
+def _transposed(rows: Tensor, groups: int, anchors: int) -> Tensor:
+    """The rows of an RPN's output layer, those of `anchors` anchors, from group by group to member by member.
+
+    Rows that do not divide so stay as they are: `load_weights` names their shape.
+    """
+    if anchors == 0 or anchors % groups or len(rows) % anchors:
+        return rows
+    grid = rows.reshape(groups, anchors // groups, len(rows) // anchors, *rows.shape[1:])
+    return grid.transpose(0, 1).reshape(rows.shape)
+
+
+def _file_ratios(state: dict[str, Tensor], anchors: int) -> int:
+    """Ratios per size: the anchors of the first one's area, where the file has them; else Detectron2's default."""
+    cells = state.get("proposal_generator.anchor_generator.cell_anchors.0")
+    if cells is None or len(cells) != anchors:
+        return 3 if anchors % 3 == 0 else anchors
+    area = (cells[:, 2:] - cells[:, :2]).double().prod(1)
+    return max(int(torch.isclose(area, area[0], rtol=1e-3).sum()), 1)
 
 
 def detect(state: dict[str, Tensor]) -> bool:
-    return "proposal_generator.rpn_head.objectness_logits.weight" in state
+    heads = "proposal_generator.rpn_head.objectness_logits.weight", "head.cls_subnet.0.weight"
+    return any(key in state for key in heads)
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    first_level = 3 if "head.cls_subnet.0.weight" in state else 2  # RetinaNet's pyramid starts at P3
     out = {}
     for key, value in state.items():
         if _COMPUTED.search(key):
             continue
-        new = key
+        new, full = key, re.sub(r"^(backbone\.(?=stem\.|res\d\.)|roi_heads\.(?=res5\.))", "backbone.bottom_up.", key)
         for pattern, replacement in _RULES:
-            match = re.match(pattern, key)
+            match = re.match(pattern, full)
             if match:
                 number = int(match[1]) if match.lastindex and match[1].isdigit() else 0
-                replacement = replacement.replace("{L}", str(number - 1)).replace("{P}", str(number - 2))
-                new = match.expand(replacement.replace("{F}", str(number - 1)))
+                numbers = {"{L}": number - 1, "{P}": number - first_level, "{F}": number - 1, "{H}": number // 2}
+                for mark, value_of in numbers.items():
+                    replacement = replacement.replace(mark, str(value_of))
+                new = match.expand(replacement)
                 break
+        if key.startswith("roi_heads.res5."):
+            new = new.replace("backbone.", "roi_head.shared_head.", 1)
         out[new] = value
+    anchors = len(out.get("rpn_head.rpn_cls.weight", ()))
+    for key in [k for k in out if k.startswith(_RPN_LAYERS)]:
+        out[key] = _transposed(out[key], max(anchors // _file_ratios(state, anchors), 1), anchors)
     return out
 
 
@@ -61,29 +106,48 @@ _EXPORT = [
     (r"^roi_head\.bbox_head\.fc_cls\.(.*)$", r"roi_heads.box_predictor.cls_score.\1"),
     (r"^roi_head\.bbox_head\.fc_reg\.(.*)$", r"roi_heads.box_predictor.bbox_pred.\1"),
 ]
+_EXPORT_RETINANET = [
+    *_EXPORT[:6],  # the backbone
+    (r"^neck\.lateral_convs\.(\d)\.conv\.(.*)$", r"backbone.fpn_lateral{+3}.\2"),
+    (r"^neck\.fpn_convs\.([012])\.conv\.(.*)$", r"backbone.fpn_output{+3}.\2"),
+    (r"^neck\.fpn_convs\.([34])\.conv\.(.*)$", r"backbone.top_block.p{+3}.\2"),
+    (r"^bbox_head\.cls_convs\.(\d)\.conv\.(.*)$", r"head.cls_subnet.{*2}.\2"),
+    (r"^bbox_head\.reg_convs\.(\d)\.conv\.(.*)$", r"head.bbox_subnet.{*2}.\2"),
+    (r"^bbox_head\.retina_cls\.(.*)$", r"head.cls_score.\1"),
+    (r"^bbox_head\.retina_reg\.(.*)$", r"head.bbox_pred.\1"),
+]
 
 
-def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict in Detectron2's keys from one in ours. Raises ValueError for a key it has no place for."""
+def export(state: dict[str, Tensor], ratios: int = 3) -> dict[str, Tensor]:
+    """State dict in Detectron2's keys from one in ours. ratios: of the RPN's anchors at each size. Raises ValueError for a
+    key it has no place for."""
+    rules = _EXPORT_RETINANET if "bbox_head.retina_cls.weight" in state else _EXPORT
+    body = "backbone.bottom_up." if any(key.startswith("neck.") for key in state) else "backbone."
+    anchors = len(state.get("rpn_head.rpn_cls.weight", ()))
     out = {}
     for key, value in state.items():
         if key.endswith("num_batches_tracked"):
             continue  # Detectron2's frozen norms do not count
-        for pattern, replacement in _EXPORT:
-            match = re.match(pattern, key)
+        full = re.sub(r"^roi_head\.shared_head\.(?=layer4\.)", "backbone.", key)
+        for pattern, replacement in rules:
+            match = re.match(pattern, full)
             if match:
                 shifted = re.sub(r"\{\+(\d)\}", lambda m, n=match: str(int(n[1]) + int(m[1])), replacement)
-                out[match.expand(shifted)] = value
+                shifted = re.sub(r"\{\*2\}", lambda m, n=match: str(int(n[1]) * 2), shifted)
+                owner = body if full == key else "roi_heads."
+                new = match.expand(shifted).replace("backbone.bottom_up.", owner, 1)
+                out[new] = _transposed(value, ratios, anchors) if key.startswith(_RPN_LAYERS) else value
                 break
         else:
-            raise ValueError(f"Detectron2's Faster R-CNN has no place for {key}")
+            raise ValueError(f"Detectron2's detectors have no place for {key}")
     return out
 
 
 def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
     """Detectron2's own ResNets have the stride on the first 1x1 convolution; its ResNeXts, with grouped 3x3 convolutions,
     on the 3x3. Pixel statistics are taken from the file where it has them."""
-    weight = state.get("backbone.bottom_up.res2.0.conv2.weight")
+    key = "res2.0.conv2.weight"
+    weight = state.get(f"backbone.bottom_up.{key}", state.get(f"backbone.{key}"))
     grouped = weight is not None and weight.shape[0] != weight.shape[1]
     options = dict(style="pytorch" if grouped else "caffe", norm_eps=1e-5)
     pixels = {key: state[f"pixel_{key}"].flatten().tolist() for key in ("mean", "std") if f"pixel_{key}" in state}

@@ -4,6 +4,7 @@
 unpickler that knows numpy arrays and nothing else.
 """
 
+import hashlib
 import pickle
 import re
 from collections.abc import Mapping
@@ -103,7 +104,12 @@ def _read_safetensors(path: Path):
 
 
 def fetch(path_or_url: str | Path) -> Path:
-    """A local file for a path or an https address (downloaded once into torch.hub's cache)."""
+    """A local file for a path or an https address (downloaded once into torch.hub's cache).
+
+    A download is checked by the digits that its name ends in, where it has any: `-0123abcd` of the SHA-256, as MMDetection
+    and torchvision write them, or `_0123ab.pkl` of the MD5, Detectron2's. Raises FileNotFoundError, ValueError for a
+    damaged download (which is removed) and for another kind of address, OSError for one that fails.
+    """
     text = str(path_or_url)
     if not text.startswith(("http://", "https://")):
         path = Path(text).expanduser()
@@ -115,13 +121,17 @@ def fetch(path_or_url: str | Path) -> Path:
     target = Path(torch.hub.get_dir()) / "checkpoints" / text.split("?")[0].rsplit("/", 1)[-1]
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        digest = re.search(r"-([0-9a-f]{8,})\.", target.name)  # the field's habit: the name carries the checksum
+        digest = re.search(r"-([0-9a-f]{8,})\.", target.name)
         try:
             torch.hub.download_url_to_file(text, str(target), digest[1] if digest else None, progress=True)
         except RuntimeError as error:
             raise ValueError(f"{text}: the download is damaged ({error})") from None
         except OSError as error:  # URLError is one
             raise OSError(f"cannot download {text}: {error}. Pass a local file with --weights instead.") from None
+        md5 = re.search(r"_([0-9a-f]{6})\.pkl$", target.name)
+        if md5 and not hashlib.md5(target.read_bytes(), usedforsecurity=False).hexdigest().startswith(md5[1]):
+            target.unlink()
+            raise ValueError(f"{text}: the download is damaged (its MD5 does not begin with {md5[1]})")
     return target
 
 

@@ -6,16 +6,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastrcnn.models import FasterRCNN, faster_rcnn
-from fastrcnn.models.zoo import merge
+from fastrcnn.models import RPN, FasterRCNN, RetinaNet, RPNHead
+from fastrcnn.models.published import coco_weights
+from fastrcnn.models.zoo import merge, named_model
 from fastrcnn.weights import detectron2, files, mmdet, torchvision
 
-# torchvision's own addresses; the file names end in the first digits of their SHA-256.
-COCO_WEIGHTS = {
-    "r50_fpn": "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
-    "r50_fpn_v2": "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth",
-}
-_CLASS_WEIGHT = "roi_head.bbox_head.fc_cls.weight"
+# The layers whose shape depends on the number of classes.
+_CLASS_LAYERS = ("roi_head.bbox_head.fc_cls.", "roi_head.bbox_head.fc_reg.", "bbox_head.retina_cls.")
+Detector = FasterRCNN | RetinaNet
 PEERS = {"torchvision": torchvision, "detectron2": detectron2, "mmdet": mmdet}
 
 
@@ -33,60 +31,78 @@ def load_checkpoint(path_or_url: str | Path | Mapping) -> tuple[dict[str, Tensor
         if peer.detect(state):
             profile = meta.get("profile", name)  # our own files say it; their keys are MMDetection's
             return peer.convert(state), profile, peer.profile_options(state, meta), meta
-    some = ", ".join(list(state)[:3])
-    raise ValueError(
-        f"{_name(path_or_url)}: not a Faster R-CNN of MMDetection, torchvision or Detectron2 (first keys: {some})"
-    )
+    what = "not a Faster R-CNN or RetinaNet of MMDetection, torchvision or Detectron2"
+    raise ValueError(f"{_name(path_or_url)}: {what} (first keys: {', '.join(list(state)[:3])})")
 
 
-def _model_name(state: dict[str, Tensor]) -> str:
-    """The zoo's name for a state dict in our keys, from its depths and widths."""
-    blocks = tuple(len({k.split(".")[2] for k in state if k.startswith(f"backbone.layer{i}.")}) for i in (1, 2, 3, 4))
+def _num_classes(state: dict[str, Tensor]) -> int:
+    """Foreground classes of a state dict in our keys. Raises ValueError for an RPN's: it tells nothing of its model."""
+    if "bbox_head.retina_cls.weight" in state:  # A * C channels, where the box layer has A * 4
+        return 4 * len(state["bbox_head.retina_cls.weight"]) // len(state["bbox_head.retina_reg.weight"])
+    if "roi_head.bbox_head.fc_cls.weight" not in state:
+        raise ValueError(
+            "the checkpoint is a region proposal network alone, which has no name: build its model with "
+            "fastrcnn.models.from_mmdet_config and load the checkpoint into it with load_weights"
+        )
+    return len(state["roi_head.bbox_head.fc_cls.weight"]) - 1
+
+
+def _named_by(state: dict[str, Tensor]) -> tuple[str, dict]:
+    """The zoo's name, and what differs from it, for a state dict in our keys, from its depths and widths."""
+    c4 = "roi_head.shared_head.layer4.0.conv1.weight" in state
+    stages = [f"backbone.layer{i}." for i in (1, 2, 3)] + ["roi_head.shared_head.layer4." if c4 else "backbone.layer4."]
+    blocks = tuple(len({k.removeprefix(s).split(".")[0] for k in state if k.startswith(s)}) for s in stages)
     bottleneck = "backbone.layer1.0.conv3.weight" in state
     depth = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}.get(
         blocks
     )
+    if depth is not None and bottleneck and "roi_head.bbox_head.fc_cls.weight" in state and _no_neck(state):
+        deeper = dict(backbone=dict(depth=depth), **(dict(roi_head=dict(shared_head=dict(depth=depth))) if c4 else {}))
+        return "r50_c4" if c4 else "r50_dc5", {} if depth == 50 else deeper
     if depth is None or "neck.fpn_convs.0.conv.weight" not in state:
         raise ValueError(f"cannot tell the model from the checkpoint: blocks per stage {blocks}; name it with model=")
-    if "rpn_head.rpn_conv.1.conv.weight" in state:
-        return f"r{depth}_fpn_v2"
+    kind = "retinanet_" if "bbox_head.retina_cls.weight" in state else ""
+    if "rpn_head.rpn_conv.1.conv.weight" in state or "bbox_head.cls_convs.0.gn.weight" in state:
+        return f"{kind}r{depth}_fpn_v2", {}
     conv2 = state["backbone.layer1.0.conv2.weight"]
     if bottleneck and conv2.shape[0] != conv2.shape[1]:
         groups = conv2.shape[0] // conv2.shape[1]
-        return f"x{depth}_{groups}x{conv2.shape[1]}d_fpn"
-    return f"r{depth}_fpn"
+        return f"{kind}x{depth}_{groups}x{conv2.shape[1]}d_fpn", {}
+    return f"{kind}r{depth}_fpn", {}
 
 
-def coco_address(name: str) -> str:
+def _no_neck(state: dict[str, Tensor]) -> bool:
+    return not any(key.startswith("neck.") for key in state)
+
+
+def coco_address(name: str, profile: str | None = None) -> str:
     """The https address of published COCO weights for a named model. Raises ValueError where there are none."""
-    if name not in COCO_WEIGHTS:
-        raise ValueError(f'weights: no "coco" weights are known for {name!r}, only for {", ".join(COCO_WEIGHTS)}')
-    return COCO_WEIGHTS[name]
+    return coco_weights(name, profile).address
 
 
-def infer_model(path_or_url: str | Path | Mapping, name: str | None = None, **overrides) -> FasterRCNN:
+def infer_model(path_or_url: str | Path | Mapping, name: str | None = None, **overrides) -> Detector:
     """Builds the model a checkpoint was saved from, from its keys, shapes and metadata, and loads it. In evaluation mode.
 
     name: the model, where the checkpoint does not tell; overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError
-    where the checkpoint does not tell or does not fit.
+    where the checkpoint does not tell (an RPN alone never does) or does not fit.
     """
     state, profile, options, meta = load_checkpoint(path_or_url)
-    num_classes = len(state[_CLASS_WEIGHT]) - 1
-    model = _build(state, profile, meta, num_classes, name, overrides)
+    model = _build(state, profile, meta, _num_classes(state), name, overrides)
     _apply(model, state, profile, options, meta, _name(path_or_url), None)
     return model.eval()
 
 
-def _build(state, profile, meta, num_classes, name, overrides) -> FasterRCNN:
-    name = name or meta.get("model") or _model_name(state)
+def _build(state, profile, meta, num_classes, name, overrides) -> Detector:
+    name, differs = (name or meta["model"], {}) if name or "model" in meta else _named_by(state)
     if "overrides" in meta:  # our own files carry what differs from the named model, as JSON
-        overrides = merge(json.loads(meta["overrides"]), overrides)
-    return faster_rcnn(name, num_classes, profile, **overrides)
+        differs = json.loads(meta["overrides"])
+    overrides = merge(differs, overrides)
+    return named_model(name, num_classes, profile, **overrides)
 
 
 def pretrained_model(
     path_or_url: str | Path | Mapping, num_classes: int, name: str | None = None, **overrides
-) -> FasterRCNN:
+) -> Detector:
     """A model of `num_classes` to train, that starts from a checkpoint: a detector of any peer, whose last layers are left
     fresh where it has other classes, or an image classifier (a torchvision ResNet or ResNeXt), for the backbone alone.
 
@@ -95,21 +111,23 @@ def pretrained_model(
     """
     content, meta = files.read(path_or_url)
     if "layer1.0.conv1.weight" in content:
-        model = faster_rcnn(name or "r50_fpn", num_classes, **overrides)
+        model = named_model(name or "r50_fpn", num_classes, **overrides)
         body = {f"backbone.{k}": v for k, v in content.items() if not k.startswith("fc.")}
         others = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
         _apply(model, {**others, **body}, model.profile.name, {}, {}, _name(path_or_url), None)
         return model
     state, profile, options, meta = load_checkpoint({"state_dict": content, "meta": meta})
+    same_classes = _num_classes(state) == num_classes
     model = _build(state, profile, meta, num_classes, name, overrides)
-    if len(state[_CLASS_WEIGHT]) - 1 != num_classes:
-        last = tuple(f"roi_head.bbox_head.{layer}." for layer in ("fc_cls", "fc_reg"))
-        state = {**state, **{k: v for k, v in model.state_dict().items() if k.startswith(last)}}
+    if not same_classes:
+        state = {**state, **{k: v for k, v in model.state_dict().items() if k.startswith(_CLASS_LAYERS)}}
     _apply(model, state, profile, options, meta, _name(path_or_url), None)
     return model
 
 
-def load_weights(model: FasterRCNN, path_or_url: str | Path | Mapping, norm_eps: float | None = None) -> FasterRCNN:
+def load_weights(
+    model: Detector | RPN, path_or_url: str | Path | Mapping, norm_eps: float | None = None
+) -> Detector | RPN:
     """Loads a checkpoint of MMDetection, torchvision or Detectron2 into `model`, in place, and returns it.
 
     path_or_url: `.pth`, `.pkl` or `.safetensors`, an https address (kept in torch.hub's cache), or a state dict. The peer
@@ -143,10 +161,9 @@ def _check_keys(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -
     ]
     if problems:
         hint = ""
-        cls = _CLASS_WEIGHT
-        if cls in state and cls in own and len(state[cls]) != len(own[cls]):
+        if shapes and any(s.startswith(_CLASS_LAYERS) for s in shapes):
             hint = (
-                f". The file has {len(state[cls]) - 1} classes: build the model with num_classes={len(state[cls]) - 1}"
+                f". The file has {_num_classes(state)} classes: build the model with num_classes={_num_classes(state)}"
             )
         raise ValueError(f"{source} does not fit this model. " + "; ".join(problems) + hint)
 
@@ -169,7 +186,7 @@ def _apply(model, state, profile, options, meta, source, norm_eps) -> None:
     model.class_names = names if names and len(names) == model.num_classes else None
 
 
-def export_weights(model: FasterRCNN, peer: str) -> dict[str, Tensor]:
+def export_weights(model: Detector | RPN, peer: str) -> dict[str, Tensor]:
     """The model's state dict in the keys of "mmdet", "torchvision" or "detectron2", for `load_state_dict` there.
 
     The weights give the same detections there only where the model follows that peer's profile, so another one is
@@ -181,10 +198,14 @@ def export_weights(model: FasterRCNN, peer: str) -> dict[str, Tensor]:
         raise ValueError(
             f"the model follows the profile {model.profile.name!r}: its weights would give other boxes in {peer}"
         )
-    return PEERS[peer].export({k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
+    state, head = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}, getattr(model, "rpn_head", None)
+    if peer == "detectron2" and isinstance(head, RPNHead):
+        anchors = head.anchor_generator  # ratio by ratio, or already in Detectron2's order
+        return detectron2.export(state, len(anchors.ratios) if anchors.scale_major else 1)
+    return PEERS[peer].export(state)
 
 
-def model_metadata(name: str, model: FasterRCNN, overrides: dict) -> dict[str, str]:
+def model_metadata(name: str, model: Detector, overrides: dict) -> dict[str, str]:
     """What `infer_model` reads back from a safetensors file of ours."""
     names = "\n".join(model.class_names or [])
     options = model.peer_options()

@@ -1,21 +1,32 @@
 """MMDetection's keys are ours; older checkpoints differ in a few names."""
 
+import ast
 import re
 
 from torch import Tensor
 
 CAFFE_INPUT = dict(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
 
+# The class layer of a Faster R-CNN (of MMDetection 2 and 1), of a RetinaNet and of an RPN alone.
+_KNOWN = (
+    "roi_head.bbox_head.fc_cls.weight",
+    "bbox_head.fc_cls.weight",
+    "bbox_head.retina_cls.weight",
+    "rpn_head.rpn_cls.weight",
+)
+
 
 def detect(state: dict[str, Tensor]) -> bool:
-    return "roi_head.bbox_head.fc_cls.weight" in state or "bbox_head.fc_cls.weight" in state
+    return any(key in state for key in _KNOWN)
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict in our keys. MMDetection 1.x kept the box head outside of roi_head."""
+    """State dict in our keys. MMDetection 1.x kept the box head outside of roi_head, and the layer that predicts a
+    deformable convolution's offsets beside it."""
     out = {}
     for key, value in state.items():
-        key = re.sub(r"^bbox_head\.", "roi_head.bbox_head.", key)
+        key = re.sub(r"^bbox_head\.(?=fc_|shared_|cls_fcs|reg_fcs)", "roi_head.bbox_head.", key)
+        key = re.sub(r"\.conv(\d)_offset\.", r".conv\1.conv_offset.", key)
         if not key.startswith(("data_preprocessor.", "mask_head.", "roi_head.mask_head.")):
             out[key] = value
     return out
@@ -26,12 +37,54 @@ def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(state)
 
 
+# Where a configuration's text keeps the input's statistics, and how it calls the order of their channels: MMDetection 3
+# in the model (BGR where it is silent), 2 and 1 beside the pipelines (RGB where it is silent).
+_INPUTS = (("data_preprocessor", "bgr_to_rgb", False), ("img_norm_cfg", "to_rgb", True))
+
+
+def _call(text: str, name: str) -> str:
+    """What stands between the outermost brackets of `name=dict(...)` or `name: {...}`; empty where there is none."""
+    start = re.search(rf"\b{name}['\"]?\s*[=:]\s*(?:dict\s*\(|\{{)", text)
+    if start is None:
+        return ""
+    depth = 1
+    for i, letter in enumerate(text[start.end() :], start.end()):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0:
+            return text[start.end() : i]
+    return ""
+
+
+def _literal(text: str, name: str):
+    """The numbers or the truth value that `name` is set to in `text`, read and not run; None for anything else."""
+    found = re.search(rf"\b{name}['\"]?\s*[=:]\s*([\[(][^\])]*[\])]|True|False)", text)
+    try:
+        return ast.literal_eval(found[1]) if found else None
+    except (ValueError, SyntaxError):  # names or arithmetic
+        return None
+
+
+def _input_options(text: str) -> dict | None:
+    for name, order, default in _INPUTS:
+        part = _call(text, name)
+        mean, std, rgb = (_literal(part, key) for key in ("mean", "std", order))
+        if _is_colour(mean) and _is_colour(std):
+            return dict(mean=tuple(mean), std=tuple(std), bgr_to_rgb=default if rgb is None else bool(rgb))
+    return None
+
+
+def _is_colour(value) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
+
+
 def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
-    """What the checkpoint's own configuration text says about the input: the caffe style of its backbone."""
+    """What the checkpoint's own configuration text says: the backbone's style, and the input's statistics and order of
+    channels. A caffe style without statistics stands for BGR and no division, as with the weights of that name."""
     text = str(meta.get("cfg") or meta.get("config") or "")
-    if not re.search(r"style\s*=\s*['\"]caffe['\"]", text):
-        return {}
-    return dict(style="caffe", data_preprocessor=CAFFE_INPUT)
+    style = re.search(r"\bstyle['\"]?\s*[=:]\s*['\"](caffe|pytorch)['\"]", text)
+    options = dict(style=style[1]) if style else {}
+    pixels = _input_options(text) or (CAFFE_INPUT if options.get("style") == "caffe" else None)
+    return {**options, "data_preprocessor": pixels} if pixels else options
 
 
 def class_names(meta: dict) -> list[str] | None:

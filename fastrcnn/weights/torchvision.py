@@ -1,4 +1,4 @@
-"""torchvision's fasterrcnn_resnet50_fpn (v1) and _v2: keys, class order and norm epsilon."""
+"""torchvision's Faster R-CNN and RetinaNet (resnet50_fpn and _v2): keys, class order and norm epsilon."""
 
 import re
 
@@ -25,11 +25,22 @@ _RULES = [
     (r"^roi_heads\.box_head\.5\.(.*)$", r"roi_head.bbox_head.shared_fcs.0.\1"),
     (r"^roi_heads\.box_predictor\.cls_score\.(.*)$", r"roi_head.bbox_head.fc_cls.\1"),
     (r"^roi_heads\.box_predictor\.bbox_pred\.(.*)$", r"roi_head.bbox_head.fc_reg.\1"),
+    (r"^backbone\.fpn\.extra_blocks\.p6\.(.*)$", r"neck.fpn_convs.3.conv.\1"),
+    (r"^backbone\.fpn\.extra_blocks\.p7\.(.*)$", r"neck.fpn_convs.4.conv.\1"),
+    (r"^head\.classification_head\.conv\.(\d)\.0\.(.*)$", r"bbox_head.cls_convs.\1.conv.\2"),
+    (r"^head\.classification_head\.conv\.(\d)\.1\.(.*)$", r"bbox_head.cls_convs.\1.gn.\2"),
+    (r"^head\.classification_head\.cls_logits\.(.*)$", r"bbox_head.retina_cls.\1"),
+    (r"^head\.regression_head\.conv\.(\d)\.0\.(.*)$", r"bbox_head.reg_convs.\1.conv.\2"),
+    (r"^head\.regression_head\.conv\.(\d)\.1\.(.*)$", r"bbox_head.reg_convs.\1.gn.\2"),
+    (r"^head\.regression_head\.bbox_reg\.(.*)$", r"bbox_head.retina_reg.\1"),
 ]
+# RetinaNet's towers were convolutions and ReLUs in turn when its first weights were published: conv.0, conv.2, conv.4...
+_OLD_TOWER = re.compile(r"^(head\.(?:classification|regression)_head\.conv)\.(\d)\.(weight|bias)$")
 
 
 def detect(state: dict[str, Tensor]) -> bool:
-    return "roi_heads.box_predictor.cls_score.weight" in state and "backbone.body.conv1.weight" in state
+    heads = "roi_heads.box_predictor.cls_score.weight", "head.classification_head.cls_logits.weight"
+    return "backbone.body.conv1.weight" in state and any(key in state for key in heads)
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -37,6 +48,7 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     convs = {k for k in state if re.match(r"^rpn\.head\.conv\.\d+\.0\.weight$", k)}
     out = {}
     for key, value in state.items():
+        key = _OLD_TOWER.sub(lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}", key)
         for pattern, replacement in _RULES:
             new, hits = re.subn(pattern, replacement, key)
             if hits:
@@ -67,23 +79,36 @@ _EXPORT = [
     (r"^roi_head\.bbox_head\.shared_convs\.(\d+)\.bn\.(.*)$", r"roi_heads.box_head.\1.1.\2"),
     (r"^roi_head\.bbox_head\.fc_cls\.(.*)$", r"roi_heads.box_predictor.cls_score.\1"),
     (r"^roi_head\.bbox_head\.fc_reg\.(.*)$", r"roi_heads.box_predictor.bbox_pred.\1"),
+    (r"^bbox_head\.cls_convs\.(\d+)\.conv\.(.*)$", r"head.classification_head.conv.\1.0.\2"),
+    (r"^bbox_head\.cls_convs\.(\d+)\.gn\.(.*)$", r"head.classification_head.conv.\1.1.\2"),
+    (r"^bbox_head\.retina_cls\.(.*)$", r"head.classification_head.cls_logits.\1"),
+    (r"^bbox_head\.reg_convs\.(\d+)\.conv\.(.*)$", r"head.regression_head.conv.\1.0.\2"),
+    (r"^bbox_head\.reg_convs\.(\d+)\.gn\.(.*)$", r"head.regression_head.conv.\1.1.\2"),
+    (r"^bbox_head\.retina_reg\.(.*)$", r"head.regression_head.bbox_reg.\1"),
 ]
+_EXPORT_P6_P7 = {
+    "neck.fpn_convs.3.conv": "backbone.fpn.extra_blocks.p6",
+    "neck.fpn_convs.4.conv": "backbone.fpn.extra_blocks.p7",
+}
 
 
 def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict in torchvision's keys from one in ours: the background moves to the front and gets box regression of 0,
     which torchvision never reads. Raises ValueError for a key that torchvision's models have no place for."""
     v2 = "roi_head.bbox_head.shared_convs.0.conv.weight" in state
+    retina = "bbox_head.retina_cls.weight" in state
     fcs = {"0": "5"} if v2 else {"0": "fc6", "1": "fc7"}
     out = {}
     for key, value in state.items():
         fc = re.match(r"^roi_head\.bbox_head\.shared_fcs\.(\d)\.(.*)$", key)
         if fc and fc[1] in fcs:
             new = f"roi_heads.box_head.{fcs[fc[1]]}.{fc[2]}"
+        elif retina and key.rpartition(".")[0] in _EXPORT_P6_P7:
+            new = f"{_EXPORT_P6_P7[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}"
         else:
             new = next((re.sub(p, r, key) for p, r in _EXPORT if re.match(p, key)), None)
         if new is None:
-            raise ValueError(f"torchvision's Faster R-CNN has no place for {key}")
+            raise ValueError(f"torchvision's detectors have no place for {key}")
         if key.startswith("roi_head.bbox_head.fc_cls."):
             value = torch.cat([value[-1:], value[:-1]])
         elif key.startswith("roi_head.bbox_head.fc_reg."):

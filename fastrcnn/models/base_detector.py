@@ -1,0 +1,148 @@
+"""What every detector shares: preprocessing, features, targets, torchvision's calling convention."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastrcnn.models.build import build
+from fastrcnn.models.fpn import FPN
+from fastrcnn.models.preprocess import DataPreprocessor
+from fastrcnn.models.profiles import get_profile
+from fastrcnn.models.resnet import ResNet, ResNetV1d, ResNeXt
+from fastrcnn.ops._checks import coordinates
+
+BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNeXt, "ResNetV1d": ResNetV1d}
+
+
+class BaseDetector(nn.Module):
+    """Backbone and neck in front of the heads that a subclass adds, with its `predict` and `loss`.
+
+    backbone, neck (or None): modules or MMDetection's dicts; profile: whose semantics, "mmdet", "torchvision" or
+    "detectron2"; min_size, max_size: pixels of the short and at most of the long side after resizing;
+    data_preprocessor: MMDetection's mean, std, bgr_to_rgb, pad_size_divisor.
+    """
+
+    reads_labels = True  # of the targets; an RPN's objects are one class whatever they are called
+
+    def __init__(
+        self,
+        backbone: dict | nn.Module,
+        neck: dict | nn.Module | None,
+        profile: str = "mmdet",
+        min_size: int = 800,
+        max_size: int = 1333,
+        data_preprocessor: dict | None = None,
+    ):
+        super().__init__()
+        self.profile = get_profile(profile)
+        self.data_preprocessor = DataPreprocessor(self.profile, min_size, max_size, **(data_preprocessor or {}))
+        self.backbone = build(backbone, BACKBONES, "backbone")
+        self.neck = None if neck is None else build(neck, {"FPN": FPN}, "neck")
+        self.class_names: list[str] | None = None
+
+    @property
+    def label_offset(self) -> int:
+        """The first label of an object outside the network: 1 where the peer keeps 0 for the background."""
+        return self.profile.label_offset
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def init_weights(self) -> None:
+        """Fresh weights everywhere, and the pretrained ones that the backbone or a shared head names, as MMDetection's
+        `init_weights` does. Building alone reads no file. Raises what `load_pretrained` raises."""
+        for m in self.children():
+            if hasattr(m, "init_weights"):
+                m.init_weights()
+
+    def set_profile(self, name: str) -> None:
+        """Takes over every default of a peer, those that are constructor arguments in MMDetection included."""
+        self.profile = get_profile(name)
+        self.data_preprocessor.set_profile(self.profile)
+
+    def peer_options(self) -> dict:
+        """What a checkpoint decides beside its profile: the backbone's style, its norms' epsilon, the pixel statistics."""
+        p = self.data_preprocessor
+        options: dict = dict(data_preprocessor=dict(mean=p.mean, std=p.std, bgr_to_rgb=not p.bgr))
+        if isinstance(self.backbone, ResNet):
+            options["style"] = self.backbone.style
+        eps = [m.eps for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return {**options, "norm_eps": eps[0]} if eps else options
+
+    def set_peer_options(self, data_preprocessor: dict | None = None, style: str | None = None, norm_eps=None) -> None:
+        self.data_preprocessor.set_profile(self.profile, **(data_preprocessor or {}))
+        if style is not None and isinstance(self.backbone, ResNet):
+            self.backbone.set_style(style)
+        for m in self.backbone.modules() if norm_eps is not None else ():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.eps = norm_eps
+
+    def extract_feat(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """batch [B, 3, H, W], normalised and padded -> the maps of the neck (or backbone), finest first."""
+        feats = self.backbone(batch.to(self.dtype))
+        return feats if self.neck is None else self.neck(feats)
+
+    def _sizes(self, image_sizes, batch: Tensor) -> Tensor:
+        sizes = torch.as_tensor(image_sizes, device=batch.device)
+        if sizes.shape != (len(batch), 2):
+            raise ValueError(f"image_sizes: expected [{len(batch)}, 2] (height, width), got {list(sizes.shape)}")
+        return sizes
+
+    @staticmethod
+    def _factors(scale_factors, batch: Tensor) -> Tensor | None:
+        if scale_factors is None:
+            return None
+        return torch.as_tensor(scale_factors, dtype=torch.float32, device=batch.device)
+
+    def _checked(self, targets, batch: Tensor) -> list[dict]:
+        """Targets with labels counted from 0, on the batch's device."""
+        if targets is None or len(targets) != len(batch):
+            got = None if targets is None else len(targets)
+            raise ValueError(f"targets: expected one for each of the {len(batch)} images, got {got}")
+        checked = []
+        for i, target in enumerate(targets):
+            needed = ("boxes", "labels") if self.reads_labels else ("boxes",)
+            missing = [key for key in needed if key not in target]
+            if missing:
+                raise ValueError(f"targets[{i}]: expected the keys {' and '.join(needed)}, missing {missing}")
+            boxes = coordinates(target["boxes"].to(batch.device)).reshape(-1, 4)
+            labels = torch.zeros(len(boxes), dtype=torch.int64, device=batch.device)
+            if self.reads_labels:
+                labels = target["labels"].to(batch.device).long() - self.label_offset
+            if len(boxes) != len(labels):
+                raise ValueError(f"targets[{i}]: {len(boxes)} boxes but {len(labels)} labels")
+            degenerate = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
+            if bool(degenerate.any()):
+                box = boxes[degenerate][0].tolist()
+                raise ValueError(f"targets[{i}]: expected boxes with x2 > x1 and y2 > y1, got {box}")
+            if bool(((labels < 0) | (labels >= self.num_classes)).any()):
+                low = self.label_offset
+                raise ValueError(f"targets[{i}]: expected labels in {low}..{low + self.num_classes - 1}, "
+                                 f"got {sorted(set(target['labels'].tolist()))}")  # fmt: skip
+            one = dict(boxes=boxes, labels=labels)
+            if "ignore_boxes" in target:
+                one["ignore_boxes"] = coordinates(target["ignore_boxes"].to(batch.device)).reshape(-1, 4)
+            checked.append(one)
+        return checked
+
+    def forward(self, images: Sequence[Tensor], targets: list[dict] | None = None):
+        """torchvision's convention. images: list of [3, H, W] RGB, float in 0..1 (or uint8), of any sizes.
+
+        Training: targets (boxes in the pixels of these images) -> dict of losses. Evaluation: list of dicts boxes [N, 4]
+        xyxy pixels of the original image, labels [N], scores [N].
+        """
+        batch, sizes, scale_factors = self.data_preprocessor(images, self.dtype)
+        if not self.training:
+            return self.predict(batch, sizes, scale_factors)
+        if targets is None:
+            raise ValueError("targets: expected one for each image in training mode, got None")
+        scaled = []
+        for target, factor in zip(targets, scale_factors):
+            target = dict(target)
+            for key in ("boxes", "ignore_boxes"):
+                if key in target:
+                    target[key] = coordinates(target[key].to(batch.device)) * factor.repeat(2)
+            scaled.append(target)
+        return self.loss(batch, sizes, scaled)

@@ -1,0 +1,85 @@
+"""What heads with anchors on every level of a pyramid share (MMDetection's AnchorHead): RPN and RetinaNet build on it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastrcnn.models.anchors import AnchorGenerator, build_anchor_generator
+from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder, build_box_coder
+from fastrcnn.models.losses import build_loss
+from fastrcnn.models.matching import assign
+from fastrcnn.models.profiles import Profile, get_profile
+
+
+def flat_levels(maps: Sequence[Tensor], columns: int) -> Tensor:
+    """Maps [B, A * columns, H, W] of all levels as [B, sum of H * W * A, columns], in the order of the anchors."""
+    return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, columns) for x in maps], 1)
+
+
+class DenseHead(nn.Module):
+    """Anchors, box coder, losses and assignment. A subclass adds the layers, `forward`, `predict` and `loss`."""
+
+    def __init__(
+        self,
+        anchor_generator: dict | AnchorGenerator,
+        bbox_coder: dict | DeltaXYWHBBoxCoder,
+        loss_cls: dict | nn.Module,
+        loss_bbox: dict | nn.Module,
+        reg_decoded_bbox: bool,
+        train_cfg: dict,
+        test_cfg: dict,
+        profile: str | Profile,
+    ):
+        super().__init__()
+        self.anchor_generator = build_anchor_generator(anchor_generator)
+        self.bbox_coder = build_box_coder(bbox_coder)
+        self.loss_cls, self.loss_bbox = build_loss(loss_cls), build_loss(loss_bbox)
+        self.reg_decoded_bbox = reg_decoded_bbox
+        self.train_cfg, self.test_cfg = train_cfg, test_cfg
+        self.num_anchors = self.anchor_generator.num_base_anchors
+        self.set_profile(profile)
+
+    def set_profile(self, profile: str | Profile) -> None:
+        self.profile = get_profile(profile) if isinstance(profile, str) else profile
+        self.bbox_coder.symmetric_clip = self.profile.symmetric_clip
+        self._base_by_device: dict[torch.device, list[Tensor]] = {}
+
+    def base_anchors(self, device: torch.device) -> list[Tensor]:
+        """Base anchors [A, 4] a level, in float32 whatever the weights are, copied to each device once."""
+        if device not in self._base_by_device:
+            base = self.anchor_generator.base_anchors(self.profile.round_anchors)
+            self._base_by_device[device] = [b.to(device) for b in base]
+        return self._base_by_device[device]
+
+    def grid_shape(self, batch_shape: Sequence[int]) -> Sequence[int] | None:
+        return batch_shape if self.profile.strides_from_grid else None
+
+    def anchors(self, maps: Sequence[Tensor], batch_shape: Sequence[int]) -> list[Tensor]:
+        """All anchors [H * W * A, 4] of each level, for the head's output maps and the padded (height, width)."""
+        sizes = [x.shape[2:] for x in maps]
+        return self.anchor_generator.grid(
+            sizes, self.profile.round_anchors, self.grid_shape(batch_shape), maps[0].device
+        )
+
+    @torch.no_grad()
+    def assigned(
+        self, maps: Sequence[Tensor], image_sizes: Tensor, batch_shape: Sequence[int], targets: list[dict]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(anchors [N, 4], ground-truth index of each [B, N], or -1 background or -2 ignored, best IoU [B, N])."""
+        anchors = candidates = torch.cat(self.anchors(maps, batch_shape))
+        inside = None
+        if self.profile.anchors_inside:
+            sizes, border = [x.shape[2:] for x in maps], self.train_cfg["allowed_border"]
+            inside = self.anchor_generator.inside(sizes, image_sizes, border, anchors.device)
+            if not bool(inside.all()):
+                nowhere = anchors.new_tensor([-1e6, -1e6, -1e6, -1e6])
+                candidates = torch.where(inside[..., None], anchors, nowhere)
+        matches, max_iou = assign(candidates, targets, self.train_cfg["assigner"], self.profile)
+        return anchors, matches if inside is None else torch.where(inside, matches, -2), max_iou
+
+    def box_loss(self, deltas: Tensor, anchors: Tensor, boxes: Tensor, avg_factor) -> Tensor:
+        """deltas [P, 4] of the positive anchors [P, 4], boxes [P, 4] their ground truth; compared as deltas or boxes."""
+        if self.reg_decoded_bbox:
+            return self.loss_bbox(self.bbox_coder.decode(anchors, deltas), boxes, avg_factor)
+        return self.loss_bbox(deltas, self.bbox_coder.encode(anchors, boxes), avg_factor)

@@ -1,0 +1,242 @@
+"""Detectron2's C4 and DC5 models and lone RPNs: its keys and its order of anchors; downloads checked by their MD5."""
+
+import hashlib
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import roi_align
+
+from fastrcnn.models import RPN, RPNHead, StandardRoIHead, faster_rcnn
+from fastrcnn.models.zoo import model_config
+from fastrcnn.weights import detectron2, export_weights, files, infer_model, load_weights
+
+BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+NORM = ("weight", "bias", "running_mean", "running_var")
+TINY = dict(
+    min_size=64,
+    max_size=96,
+    backbone=dict(base_channels=4),
+    rpn_head=dict(in_channels=128, feat_channels=16),
+    roi_head=dict(bbox_roi_extractor=dict(out_channels=128), bbox_head=dict(in_channels=128, fc_out_channels=16)),
+    test_cfg=dict(rpn=dict(max_per_img=50), rcnn=dict(score_thr=0.0)),
+)
+
+
+def unit(name: str, norm: str) -> set[str]:
+    return {f"{name}.weight", *(f"{norm}.{part}" for part in NORM)}
+
+
+def stage(name: str, blocks: int) -> set[str]:
+    """Keys of a stage of Detectron2's ResNet, whose first block has the shortcut."""
+    convs = {f"{name}.{i}.conv{j}" for i in range(blocks) for j in (1, 2, 3)} | {f"{name}.0.shortcut"}
+    return set().union(*(unit(conv, f"{conv}.norm") for conv in convs))
+
+
+def detectron2_keys(kind: str, depth: int) -> set[str]:
+    layers = ["proposal_generator.rpn_head." + name for name in ("conv", "objectness_logits", "anchor_deltas")]
+    layers += ["roi_heads.box_predictor." + name for name in ("cls_score", "bbox_pred")]
+    layers += ["roi_heads.box_head.fc1", "roi_heads.box_head.fc2"] if kind == "dc5" else []
+    keys = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    keys |= unit("backbone.stem.conv1", "backbone.stem.conv1.norm")
+    for i, blocks in enumerate(BLOCKS[depth], 2):
+        keys |= stage("roi_heads.res5" if kind == "c4" and i == 5 else f"backbone.res{i}", blocks)
+    return keys
+
+
+def overrides(kind: str, depth: int) -> dict:
+    deeper = dict(backbone=dict(depth=depth))
+    return deeper | (dict(roi_head=dict(shared_head=dict(depth=depth))) if kind == "c4" else {})
+
+
+def state_of(kind: str, depth: int, classes: int = 3) -> dict:
+    """Our keys and shapes; values only in the RPN's output layers, since the rest is only renamed."""
+    with torch.device("meta"):
+        model = faster_rcnn(f"r50_{kind}", classes, "detectron2", **overrides(kind, depth))
+    state = {k: torch.zeros(()).expand(v.shape) for k, v in model.state_dict().items()}
+    return {
+        k: torch.randn(v.shape) if k.startswith(("rpn_head.rpn_cls", "rpn_head.rpn_reg")) else v
+        for k, v in state.items()
+    }
+
+
+@pytest.mark.parametrize("depth", [50, 101])
+@pytest.mark.parametrize("kind", ["c4", "dc5"])
+def test_the_keys_of_c4_and_dc5(kind, depth):
+    ours = state_of(kind, depth)
+    theirs = detectron2.export(ours)
+    assert set(theirs) == detectron2_keys(kind, depth) and detectron2.detect(theirs)
+    back = detectron2.convert(theirs)
+    assert set(back) == {k for k in ours if not k.endswith("num_batches_tracked")}
+    for key, value in back.items():
+        assert value.shape == ours[key].shape and torch.equal(value, ours[key]), key
+    for old, new in (("conv2.weight", "conv2.weight"), ("bn2.running_var", "conv2.norm.running_var")):
+        last = "roi_heads.res5" if kind == "c4" else "backbone.res5"
+        layer4 = "roi_head.shared_head.layer4" if kind == "c4" else "backbone.layer4"
+        marked = {**ours, f"{layer4}.1.{old}": torch.ones_like(ours[f"{layer4}.1.{old}"])}
+        assert [k for k, v in detectron2.export(marked).items() if "res5" in k and v.any()] == [f"{last}.1.{new}"]
+
+
+def test_a_c4_of_101_layers_is_told_by_its_keys():
+    theirs = detectron2.export(state_of("c4", 101))
+    model = infer_model({"model": theirs})
+    assert model.zoo_name == "r50_c4" and model.backbone.depth == 101 and model.num_classes == 3
+    assert len(model.roi_head.shared_head.layer4) == 3 and model.backbone.style == "caffe"
+    back = export_weights(model, "detectron2")
+    assert all(torch.equal(v, back[k]) for k, v in theirs.items())
+
+
+def cell_anchors(sizes, ratios) -> torch.Tensor:
+    """Detectron2's: size by size, the ratios (height / width) within each."""
+    wh = [(s / r**0.5, s * r**0.5) for s in sizes for r in ratios]
+    return torch.tensor([[-w / 2, -h / 2, w / 2, h / 2] for w, h in wh])
+
+
+@pytest.mark.parametrize("sizes, ratios", [((32, 64, 128, 256, 512), (0.5, 1.0, 2.0)), ((16, 48), (0.5, 2.0))])
+def test_every_anchor_keeps_its_score_and_deltas(sizes, ratios):
+    """Biases that tell which anchor a row belongs to end up at that anchor, and weights with them."""
+    anchors = cell_anchors(sizes, ratios)
+    rows = torch.arange(len(anchors) * 4.0)
+    head = "proposal_generator.rpn_head."
+    theirs = {
+        f"{head}objectness_logits.bias": anchors[:, 2],
+        f"{head}objectness_logits.weight": anchors[:, 2, None, None, None].expand(-1, 8, 1, 1),
+        f"{head}anchor_deltas.bias": anchors.flatten(),
+        f"{head}anchor_deltas.weight": rows[:, None, None, None].expand(-1, 8, 1, 1),
+        "proposal_generator.anchor_generator.cell_anchors.0": anchors,
+    }
+    generator = dict(type="AnchorGenerator", scales=[s / 16 for s in sizes], ratios=list(ratios), strides=[16])
+    model = RPNHead(8, 8, anchor_generator=generator)
+    base = model.anchor_generator.base_anchors()[0]
+    ours = detectron2.convert(theirs)
+    assert not torch.allclose(base, anchors)  # another order
+    torch.testing.assert_close(ours["rpn_head.rpn_reg.bias"].reshape(-1, 4), base)
+    torch.testing.assert_close(ours["rpn_head.rpn_cls.bias"], base[:, 2])
+    torch.testing.assert_close(ours["rpn_head.rpn_cls.weight"][:, 3, 0, 0], base[:, 2])
+    owner = (ours["rpn_head.rpn_reg.weight"][:, 0, 0, 0] // 4).long()[::4]  # the row in Detectron2's order
+    torch.testing.assert_close(anchors[owner], base)
+    back = detectron2.export(ours, len(ratios))
+    assert all(torch.equal(back[k], v) for k, v in theirs.items() if "anchor_generator" not in k)
+
+
+def test_one_size_a_level_needs_no_other_order():
+    rows = torch.randn(3)
+    key = "proposal_generator.rpn_head.objectness_logits.weight"
+    assert torch.equal(detectron2.convert({key: rows})["rpn_head.rpn_cls.weight"], rows)
+
+
+def test_exporting_asks_the_model_for_its_order_of_anchors():
+    anchors = dict(scales=[2, 4], ratios=[0.5, 1.0, 2.0], strides=[32])
+    for scale_major, order in ((True, [0, 2, 4, 1, 3, 5]), (False, [0, 1, 2, 3, 4, 5])):
+        model = proposer("detectron2", **anchors, scale_major=scale_major)
+        with torch.no_grad():
+            model.rpn_head.rpn_cls.bias.copy_(torch.arange(6.0))
+        exported = export_weights(model, "detectron2")["proposal_generator.rpn_head.objectness_logits.bias"]
+        assert exported.tolist() == order
+
+
+def proposer(profile: str, **anchors) -> RPN:
+    backbone = dict(type="ResNet", depth=50, base_channels=4, out_indices=(3,), style="caffe")
+    head = dict(
+        type="RPNHead", in_channels=128, feat_channels=8, anchor_generator=dict(type="AnchorGenerator", **anchors)
+    )
+    return RPN(backbone, None, head, profile=profile, min_size=64, max_size=96).eval()
+
+
+def test_a_lone_rpn_goes_out_and_comes_back():
+    anchors = dict(scales=[1, 2, 4, 8, 16], ratios=[0.5, 1.0, 2.0], strides=[32])
+    source, image = proposer("detectron2", **anchors), [torch.rand(3, 64, 90)]
+    nn.init.normal_(source.rpn_head.rpn_cls.bias)
+    state = export_weights(source, "detectron2")
+    loaded = load_weights(proposer("mmdet", **anchors), state)
+    assert loaded.profile.name == "detectron2"
+    for key, value in source(image)[0].items():
+        assert torch.equal(value, loaded(image)[0][key])
+    with pytest.raises(ValueError, match=r"from_mmdet_config.*load_weights"):
+        infer_model(state)
+
+
+def tiny_dc5(profile="mmdet", seed=0):
+    torch.manual_seed(seed)
+    model = faster_rcnn("r50_dc5", 3, profile, **TINY)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.uniform_(0.2, 0.5)
+                m.running_var.uniform_(0.1, 1.0)
+        for layer in (model.rpn_head.rpn_cls, model.roi_head.bbox_head.fc_cls):
+            layer.bias.normal_()
+    return model.eval()
+
+
+def test_a_dc5_in_a_pickle_of_numpy_arrays(tmp_path):
+    source = tiny_dc5("detectron2")
+    state = {k: v.numpy() for k, v in export_weights(source, "detectron2").items()}
+    cells = cell_anchors((32, 64, 128, 256, 512), (0.5, 1.0, 2.0)).numpy()
+    state["proposal_generator.anchor_generator.cell_anchors.0"] = cells
+    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(dict(model=state, __author__="Detectron2 Model Zoo")))
+    loaded = infer_model(tmp_path / "model_final.pkl", **TINY)
+    assert loaded.zoo_name == "r50_dc5" and loaded.profile.name == "detectron2" and loaded.backbone.style == "caffe"
+    image = [torch.rand(3, 64, 90)]
+    found, expected = loaded(image)[0], source(image)[0]
+    assert len(found["boxes"]) > 20
+    for key in found:
+        assert torch.equal(found[key], expected[key])
+
+
+def test_the_second_stage_of_c4():
+    """14 x 14 values of each box from the one map of stride 16, the last stage with stride 2, the mean over 7 x 7."""
+    config = model_config("r50_c4", 3, "detectron2")["roi_head"]
+    head = StandardRoIHead(**{k: v for k, v in config.items() if k != "type"}, profile="detectron2").eval()
+    feat, rois = torch.rand(1, 1024, 5, 6), torch.tensor([[0, 3.0, 5, 70, 60], [0, 20.0, 10, 90, 77]])
+    stage5 = head.shared_head.layer4
+    assert (stage5[0].conv1.stride, stage5[0].conv2.stride) == ((2, 2), (1, 1))
+    with torch.no_grad():
+        scores, deltas = head([feat], rois)
+        pooled = stage5(roi_align(feat, rois, 14, 1 / 16, 0, True))
+        assert pooled.shape[2:] == (7, 7)
+        x = pooled.mean((2, 3))
+        torch.testing.assert_close(scores, head.bbox_head.fc_cls(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(deltas, head.bbox_head.fc_reg(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_networks_of_the_configurations():
+    for name in ("r50_c4", "r50_dc5"):
+        with torch.device("meta"):
+            model = faster_rcnn(name, 80, "detectron2")
+        assert model.rpn_head.test_cfg["nms_pre"] == 6000 and model.rpn_head.test_cfg["max_per_img"] == 1000
+        assert (model.rpn_proposal["nms_pre"], model.rpn_proposal["max_per_img"]) == (12000, 2000)
+        generator = model.rpn_head.anchor_generator
+        assert [16 * s for s in generator.scales[0]] == [32, 64, 128, 256, 512] and generator.strides == [(16, 16)]
+    assert {b.conv2.dilation for b in model.backbone.layer4} == {(2, 2)}
+
+
+@pytest.mark.parametrize("kind, channels", [("c4", 64), ("fpn", 64)])
+def test_grouped_convolutions_have_the_stride_on_the_3x3(kind, channels):
+    body = "backbone." if kind == "c4" else "backbone.bottom_up."
+    key = f"{body}res2.0.conv2.weight"
+    assert detectron2.profile_options({key: torch.zeros(channels, channels, 3, 3)}, {})["style"] == "caffe"
+    assert detectron2.profile_options({key: torch.zeros(channels, 4, 3, 3)}, {})["style"] == "pytorch"
+
+
+def test_a_download_is_checked_by_the_md5_that_its_name_ends_in(tmp_path, monkeypatch):
+    content = pickle.dumps(dict(model={}))
+    calls = []
+
+    def download(url, target, digest, progress):
+        calls.append(digest)
+        with open(target, "wb") as file:
+            file.write(content)
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    address = f"https://example.com/139/model_final_{hashlib.md5(content).hexdigest()[:6]}.pkl"
+    assert files.fetch(address).read_bytes() == content
+    assert files.fetch(address).is_file() and calls == [None]  # kept; SHA-256 is not asked for
+    damaged = "https://example.com/139/model_final_000000.pkl"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"model_final_000000\.pkl: the download is damaged"):
+            files.fetch(damaged)
+        assert not (tmp_path / "checkpoints" / "model_final_000000.pkl").exists()
+    assert len(calls) == 3

@@ -1,0 +1,142 @@
+"""What MMDetection's checkpoints say about themselves: their configuration's text, lone RPNs, models without a name."""
+
+import pytest
+import torch
+
+from fastrcnn.models import RPN, faster_rcnn, from_mmdet_config
+from fastrcnn.weights import export_weights, infer_model, load_checkpoint, load_weights, mmdet, pretrained_model
+from fastrcnn.weights.mmdet import CAFFE_INPUT
+
+RGB = dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bgr_to_rgb=True)
+BGR123 = dict(mean=(1, 2, 3), std=(4, 5, 6), bgr_to_rgb=False)
+RGB123 = dict(BGR123, bgr_to_rgb=True)
+DIVIDED = dict(mean=(103.53, 116.28, 123.675), std=(57.375, 57.12, 58.395), bgr_to_rgb=False)
+CAFFE, TORCH = "backbone=dict(type='ResNet', style='caffe')", "backbone=dict(type='ResNet', style='pytorch')"
+V2 = "img_norm_cfg = dict(\n    mean=[103.53, 116.28, 123.675], std=[{}], to_rgb=False)\ntrain_pipeline = []\n"
+V3 = """model = dict(
+    data_preprocessor=dict(
+        batch_augments=[dict(size=(1024, 1024), type='BatchFixedSizePad')],
+        bgr_to_rgb={},
+        mean=[
+            {},
+        ],
+        pad_size_divisor=32,
+        std=[
+            {},
+        ],
+        type='DetDataPreprocessor'),
+    """
+
+
+def read(text: str) -> dict:
+    return mmdet.profile_options({}, dict(cfg=text))
+
+
+@pytest.mark.parametrize(
+    "text, style, pixels",
+    [
+        (f"model = dict({CAFFE})\n" + V2.format("1.0, 1.0, 1.0"), "caffe", CAFFE_INPUT),
+        (f"model = dict({TORCH})\n" + V2.format("57.375, 57.12, 58.395"), "pytorch", DIVIDED),
+        (
+            V3.format(True, "123.675, 116.28, 103.53", "58.395, 57.12, 57.375") + CAFFE,
+            "caffe",
+            RGB,
+        ),  # one of them is so
+        (V3.format(False, "103.53,\n 116.28,\n 123.675", "1.0, 1.0, 1.0") + CAFFE, "caffe", CAFFE_INPUT),
+        ("model=dict(data_preprocessor=dict(mean=[1, 2, 3], std=[4, 5, 6]))", None, BGR123),
+        ("img_norm_cfg = dict(mean=[1, 2, 3], std=[4, 5, 6])", None, RGB123),
+        ("{'img_norm_cfg': {'mean': (1, 2, 3), 'std': (4, 5, 6), 'to_rgb': False}}", None, BGR123),
+        (CAFFE, "caffe", CAFFE_INPUT),
+        (TORCH, "pytorch", None),
+        ("", None, None),
+    ],
+)
+def test_style_and_statistics_are_read_from_the_text(text, style, pixels):
+    expected = ({} if style is None else dict(style=style)) | ({} if pixels is None else dict(data_preprocessor=pixels))
+    assert read(text) == expected
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "mean=norm_mean, std=[1, 1, 1]",
+        "mean=[__import__('os').getcwd(), 1, 2], std=[1, 1, 1]",
+        "mean=[1, 2], std=[1, 1]",
+        "mean=['a', 'b', 'c'], std=[1, 1, 1]",
+        "mean=None, std=None",
+        "type='DetDataPreprocessor'",
+        "mean=[1, 2, 3",
+    ],
+)
+def test_what_is_not_three_numbers_is_not_taken(part):
+    assert read(f"data_preprocessor=dict({part})") == {}
+    assert read(f"data_preprocessor=dict({part})\n{CAFFE}") == dict(style="caffe", data_preprocessor=CAFFE_INPUT)
+
+
+def test_the_statistics_of_a_box_coder_are_not_the_inputs():
+    coder = "bbox_coder=dict(target_means=[0, 0, 0], target_stds=[1, 1, 1]), mean=[1, 2, 3], std=[4, 5, 6]"
+    assert read(coder) == {}
+
+
+def small(**options):
+    neck = dict(in_channels=[4, 8, 16, 32], out_channels=8)
+    roi_head = dict(bbox_roi_extractor=dict(out_channels=8), bbox_head=dict(in_channels=8))
+    body = dict(backbone=dict(base_channels=4), neck=neck, rpn_head=dict(in_channels=8), roi_head=roi_head)
+    return faster_rcnn("r18_fpn", 3, **body, **options)
+
+
+def test_the_model_takes_them_over():
+    text = V3.format(False, "103.53, 116.28, 123.675", "57.375, 57.12, 58.395") + TORCH
+    model = load_weights(small(), dict(state_dict=small().state_dict(), meta=dict(cfg=text)))
+    p = model.data_preprocessor
+    assert (p.mean, p.std, p.bgr) == (DIVIDED["mean"], DIVIDED["std"], True) and model.backbone.style == "pytorch"
+
+
+def test_early_offsets_are_found_beside_the_convolution():
+    old = {"rpn_head.rpn_cls.weight": torch.zeros(3, 8, 1, 1), "backbone.layer2.0.conv2_offset.weight": torch.ones(1)}
+    state, profile, _, _ = load_checkpoint(old)
+    assert profile == "mmdet" and set(state) == {
+        "rpn_head.rpn_cls.weight",
+        "backbone.layer2.0.conv2.conv_offset.weight",
+    }
+
+
+RPN_CONFIG = dict(
+    type="RPN",
+    data_preprocessor=dict(type="DetDataPreprocessor", **RGB),
+    backbone=dict(type="ResNet", depth=18, base_channels=4),
+    neck=dict(type="FPN", in_channels=[4, 8, 16, 32], out_channels=8, num_outs=5),
+    rpn_head=dict(type="RPNHead", in_channels=8, feat_channels=8),
+)
+
+
+def test_a_lone_rpn_is_loaded_into_its_configurations_model():
+    source, image = from_mmdet_config(RPN_CONFIG).eval(), [torch.rand(3, 64, 64)]
+    meta = dict(dataset_meta=dict(CLASSES=("cell",)), cfg=V2.format("1.0, 1.0, 1.0") + CAFFE)
+    model = load_weights(from_mmdet_config(RPN_CONFIG).eval(), dict(meta=meta, state_dict=source.state_dict()))
+    assert isinstance(model, RPN) and model.class_names == ["cell"] and model.data_preprocessor.std == (1.0, 1.0, 1.0)
+    model = load_weights(model, source.state_dict())
+    source.data_preprocessor.min_size = model.data_preprocessor.min_size = 64
+    for key, value in source(image)[0].items():
+        assert torch.equal(value, model(image)[0][key])
+    exported = export_weights(model, "mmdet")
+    assert all(torch.equal(v, exported[k]) for k, v in source.state_dict().items())
+
+
+def test_a_lone_rpn_names_no_model():
+    state = from_mmdet_config(RPN_CONFIG).state_dict()
+    for build in (infer_model, lambda s: pretrained_model(s, 3)):
+        with pytest.raises(ValueError, match=r"region proposal network alone.*from_mmdet_config.*load_weights"):
+            build(state)
+    with pytest.raises(ValueError, match=r"missing keys: roi_head\."):
+        load_weights(small(), state)
+
+
+def test_a_configurations_detector_has_no_name_and_needs_none():
+    head = dict(type="RetinaHead", num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1)
+    neck = RPN_CONFIG["neck"] | dict(start_level=1, add_extra_convs="on_input")
+    config = dict(type="RetinaNet", backbone=RPN_CONFIG["backbone"], neck=neck, bbox_head=head)
+    source, model = from_mmdet_config(config), from_mmdet_config(config)
+    assert not hasattr(model, "zoo_name")
+    load_weights(model, export_weights(source, "mmdet"))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
