@@ -47,7 +47,28 @@ def test_norms_have_mmdetections_names(cfg, postfix, name, kind):
     assert norm.weight.requires_grad is cfg.get("requires_grad", True)
 
 
-@pytest.mark.parametrize("cfg", [dict(type="LeakyReLU", negative_slope=0.3), dict(type="GELU"), dict(type="SiLU")])
+def test_a_fresh_conv_module_keeps_the_variance_of_its_gradient():
+    """Kaiming's rule by fan-out: the deviation of the weights is sqrt(2 / (out * k * k)), less for a leaky ReLU."""
+    for act_cfg, gain in ((dict(type="ReLU"), 2.0), (None, 2.0), (dict(type="LeakyReLU", negative_slope=0.5), 1.6)):
+        conv = ConvModule(16, 64, 3, act_cfg=act_cfg).conv
+        assert conv.weight.std().item() == pytest.approx((gain / (64 * 9)) ** 0.5, rel=0.05)
+        assert not conv.bias.any()
+
+
+def test_norms_without_weights_are_left_alone():
+    net = ResNet(18, base_channels=8, norm_cfg=dict(type="BN", affine=False)).eval()
+    assert "bn1.weight" not in net.state_dict() and "layer1.0.bn2.running_mean" in net.state_dict()
+    x = torch.randn(1, 3, 32, 32)
+    before = net(x)[-1]
+    torch.testing.assert_close(fold_batch_norm(net)(x)[-1], before)
+
+
+ACTIVATIONS = [dict(type="LeakyReLU", negative_slope=0.3)] + [
+    dict(type=t) for t in ("GELU", "SiLU", "Swish", "HSwish", "PReLU", "ReLU6", "ELU", "Sigmoid", "Tanh")
+]
+
+
+@pytest.mark.parametrize("cfg", ACTIVATIONS)
 def test_another_activation_follows_the_residual(cfg):
     module = ConvModule(3, 3, 1, act_cfg=cfg).eval()
     x, r = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)

@@ -114,11 +114,12 @@ def test_mmdetection_2_names_the_file_beside_the_backbone(small_file):
     assert_has(model.backbone, state)
 
 
-def test_a_detectors_backbone_by_its_prefix(small_file, tmp_path):
+@pytest.mark.parametrize("prefix", ["backbone", "backbone."])
+def test_a_detectors_backbone_by_its_prefix(prefix, small_file, tmp_path):
     _, state = small_file
     torch.save({f"backbone.{k}": v for k, v in state.items()} | {"neck.x": torch.ones(1)}, tmp_path / "detector.pth")
     checkpoint = str(tmp_path / "detector.pth")
-    backbone = small(init_cfg=dict(type="Pretrained", checkpoint=checkpoint, prefix="backbone."))
+    backbone = small(init_cfg=dict(type="Pretrained", checkpoint=checkpoint, prefix=prefix))
     backbone.init_weights()
     assert_has(backbone, state)
     with pytest.raises(ValueError, match=r"lacks bn1\.bias"):

@@ -114,6 +114,14 @@ def test_plugins_stand_where_they_are_asked_for():
     assert block.context_block.conv_mask.in_channels == 128
 
 
+@pytest.mark.parametrize("position, channels", [("after_conv1", 8), ("after_conv2", 8), ("after_conv3", 16)])
+def test_a_plugin_is_as_wide_as_the_grouped_convolution_before_it(position, channels):
+    plugin = dict(cfg=dict(type="ContextBlock", ratio=1 / 4), position=position)
+    block = Bottleneck(4, 4, groups=4, base_width=32, plugins=[plugin])  # floor(4 * 32 / 64) * 4 channels inside
+    assert block.context_block.conv_mask.in_channels == channels
+    assert block.conv2.out_channels == 8 and block.conv3.out_channels == 16
+
+
 def test_fresh_plugins_leave_a_backbone_as_it_is(device):
     """Each of them starts as the identity."""
     plain = ResNet(**SMALL).eval().to(device)

@@ -47,6 +47,12 @@ def test_scaled_rois_keep_the_level_of_their_own_size(device):
         torch.testing.assert_close(out[k : k + 1], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_rois_of_a_single_map_keep_their_size(device):
+    feats, r = pyramid(device=device)[:1], rois(device)
+    out = SingleRoIExtractor(ALIGN, 6, STRIDES[:1])(feats, r, roi_scale_factor=2.0)
+    torch.testing.assert_close(out, roi_align(feats[0], r, 7, 1 / STRIDES[0]))
+
+
 def test_each_level_has_its_own_deformable_pooling(device):
     layer = dict(type="DeformRoIPoolPack", output_size=7, output_channels=6, deform_fc_channels=16)
     torch.manual_seed(0)

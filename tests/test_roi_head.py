@@ -300,8 +300,9 @@ def test_box_heads(make, keys, device):
     shared = branch(x, head.shared_convs, head.shared_fcs)
     torch.testing.assert_close(logits, head.fc_cls(branch(shared, head.cls_convs, head.cls_fcs).flatten(1)))
     torch.testing.assert_close(deltas, head.fc_reg(branch(shared, head.reg_convs, head.reg_fcs).flatten(1)))
-    assert head.fc_cls.weight.std().item() == pytest.approx(0.01, rel=0.1)
-    assert head.fc_reg.weight.std().item() == pytest.approx(0.001, rel=0.1)
+    # The smallest layer has 64 weights.
+    assert head.fc_cls.weight.std().item() == pytest.approx(0.01, rel=0.3)
+    assert head.fc_reg.weight.std().item() == pytest.approx(0.001, rel=0.3)
 
 
 @pytest.mark.parametrize(

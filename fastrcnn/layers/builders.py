@@ -31,7 +31,19 @@ NORMS = {
     "SyncBN": ("bn", nn.SyncBatchNorm),
     "GN": ("gn", nn.GroupNorm),
 }
-ACTIVATIONS = {"ReLU": nn.ReLU, "LeakyReLU": nn.LeakyReLU, "GELU": nn.GELU, "SiLU": nn.SiLU}
+ACTIVATIONS = {
+    "ReLU": nn.ReLU,
+    "LeakyReLU": nn.LeakyReLU,
+    "PReLU": nn.PReLU,
+    "ReLU6": nn.ReLU6,
+    "ELU": nn.ELU,
+    "GELU": nn.GELU,
+    "SiLU": nn.SiLU,
+    "Swish": nn.SiLU,
+    "HSwish": nn.Hardswish,
+    "Sigmoid": nn.Sigmoid,
+    "Tanh": nn.Tanh,
+}
 
 
 def split_type(cfg: dict, what: str, known) -> tuple[str, dict]:
@@ -66,6 +78,6 @@ def build_norm(norm_cfg: dict, num_features: int, postfix: int | str = "") -> tu
 
 def build_activation(act_cfg: dict, inplace: bool = True) -> nn.Module:
     kind, options = split_type(act_cfg, "act_cfg", ACTIVATIONS)
-    if kind != "GELU":
+    if kind not in ("PReLU", "GELU", "Sigmoid", "Tanh"):
         options.setdefault("inplace", inplace)
     return ACTIVATIONS[kind](**options)

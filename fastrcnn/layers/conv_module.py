@@ -64,6 +64,18 @@ class ConvModule(nn.Module):
             self.norm_name, norm = build_norm(norm_cfg, out_channels)
             self.add_module(self.norm_name, norm)
         self.activate = None if act_cfg is None else build_activation(act_cfg, inplace)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Kaiming-normal (fan-out) and no bias, as mmcv starts it; a deformable convolution has a rule of its own."""
+        if hasattr(self.conv, "init_weights"):
+            self.conv.init_weights()
+        else:
+            slope = getattr(self.activate, "negative_slope", 0)
+            rule = "leaky_relu" if slope else "relu"
+            nn.init.kaiming_normal_(self.conv.weight, slope, "fan_out", rule)
+            if self.conv.bias is not None:
+                nn.init.zeros_(self.conv.bias)
 
     @property
     def norm(self) -> nn.Module | None:
@@ -89,6 +101,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         for conv, owner, name in getattr(module, "norm_pairs", tuple)():
             norm = getattr(owner, name)
             if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or type(conv) is not nn.Conv2d:
+                continue
+            if not norm.affine or not norm.track_running_stats:
                 continue
             scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
             bias = norm.bias.double() - norm.running_mean.double() * scale

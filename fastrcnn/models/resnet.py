@@ -104,12 +104,12 @@ class Bottleneck(_Block):
         self.with_cp = with_cp
         self.plugin_names: dict[str, list[str]] = {position: [] for position in POSITIONS}
         for plugin in plugins:
-            self._add_plugin(plugin["cfg"], plugin.get("position"), planes)
+            position = plugin.get("position")
+            if position not in POSITIONS:
+                raise ValueError(f"plugins: expected a position of {POSITIONS}, got {position!r}")
+            self._add_plugin(plugin["cfg"], position, out if position == "after_conv3" else width)
 
-    def _add_plugin(self, cfg: dict, position: str, planes: int) -> None:
-        if position not in POSITIONS:
-            raise ValueError(f"plugins: expected a position of {POSITIONS}, got {position!r}")
-        channels = planes * self.expansion if position == "after_conv3" else planes
+    def _add_plugin(self, cfg: dict, position: str, channels: int) -> None:
         name, layer = build_plugin(cfg, in_channels=channels)
         if hasattr(self, name):
             raise ValueError(f"plugins: two are called {name!r}; give one a postfix")
@@ -160,12 +160,18 @@ def init_convs_and_norms(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(m, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm | nn.GroupNorm) and m.weight is not None:
             nn.init.ones_(m.weight)
             nn.init.zeros_(m.bias)
-    for m in module.modules():
-        if m is not module and hasattr(m, "init_weights"):
+    _follow_own_rules(module)
+
+
+def _follow_own_rules(module: nn.Module) -> None:
+    for m in module.children():
+        if hasattr(m, "init_weights"):
             m.init_weights()
+        else:
+            _follow_own_rules(m)
 
 
 class ResNet(nn.Module):
@@ -298,8 +304,9 @@ class ResNet(nn.Module):
         init_convs_and_norms(self)
         if self.zero_init_residual and self.pretrained is None:
             for m in self.modules():
-                if isinstance(m, _Block):
-                    nn.init.zeros_(getattr(m, getattr(m, f"norm{m.num_convs}_name")).weight)
+                last = getattr(m, getattr(m, f"norm{m.num_convs}_name")) if isinstance(m, _Block) else None
+                if last is not None and last.weight is not None:
+                    nn.init.zeros_(last.weight)
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:

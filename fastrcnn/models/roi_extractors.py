@@ -68,9 +68,11 @@ class SingleRoIExtractor(_RoIExtractor):
     def forward(self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None) -> Tensor:
         """feats: one [B, C, H, W] for each stride (more are left out); rois [K, 5] -> [K, C, out, out].
 
-        roi_scale_factor: RoIs grow by it, and keep the level of their own size.
+        roi_scale_factor: RoIs of a pyramid grow by it, and keep the level of their own size.
         """
         feats = feats[: len(self.featmap_strides)]
+        if len(feats) == 1:
+            roi_scale_factor = None  # as in MMDetection, which grows RoIs of a pyramid only
         if self.roi_layers is None and roi_scale_factor is None:
             return multilevel_roi_align(
                 feats, rois, self.output_size, self.featmap_strides, self.sampling_ratio, self.aligned,

@@ -175,6 +175,8 @@ class ResLayer(nn.Module):
     ):
         super().__init__()
         self.pretrained = pretrained_source(pretrained, init_cfg)
+        if depth not in ResNet.arch_settings:
+            raise ValueError(f"depth: expected one of {sorted(ResNet.arch_settings)}, got {depth}")
         block, num_blocks = ResNet.arch_settings[depth]
         planes = 64 * 2**stage
         inplanes, self.norm_eval, self.name = planes // 2 * block.expansion, norm_eval, f"layer{stage + 1}"

@@ -41,7 +41,7 @@ _ADDED = ("conv_offset", "context_block", "gen_attention_block", "nonlocal_block
 
 @torch.no_grad()
 def load_pretrained(module: nn.Module, checkpoint: str | Path, prefix: str = "") -> nn.Module:
-    """Loads a classifier's (or, with prefix "backbone.", a detector's) weights into a backbone, in place; returns it.
+    """Loads a classifier's (or, with prefix "backbone", a detector's) weights into a backbone, in place; returns it.
 
     checkpoint: a file, an https address or a short name such as "torchvision://resnet50". Keys of the file that `module`
     has no place for (the classifier's last layer, a stage that was not built) are left; plugins and the offsets of
@@ -57,6 +57,7 @@ def load_pretrained(module: nn.Module, checkpoint: str | Path, prefix: str = "")
         source = SHORT_NAMES[source]
     state, _ = files.read(source)
     if prefix:
+        prefix = prefix.rstrip(".") + "."
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     own = module.state_dict()
     wanted = {k for k in own if not any(part in k for part in _ADDED)}
