@@ -8,7 +8,7 @@ import torch
 from fastrcnn.models import RetinaHead, RPNHead
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder
 from fastrcnn.models.dense_head import flat_levels
-from fastrcnn.models.losses import GIoULoss, L1Loss
+from fastrcnn.models.losses import GIoULoss, SmoothL1Loss
 from fastrcnn.models.profiles import PROFILES
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
@@ -112,7 +112,7 @@ def test_settings_may_be_modules():
     loss, coder = GIoULoss(), DeltaXYWHBBoxCoder(target_stds=(0.1, 0.1, 0.2, 0.2))
     head = squares(loss_bbox=loss, bbox_coder=coder)
     assert head.loss_bbox is loss and head.bbox_coder is coder
-    assert isinstance(squares().loss_bbox, L1Loss)
+    assert type(squares().loss_bbox) is SmoothL1Loss
 
 
 def test_a_profile_decides_rounding_and_the_lower_clip():

@@ -303,11 +303,9 @@ def test_bad_calls_are_named():
     head = one_level()
     with pytest.raises(ValueError, match="feats"):
         head(maps_of((2, 2), (1, 1), channels=4))
-    maps = maps_of((2, 2)), maps_of((2, 2), channels=4), maps_of((2, 2)), torch.tensor([[16, 16]]), (16, 16)
-    with pytest.raises(ValueError, match="nms"):
-        head.predict(*maps, {**head.test_cfg, "nms": dict(type="soft_nms")})
-    with pytest.raises(ValueError, match="nms_pre"):
-        head.predict(*maps, {**head.test_cfg, "nms_pre": -1})
+    for options in (dict(nms=dict(type="soft_nms")), dict(max_per_img=0)):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            one_level(test_cfg=options)
 
 
 @pytest.mark.parametrize("profile", PROFILES)

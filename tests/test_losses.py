@@ -15,6 +15,18 @@ def test_sigmoid_cross_entropy_by_hand():
     assert loss.item() == pytest.approx(expected / 4, rel=1e-5)
 
 
+def test_sigmoid_cross_entropy_of_classes_by_hand():
+    """One column a class, the background's among them; class_weight multiplies the positives of its column."""
+    logits, target = torch.tensor([[2.0, -1.0, 0.0], [0.0, 1.0, 3.0]]), torch.tensor([0, 2])
+    terms = [math.log1p(math.exp(v)) for v in (-2, -1, 0, 0, 1, -3)]
+    loss = CrossEntropyLoss(use_sigmoid=True)(logits, target, 2.0)
+    assert loss.item() == pytest.approx(sum(terms) / 2, rel=1e-5)
+    weighted = CrossEntropyLoss(use_sigmoid=True, class_weight=[3.0, 1.0, 0.5])(logits, target, 2.0)
+    assert weighted.item() == pytest.approx((sum(terms) + 2 * terms[0] - 0.5 * terms[5]) / 2, rel=1e-5)
+    alone = CrossEntropyLoss(use_sigmoid=True, class_weight=[3.0])(torch.tensor([2.0, 0.0]), torch.tensor([1, 0]), 1.0)
+    assert alone.item() == pytest.approx(3 * terms[0] + terms[2], rel=1e-5)
+
+
 def test_softmax_cross_entropy_by_hand():
     logits, target = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 3.0]]), torch.tensor([0, 1])
     expected = math.log(1 + 2 * math.exp(-1)) + math.log(2 + math.exp(3))

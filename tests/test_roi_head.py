@@ -331,6 +331,10 @@ def test_soft_nms_keeps_overlapping_boxes_with_lower_scores():
     across, _ = suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5, class_agnostic=True), 10)
     assert across.tolist() == [0, 2]
     assert len(suppress(boxes, scores, labels, dict(type="soft_nms", iou_threshold=0.5), 2)[0]) == 2
+    assert suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5, max_num=2), 10)[0].tolist() == [0, 2]
+    assert suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5), -1)[0].tolist() == [0, 2, 3]
+    above = dict(type="nms", iou_threshold=0.5, score_threshold=0.65)
+    assert suppress(boxes, scores, labels, above, 10)[0].tolist() == [0, 2]
     with pytest.raises(ValueError, match="soft_nms"):
         suppress(boxes, scores, labels, dict(type="matrix_nms"), 10)
 

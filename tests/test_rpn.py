@@ -6,6 +6,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.rpn import RPNHead as TorchvisionHead
+from torchvision.ops import box_iou
 
 from fastrcnn.models import RPNHead
 from fastrcnn.models.profiles import PROFILES
@@ -203,6 +204,34 @@ def test_anchors_stay_exact_in_a_low_precision_model(dtype):
     torch.testing.assert_close(rounded, exact, rtol=0, atol=1e-3)
 
 
+def test_nms_may_forget_the_levels_and_keep_fewer():
+    head = RPNHead(16, 16).eval()
+    spread(head)
+
+    outs = head(features())
+
+    def found(**nms):
+        cfg = {**head.test_cfg, "nms": dict(type="nms", iou_threshold=0.7, **nms)}
+        boxes, _, counts = head.predict(*outs, torch.tensor(SIZES), BATCH_SHAPE, cfg)
+        return boxes[0, : counts[0]]
+
+    def crowded(boxes):
+        return (box_iou(boxes, boxes).fill_diagonal_(0) > 0.7).any().item()
+
+    assert crowded(found()) and not crowded(found(class_agnostic=True))
+    assert torch.equal(found(max_num=30), found()[:30])
+
+
+def test_boxes_without_area_go_only_where_they_are_asked_to():
+    head = one_level("mmdet")
+    maps = [torch.zeros(1, 1, 2, 3)], [torch.zeros(1, 4, 2, 3)]
+    outside = [maps[0], [maps[1][0] + torch.tensor([50.0, 0, 0, 0]).view(1, 4, 1, 1)]]  # clipped to the right border
+    for least, kept in ((-1, 1), (0, 0)):
+        cfg = {**head.test_cfg, "min_bbox_size": least}
+        boxes, _, counts = head.predict(*outside, torch.tensor([[64, 96]]), (64, 96), cfg)
+        assert (counts[0] > 0) == kept and (boxes[0, : counts[0], 0] == 96).all()
+
+
 def test_proposals_keep_to_their_limits():
     head = RPNHead(16, 16).eval()
     spread(head)
@@ -227,10 +256,16 @@ def test_bad_arguments_are_named(options, names):
 
 
 def test_unknown_nms_and_assigner_are_refused():
-    head = one_level("mmdet", assigner=dict(type="ATSSAssigner"))
-    maps = [torch.zeros(1, 1, 2, 3)], [torch.zeros(1, 4, 2, 3)]
-    sizes = torch.tensor([[64, 96]])
-    with pytest.raises(ValueError, match="assigner"):
-        head.loss(*maps, sizes, (64, 96), [dict(boxes=torch.zeros(0, 4))])
-    with pytest.raises(ValueError, match="nms"):
-        head.predict(*maps, sizes, (64, 96), {**head.test_cfg, "nms": dict(type="soft_nms")})
+    for assigner in (dict(type="ATSSAssigner"), dict(pos_iou=0.7), dict(ignore_wrt_candidates=False)):
+        with pytest.raises(ValueError, match="assigner"):
+            RPNHead(4, 4, train_cfg=dict(assigner=assigner))
+    for sampler in (dict(type="PseudoSampler"), dict(nums=3)):
+        with pytest.raises(ValueError, match="sampler"):
+            RPNHead(4, 4, train_cfg=dict(sampler=sampler))
+    for nms in (dict(type="soft_nms"), dict(type="nms"), dict(iou_threshold=0.7, score_threshold=0.1), None):
+        with pytest.raises(ValueError, match="rpn_head test_cfg nms"):
+            RPNHead(4, 4, test_cfg=dict(nms=nms))
+    with pytest.raises(ValueError, match="max_per_img"):
+        RPNHead(4, 4, test_cfg=dict(max_per_img=-1))
+    with pytest.raises(ValueError, match="clip_border"):
+        RPNHead(4, 4, bbox_coder=dict(clip_border=False))

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrcnn.models.build import build
+
 
 class AnchorGenerator:
     """Base anchors per level and, for the losses, the full grids.
@@ -83,11 +85,11 @@ class AnchorGenerator:
             grids.append((shift + base.to(device)).reshape(-1, 4))
         return grids
 
-    def inside(self, sizes, image_sizes: Tensor, allowed_border: int, device=None) -> Tensor:
+    def inside(self, sizes, image_sizes: Tensor, allowed_border: int, divisor: int = 32, device=None) -> Tensor:
         """[B, sum of H * W * A] bool: anchors whose cell lies in an image's own padded area (its size rounded up to a
-        multiple of 32 pixels), and, with allowed_border >= 0, which leave the image by less than that."""
+        multiple of `divisor` pixels), and, with allowed_border >= 0, which leave the image by less than that."""
         flags = []
-        padded = torch.ceil(image_sizes.float() / 32) * 32  # [B, 2] (height, width)
+        padded = torch.ceil(image_sizes.float() / divisor) * divisor  # [B, 2] (height, width)
         for (h, w), (sx, sy) in zip(sizes, self.strides):
             valid_h = torch.ceil(padded[:, 0] / sy)
             valid_w = torch.ceil(padded[:, 1] / sx)
@@ -109,8 +111,4 @@ def build_anchor_generator(cfg: dict | AnchorGenerator) -> AnchorGenerator:
     """From MMDetection's dict(type="AnchorGenerator", ...); an AnchorGenerator is returned as it is."""
     if isinstance(cfg, AnchorGenerator):
         return cfg
-    options = dict(cfg)
-    kind = options.pop("type", "AnchorGenerator")
-    if kind != "AnchorGenerator":
-        raise ValueError(f"anchor_generator: unknown type {kind!r}, expected 'AnchorGenerator'")
-    return AnchorGenerator(**options)
+    return build({"type": "AnchorGenerator", **cfg}, {"AnchorGenerator": AnchorGenerator}, "anchor_generator")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrcnn.models.build import build
 from fastrcnn.ops import decode_boxes
 
 
@@ -41,8 +42,4 @@ class DeltaXYWHBBoxCoder:
 def build_box_coder(cfg: dict | DeltaXYWHBBoxCoder) -> DeltaXYWHBBoxCoder:
     if isinstance(cfg, DeltaXYWHBBoxCoder):
         return cfg
-    options = dict(cfg)
-    kind = options.pop("type", "DeltaXYWHBBoxCoder")
-    if kind != "DeltaXYWHBBoxCoder":
-        raise ValueError(f"bbox_coder: unknown type {kind!r}, expected 'DeltaXYWHBBoxCoder'")
-    return DeltaXYWHBBoxCoder(**options)
+    return build({"type": "DeltaXYWHBBoxCoder", **cfg}, {"DeltaXYWHBBoxCoder": DeltaXYWHBBoxCoder}, "bbox_coder")

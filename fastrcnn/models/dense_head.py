@@ -10,6 +10,7 @@ from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder, build_box_coder
 from fastrcnn.models.losses import build_loss
 from fastrcnn.models.matching import assign
 from fastrcnn.models.profiles import Profile, get_profile
+from fastrcnn.ops._checks import coordinates
 
 
 def flat_levels(maps: Sequence[Tensor], columns: int) -> Tensor:
@@ -19,6 +20,8 @@ def flat_levels(maps: Sequence[Tensor], columns: int) -> Tensor:
 
 class DenseHead(nn.Module):
     """Anchors, box coder, losses and assignment. A subclass adds the layers, `forward`, `predict` and `loss`."""
+
+    pad_size_divisor = 32  # of the images, as the detector pads them
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class DenseHead(nn.Module):
         inside = None
         if self.profile.anchors_inside:
             sizes, border = [x.shape[2:] for x in maps], self.train_cfg["allowed_border"]
-            inside = self.anchor_generator.inside(sizes, image_sizes, border, anchors.device)
+            inside = self.anchor_generator.inside(sizes, image_sizes, border, self.pad_size_divisor, anchors.device)
             if not bool(inside.all()):
                 nowhere = anchors.new_tensor([-1e6, -1e6, -1e6, -1e6])
                 candidates = torch.where(inside[..., None], anchors, nowhere)
@@ -81,5 +84,6 @@ class DenseHead(nn.Module):
     def box_loss(self, deltas: Tensor, anchors: Tensor, boxes: Tensor, avg_factor) -> Tensor:
         """deltas [P, 4] of the positive anchors [P, 4], boxes [P, 4] their ground truth; compared as deltas or boxes."""
         if self.reg_decoded_bbox:
+            anchors = anchors.to(coordinates(deltas).dtype)
             return self.loss_bbox(self.bbox_coder.decode(anchors, deltas), boxes, avg_factor)
         return self.loss_bbox(deltas, self.bbox_coder.encode(anchors, boxes), avg_factor)

@@ -7,7 +7,7 @@ from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.build import build, settings
 from fastrcnn.models.fcos_head import FCOSHead
 from fastrcnn.models.roi_head import StandardRoIHead
-from fastrcnn.models.rpn import RPNHead
+from fastrcnn.models.rpn import RPNHead, check_proposal_cfg
 
 
 class FasterRCNN(BaseDetector):
@@ -32,19 +32,21 @@ class FasterRCNN(BaseDetector):
         data_preprocessor: dict | None = None,
     ):
         super().__init__(backbone, neck, profile, min_size, max_size, data_preprocessor)
-        train_cfg, test_cfg = train_cfg or {}, test_cfg or {}
+        train_cfg = settings(dict.fromkeys(("rpn", "rpn_proposal", "rcnn")), train_cfg, "train_cfg")
+        test_cfg = settings(dict.fromkeys(("rpn", "rcnn")), test_cfg, "test_cfg")
         if not isinstance(rpn_head, nn.Module):
-            cfgs = dict(train_cfg=train_cfg.get("rpn"), test_cfg=test_cfg.get("rpn"), profile=self.profile)
+            cfgs = dict(train_cfg=train_cfg["rpn"], test_cfg=test_cfg["rpn"], profile=self.profile)
             # One class whatever the config says, as MMDetection forces on every head that proposes.
             rpn_head = build(
                 {**rpn_head, "num_classes": 1, **cfgs}, {"RPNHead": RPNHead, "FCOSHead": FCOSHead}, "rpn_head"
             )
         if not isinstance(roi_head, nn.Module):
-            cfgs = dict(train_cfg=train_cfg.get("rcnn"), test_cfg=test_cfg.get("rcnn"), profile=self.profile)
+            cfgs = dict(train_cfg=train_cfg["rcnn"], test_cfg=test_cfg["rcnn"], profile=self.profile)
             roi_head = build({**roi_head, **cfgs}, {"StandardRoIHead": StandardRoIHead}, "roi_head")
         self.rpn_head, self.roi_head = rpn_head, roi_head
-        self.rpn_proposal = {**self.rpn_head.test_cfg, "nms_pre": 2000, "max_per_img": self.profile.rpn_post_nms_train}
-        self.rpn_proposal = settings(self.rpn_proposal, train_cfg.get("rpn_proposal"), "train_cfg rpn_proposal")
+        self.rpn_head.pad_size_divisor = self.data_preprocessor.pad_size_divisor
+        self.rpn_proposal = settings(rpn_head.test_cfg, train_cfg["rpn_proposal"], "train_cfg rpn_proposal")
+        check_proposal_cfg(self.rpn_proposal, "train_cfg rpn_proposal")
         self.built_with = self.profile.name, self.peer_options()
 
     @property

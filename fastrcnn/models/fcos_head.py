@@ -7,14 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from fastrcnn.layers import ConvModule, conv_norm_act
-from fastrcnn.models.build import settings
+from fastrcnn.models.build import build, settings
 from fastrcnn.models.dense_head import flat_levels
 from fastrcnn.models.losses import EPS, GIoULoss, IoULoss, build_loss
+from fastrcnn.models.post_process import nms_limit
 from fastrcnn.models.profiles import Profile, get_profile
+from fastrcnn.models.rpn import check_proposal_cfg
 from fastrcnn.ops import nms_padded
 from fastrcnn.ops._checks import coordinates
 
-TEST_CFG = dict(nms_pre=1000, max_per_img=1000, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=0, score_thr=0)
+TEST_CFG = dict(nms_pre=-1, max_per_img=1000, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=-1, score_thr=0)
 # What configurations give every RPN. FCOS has no anchors to match or to sample and reads none of it.
 TRAIN_CFG = dict(assigner=None, sampler=None, allowed_border=-1, pos_weight=-1)
 
@@ -38,12 +40,8 @@ class DistancePointBBoxCoder:
 def build_point_coder(cfg: dict | DistancePointBBoxCoder) -> DistancePointBBoxCoder:
     if isinstance(cfg, DistancePointBBoxCoder):
         return cfg
-    options = dict(cfg)
-    kind = options.pop("type", "DistancePointBBoxCoder")
-    unknown = sorted(set(options) - {"clip_border"})
-    if kind != "DistancePointBBoxCoder" or unknown:
-        raise ValueError(f"bbox_coder: expected DistancePointBBoxCoder with the option clip_border, got {cfg}")
-    return DistancePointBBoxCoder(**options)
+    coders = {"DistancePointBBoxCoder": DistancePointBBoxCoder}
+    return build({"type": "DistancePointBBoxCoder", **cfg}, coders, "bbox_coder")
 
 
 class Scale(nn.Module):
@@ -119,6 +117,7 @@ class FCOSHead(nn.Module):
             raise ValueError(f"loss_bbox: expected one of the IoU losses with one number a box, got {loss_bbox}")
         self.train_cfg = settings(TRAIN_CFG, train_cfg, "rpn_head train_cfg")
         self.test_cfg = settings(TEST_CFG, test_cfg, "rpn_head test_cfg")
+        check_proposal_cfg(self.test_cfg, "rpn_head test_cfg")
         self.set_profile(profile)
 
         widths = [in_channels] + [feat_channels] * stacked_convs
@@ -203,17 +202,15 @@ class FCOSHead(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Proposals after NMS: boxes [B, max_per_img, 4] xyxy pixels, scores [B, max_per_img], counts [B]; zeros beyond.
 
-        Of each level the nms_pre best by objectness alone, above score_thr; then NMS over all levels on objectness times
-        centerness. image_sizes [B, 2] (height, width) before padding; batch_shape is not read.
+        Of each level the nms_pre best (all where it is not above 0) by objectness alone, above score_thr; then NMS over
+        all levels on objectness times centerness. image_sizes [B, 2] (height, width) before padding;
+        batch_shape is not read.
         """
-        if cfg["nms"].get("type", "nms") != "nms":
-            raise ValueError(f"rpn nms: expected type 'nms', got {cfg['nms']}")
-        if cfg["nms_pre"] < 1:
-            raise ValueError(f"nms_pre: expected a number >= 1, got {cfg['nms_pre']}")
         levels = []
         for logit, distance, factor, points in zip(cls_scores, bbox_preds, centernesses, self.points(cls_scores)):
             score = coordinates(logit).sigmoid().flatten(1)  # [B, H * W]
-            score, best = (x[:, : cfg["nms_pre"]] for x in score.sort(dim=1, descending=True, stable=True))
+            most = cfg["nms_pre"] if cfg["nms_pre"] > 0 else None
+            score, best = (x[:, :most] for x in score.sort(dim=1, descending=True, stable=True))
             moves = distance.flatten(2).transpose(1, 2).gather(1, best[..., None].expand(-1, -1, 4))
             boxes = self.bbox_coder.decode(points[best], moves, image_sizes)
             valid = score > cfg.get("score_thr", 0)
@@ -224,7 +221,8 @@ class FCOSHead(nn.Module):
         # Shapes stay static: the valid ones are counted, the others sort behind them by a score below any sigmoid's.
         scores, order = torch.where(valid, scores, -1.0).sort(dim=1, descending=True, stable=True)
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-        keep, counts = nms_padded(boxes, scores, None, cfg["nms"]["iou_threshold"], cfg["max_per_img"], valid.sum(1))
+        most = nms_limit(cfg["nms"], cfg["max_per_img"])
+        keep, counts = nms_padded(boxes, scores, None, cfg["nms"]["iou_threshold"], most, valid.sum(1))
         kept, beyond = keep.clamp(min=0), keep < 0
         boxes = boxes.gather(1, kept[..., None].expand(-1, -1, 4)).masked_fill(beyond[..., None], 0)
         return boxes, scores.gather(1, kept).masked_fill(beyond, 0), counts

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrcnn.models.build import build
 from fastrcnn.ops._checks import coordinates
 
 EPS = torch.finfo(torch.float32).eps  # MMDetection adds it to every avg_factor
@@ -26,9 +27,10 @@ def _weighted(elements: Tensor, weight: Tensor | None, loss_weight: float, avg_f
 
 
 class CrossEntropyLoss(nn.Module):
-    """Softmax over classes, or sigmoid with use_sigmoid (then the target is the foreground indicator).
+    """Softmax over classes, or with use_sigmoid one sigmoid for each column.
 
-    class_weight: one weight a class, the background last; the weighted sum is still divided by avg_factor.
+    class_weight: one weight a class, the background last, and with use_sigmoid one a column, for its positives; the
+    weighted sum is still divided by avg_factor.
     """
 
     def __init__(self, use_sigmoid: bool = False, class_weight: list[float] | None = None, loss_weight: float = 1.0):
@@ -36,12 +38,14 @@ class CrossEntropyLoss(nn.Module):
         self.use_sigmoid, self.class_weight, self.loss_weight = use_sigmoid, class_weight, loss_weight
 
     def elements(self, pred: Tensor, target: Tensor) -> Tensor:
-        """The loss of each element [N]. pred [N] and target [N] in 0..1 with use_sigmoid; else pred [N, C], target [N]."""
-        if self.use_sigmoid:
-            return F.binary_cross_entropy_with_logits(coordinates(pred), target.to(coordinates(pred)), reduction="none")
+        """The loss [N] of each row from pred [N, C] logits and target [N] int64; with use_sigmoid [N, C] of each column
+        against the one-hot target, or [N] from pred [N] and the foreground indicator [N], as an RPN has them."""
         pred = coordinates(pred)
         weight = None if self.class_weight is None else pred.new_tensor(self.class_weight)
-        return F.cross_entropy(pred, target, weight, reduction="none")
+        if not self.use_sigmoid:
+            return F.cross_entropy(pred, target, weight, reduction="none")
+        one_hot = target if pred.dim() == 1 else F.one_hot(target, pred.shape[1])
+        return F.binary_cross_entropy_with_logits(pred, one_hot.to(pred), reduction="none", pos_weight=weight)
 
     def forward(self, pred: Tensor, target: Tensor, avg_factor: float, weight: Tensor | None = None) -> Tensor:
         """weight [N]: of each row, none for 1."""
@@ -216,9 +220,6 @@ def build_loss(cfg: dict | nn.Module) -> nn.Module:
     if isinstance(cfg, nn.Module):
         return cfg
     options = dict(cfg)
-    kind = options.pop("type", None)
-    if kind not in LOSSES:
-        raise ValueError(f"loss: unknown type {kind!r}, expected one of {sorted(LOSSES)}")
     if options.pop("reduction", "mean") != "mean":
-        raise ValueError(f"{kind}: expected reduction='mean', got {cfg['reduction']!r}")
-    return LOSSES[kind](**options)
+        raise ValueError(f"loss: expected reduction='mean', got {cfg}")
+    return build(options, LOSSES, "loss")

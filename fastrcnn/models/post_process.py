@@ -6,21 +6,47 @@ from torch import Tensor
 from fastrcnn.models.profiles import Profile
 from fastrcnn.ops import batched_nms, soft_nms
 
+NMS_OPTIONS = {
+    "nms": {"iou_threshold", "score_threshold"},
+    "soft_nms": {"iou_threshold", "sigma", "min_score", "method"},
+}
+_SHARED = {"type", "class_agnostic", "max_num", "split_thr"}  # the last tells mmcv how to compute the same
+
+
+def check_nms(cfg: dict, what: str, allowed: dict[str, set[str]] = NMS_OPTIONS) -> dict:
+    """MMDetection's dict(type="nms", iou_threshold=0.5) as it is. Raises ValueError for another type or option, naming
+    `what`."""
+    kind = cfg.get("type", "nms") if isinstance(cfg, dict) else None
+    if kind not in allowed:
+        raise ValueError(f"{what}: expected a dict with type {' or '.join(map(repr, allowed))}, got {cfg!r}")
+    unknown = set(cfg) - _SHARED - allowed[kind]
+    if unknown or (kind == "nms" and "iou_threshold" not in cfg):
+        options = sorted(allowed[kind] | _SHARED)
+        raise ValueError(f"{what}: expected iou_threshold and some of {options}, got {cfg}")
+    return cfg
+
+
+def nms_limit(cfg: dict, max_per_img: int) -> int | None:
+    """The smaller of max_per_img and the nms dict's own max_num, of those above 0; None where neither is."""
+    return min((n for n in (max_per_img, cfg.get("max_num", -1)) if n > 0), default=None)
+
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: dict, max_output: int) -> tuple[Tensor, Tensor]:
     """(kept indices, their scores) by descending score, of NMS or soft-NMS within each class (or across all of them).
 
-    boxes [N, 4], scores [N], labels [N]; cfg: MMDetection's dict(type="nms", iou_threshold=0.5) or "soft_nms". Raises
-    ValueError for another type.
+    boxes [N, 4], scores [N], labels [N]; cfg: see `check_nms`; max_output: not above 0 keeps all.
+    Raises what `check_nms` raises.
     """
-    options = {k: v for k, v in cfg.items() if k not in ("type", "class_agnostic", "split_thr", "max_num")}
-    kind = cfg.get("type", "nms")
-    if kind not in ("nms", "soft_nms"):
-        raise ValueError(f"nms: expected type 'nms' or 'soft_nms', got {kind!r}")
+    check_nms(cfg, "nms")
     groups = torch.zeros_like(labels) if cfg.get("class_agnostic") else labels
-    if kind == "nms":
-        keep = batched_nms(boxes, scores, groups, options["iou_threshold"], max_output)
+    most = nms_limit(cfg, max_output)
+    if cfg.get("type", "nms") == "nms":
+        threshold = cfg.get("score_threshold", 0)
+        above = (scores > threshold).nonzero()[:, 0] if threshold > 0 else slice(None)
+        keep = batched_nms(boxes[above], scores[above], groups[above], cfg["iou_threshold"], most)
+        keep = above[keep] if threshold > 0 else keep
         return keep, scores[keep]
+    options = {k: v for k, v in cfg.items() if k not in _SHARED}
     kept, decayed = [], []
     for group in groups.unique().tolist():
         members = (groups == group).nonzero()[:, 0]
@@ -29,7 +55,7 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: dict, max_outpu
         decayed.append(dets[:, 4])
     kept = torch.cat(kept) if kept else labels[:0]
     decayed = torch.cat(decayed) if decayed else scores[:0]
-    best = decayed.sort(descending=True, stable=True).indices[:max_output]
+    best = decayed.sort(descending=True, stable=True).indices[:most]
     return kept[best], decayed[best]
 
 
@@ -46,7 +72,7 @@ def finish(
     """Detections of one image: dict of boxes [K, 4], scores [K], labels [K], by descending score.
 
     boxes [N, 4] xyxy pixels of the resized image, of size image_size [2] (height, width); scale [2] (width, height), new
-    over old, or None to stay there; cfg: `nms` and `max_per_img` of MMDetection's test_cfg;
+    over old, or None to stay there; cfg: `nms` and `max_per_img` (not above 0 keeps all) of MMDetection's test_cfg;
     min_size: boxes enter NMS if both sides are longer, in the pixels that NMS sees; below 0 all do.
     """
     factor = None if scale is None else (1.0 / scale).repeat(2)

@@ -13,11 +13,14 @@ from fastrcnn.models.build import build, settings
 from fastrcnn.models.dense_head import DenseHead, flat_levels
 from fastrcnn.models.fpn import FPN
 from fastrcnn.models.losses import build_loss, positive_weight
-from fastrcnn.models.post_process import finish
+from fastrcnn.models.matching import check_assigner
+from fastrcnn.models.post_process import check_nms, finish
 from fastrcnn.models.profiles import Profile
 from fastrcnn.ops._checks import coordinates
 
-TEST_CFG = dict(nms_pre=1000, min_bbox_size=0, score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
+TEST_CFG = dict(
+    nms_pre=1000, min_bbox_size=-1, score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100
+)
 TRAIN_CFG = dict(
     assigner=dict(
         type="MaxIoUAssigner",
@@ -54,7 +57,7 @@ class RetinaHead(DenseHead):
         ),
         bbox_coder: dict = dict(type="DeltaXYWHBBoxCoder"),
         loss_cls: dict = dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
-        loss_bbox: dict = dict(type="L1Loss", loss_weight=1.0),
+        loss_bbox: dict = dict(type="SmoothL1Loss", beta=1.0 / 9.0, loss_weight=1.0),
         reg_decoded_bbox: bool = False,
         train_cfg: dict | None = None,
         test_cfg: dict | None = None,
@@ -65,7 +68,9 @@ class RetinaHead(DenseHead):
         super().__init__(
             anchor_generator, bbox_coder, loss_cls, loss_bbox, reg_decoded_bbox, train_cfg, test_cfg, profile
         )
-        if train_cfg["sampler"]["type"] != "PseudoSampler":
+        check_nms(test_cfg["nms"], "bbox_head test_cfg nms")
+        check_assigner(train_cfg["assigner"])
+        if train_cfg["sampler"] != dict(type="PseudoSampler"):
             raise ValueError(f"sampler: RetinaNet trains on every anchor (PseudoSampler), got {train_cfg['sampler']}")
         if type(self.loss_cls).__name__ != "FocalLoss":
             raise ValueError(f"loss_cls: expected FocalLoss, got {loss_cls}")
@@ -207,6 +212,7 @@ class RetinaNet(BaseDetector):
             cfgs = dict(train_cfg=train_cfg, test_cfg=test_cfg, profile=self.profile)
             bbox_head = build({**bbox_head, **cfgs}, {"RetinaHead": RetinaHead}, "bbox_head")
         self.bbox_head = bbox_head
+        self.bbox_head.pad_size_divisor = self.data_preprocessor.pad_size_divisor
         self.built_with = self.profile.name, self.peer_options()
 
     @property

@@ -10,12 +10,12 @@ from fastrcnn.layers import ConvModule
 from fastrcnn.models.box_coder import build_box_coder
 from fastrcnn.models.build import build, settings
 from fastrcnn.models.losses import build_loss, positive_weight
-from fastrcnn.models.matching import assign
-from fastrcnn.models.post_process import finish
+from fastrcnn.models.matching import assign, check_assigner
+from fastrcnn.models.post_process import check_nms, finish
 from fastrcnn.models.profiles import Profile, get_profile
 from fastrcnn.models.resnet import ResNet, init_convs_and_norms, make_res_layer, pretrained_source
 from fastrcnn.models.roi_extractors import ROI_EXTRACTORS
-from fastrcnn.models.sampling import sample
+from fastrcnn.models.sampling import check_sampler, sample
 from fastrcnn.ops._checks import coordinates
 
 TEST_CFG = dict(score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
@@ -49,7 +49,7 @@ class ConvFCBBoxHead(nn.Module):
         conv_cfg: dict | None = None,
         norm_cfg: dict | None = None,
         in_channels: int = 256,
-        roi_feat_size: int = 7,
+        roi_feat_size: int | tuple[int, int] = 7,
         num_classes: int = 80,
         with_avg_pool: bool = False,
         reg_class_agnostic: bool = False,
@@ -58,14 +58,15 @@ class ConvFCBBoxHead(nn.Module):
             type="DeltaXYWHBBoxCoder", target_means=(0.0, 0.0, 0.0, 0.0), target_stds=(0.1, 0.1, 0.2, 0.2)
         ),
         loss_cls: dict = dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
-        loss_bbox: dict = dict(type="L1Loss", loss_weight=1.0),
+        loss_bbox: dict = dict(type="SmoothL1Loss", beta=1.0, loss_weight=1.0),
     ):
         super().__init__()
         self.num_classes, self.reg_class_agnostic = num_classes, reg_class_agnostic
         self.with_avg_pool, self.reg_decoded_bbox = with_avg_pool, reg_decoded_bbox
         self.bbox_coder = build_box_coder(bbox_coder)
         self.loss_cls, self.loss_bbox = build_loss(loss_cls), build_loss(loss_bbox)
-        area = 1 if with_avg_pool else roi_feat_size * roi_feat_size
+        height, width = roi_feat_size if isinstance(roi_feat_size, Sequence) else (roi_feat_size, roi_feat_size)
+        area = 1 if with_avg_pool else height * width
         convs = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
 
         def branch(num_convs, num_fcs, channels, is_map):
@@ -233,6 +234,9 @@ class StandardRoIHead(nn.Module):
         self.shared_head = None if shared_head is None else build(shared_head, {"ResLayer": ResLayer}, "shared_head")
         self.train_cfg = settings(TRAIN_CFG, train_cfg, "roi_head train_cfg")
         self.test_cfg = settings(TEST_CFG, test_cfg, "roi_head test_cfg")
+        check_nms(self.test_cfg["nms"], "roi_head test_cfg nms")
+        check_assigner(self.train_cfg["assigner"])
+        check_sampler(self.train_cfg["sampler"])
         self.set_profile(profile)
 
     def init_weights(self) -> None:
@@ -332,7 +336,8 @@ class StandardRoIHead(nn.Module):
 
         def loss_of(indices: Tensor) -> Tensor:
             rois = torch.cat([proposals.new_full((len(indices), 1), image), proposals[indices]], 1)
-            return self.bbox_head.loss_cls.elements(self(feats, rois)[0], labels_of(indices))
+            losses = self.bbox_head.loss_cls.elements(self(feats, rois)[0], labels_of(indices))
+            return losses.reshape(len(indices), -1).sum(1)
 
         pos, neg = sample(matches, sampler, max_iou, loss_of)
         chosen = torch.cat([pos, neg])

@@ -10,11 +10,13 @@ from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.build import build, settings
 from fastrcnn.models.dense_head import DenseHead, flat_levels
 from fastrcnn.models.losses import build_loss, positive_weight
+from fastrcnn.models.matching import check_assigner
+from fastrcnn.models.post_process import check_nms, nms_limit
 from fastrcnn.models.profiles import Profile
-from fastrcnn.models.sampling import sample
+from fastrcnn.models.sampling import check_sampler, sample
 from fastrcnn.ops import decode_proposals, nms_padded
 
-TEST_CFG = dict(nms_pre=1000, max_per_img=1000, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=0)
+TEST_CFG = dict(nms_pre=1000, max_per_img=1000, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=-1)
 TRAIN_CFG = dict(
     assigner=dict(
         type="MaxIoUAssigner", pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3, match_low_quality=True,
@@ -24,6 +26,13 @@ TRAIN_CFG = dict(
     allowed_border=-1,
     pos_weight=-1,
 )  # fmt: skip
+
+
+def check_proposal_cfg(cfg: dict, what: str) -> None:
+    """Raises ValueError for an NMS other than the plain one, or without a limit: shapes are static."""
+    check_nms(cfg["nms"], f"{what} nms", {"nms": {"iou_threshold"}})
+    if cfg["max_per_img"] < 1:
+        raise ValueError(f"{what} max_per_img: expected at least 1, got {cfg['max_per_img']}")
 
 
 class RPNHead(DenseHead):
@@ -43,7 +52,7 @@ class RPNHead(DenseHead):
         ),
         bbox_coder: dict = dict(type="DeltaXYWHBBoxCoder"),
         loss_cls: dict = dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
-        loss_bbox: dict = dict(type="L1Loss", loss_weight=1.0),
+        loss_bbox: dict = dict(type="SmoothL1Loss", beta=1.0 / 9.0, loss_weight=1.0),
         reg_decoded_bbox: bool = False,
         train_cfg: dict | None = None,
         test_cfg: dict | None = None,
@@ -56,6 +65,11 @@ class RPNHead(DenseHead):
         super().__init__(
             anchor_generator, bbox_coder, loss_cls, loss_bbox, reg_decoded_bbox, train_cfg, test_cfg, profile
         )
+        check_proposal_cfg(test_cfg, "rpn_head test_cfg")
+        check_assigner(train_cfg["assigner"])
+        check_sampler(train_cfg["sampler"])
+        if not self.bbox_coder.clip_border:
+            raise ValueError("bbox_coder: an RPN's boxes are clipped to the image, expected clip_border=True")
         if not getattr(self.loss_cls, "use_sigmoid", False):
             raise ValueError("loss_cls: the RPN's objectness needs use_sigmoid=True")
         if num_convs == 1:
@@ -112,8 +126,6 @@ class RPNHead(DenseHead):
         p = self.profile
         # Where boxes are scaled back before NMS, min_bbox_size counts the original's pixels.
         early = scale_factors is not None and p.rescale_before_nms
-        if cfg["nms"].get("type", "nms") != "nms":
-            raise ValueError(f"rpn nms: expected type 'nms', got {cfg['nms']}")
         strides = self.anchor_generator.level_strides([x.shape[2:] for x in logits], self.grid_shape(batch_shape))
         base = self.base_anchors(logits[0].device)
         boxes, scores, levels, counts = decode_proposals(
@@ -129,7 +141,9 @@ class RPNHead(DenseHead):
             counts, first = large.sum(1), large.int().sort(dim=1, descending=True, stable=True).indices
             boxes = boxes.gather(1, first[..., None].expand(-1, -1, 4))
             scores, levels = scores.gather(1, first), levels.gather(1, first)
-        keep, counts = nms_padded(boxes, scores, levels, cfg["nms"]["iou_threshold"], cfg["max_per_img"], counts)
+        groups = None if cfg["nms"].get("class_agnostic") else levels
+        most = nms_limit(cfg["nms"], cfg["max_per_img"])
+        keep, counts = nms_padded(boxes, scores, groups, cfg["nms"]["iou_threshold"], most, counts)
         kept = keep.clamp(min=0)
         boxes = boxes.gather(1, kept[..., None].expand(-1, -1, 4)) * (keep >= 0)[..., None]
         if factor is not None and not early:
@@ -187,6 +201,7 @@ class RPN(BaseDetector):
             cfgs = dict(train_cfg=train_cfg, test_cfg=test_cfg, profile=self.profile)
             rpn_head = build({**rpn_head, "num_classes": 1, **cfgs}, {"RPNHead": RPNHead}, "rpn_head")
         self.rpn_head = rpn_head
+        self.rpn_head.pad_size_divisor = self.data_preprocessor.pad_size_divisor
         self.built_with = self.profile.name, self.peer_options()
         self.register_load_state_dict_pre_hook(self._rename_bbox_head)
 

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 OPTIONS = dict(num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True)
+# type -> the options that are its alone
+PICKS = {
+    "RandomSampler": set(),
+    "OHEMSampler": set(),
+    "InstanceBalancedPosSampler": set(),
+    "IoUBalancedNegSampler": {"floor_thr", "floor_fraction", "num_bins"},
+}
 
 
 def _choose(indices: Tensor, count: int) -> Tensor:
@@ -78,11 +85,33 @@ def _pick(kind: str, options: dict, candidates, count, matches, max_iou, loss_of
         picked = _hard(candidates, count, loss_of)
     elif kind == "InstanceBalancedPosSampler":
         picked = _instance_balanced(candidates, count, matches)
-    elif kind == "IoUBalancedNegSampler":
-        picked = _iou_balanced(candidates, count, max_iou, **options)
     else:
-        raise ValueError(f"sampler: unknown type {kind!r}")
+        picked = _iou_balanced(candidates, count, max_iou, **options)
     return picked.sort().values
+
+
+def check_sampler(sampler: dict) -> tuple[dict, tuple[dict, dict]]:
+    """(`OPTIONS` with the sampler's own, what picks the positives and the negatives). Raises ValueError for an unknown
+    type or option."""
+    rules = {**OPTIONS, "type": "RandomSampler", **sampler}
+    kind = rules.pop("type")
+    shared = {k: rules.pop(k) for k in OPTIONS}
+    sides = {"type": kind}, {"type": kind, **rules}
+    if kind == "CombinedSampler":
+        sides = tuple(rules.pop(side, {"type": "RandomSampler"}) for side in ("pos_sampler", "neg_sampler"))
+        if rules:
+            raise ValueError(f"sampler: unknown options {sorted(rules)} of {kind}")
+    elif kind == "IoUBalancedNegSampler":
+        sides = {"type": "RandomSampler"}, sides[1]
+    elif kind == "InstanceBalancedPosSampler":
+        sides = sides[0], {"type": "RandomSampler", **rules}
+    for side in sides:
+        unknown = set(side) - {"type"} - PICKS.get(side["type"], set())
+        if side["type"] not in PICKS:
+            raise ValueError(f"sampler: unknown type {side['type']!r}, expected one of {(*PICKS, 'CombinedSampler')}")
+        if unknown:
+            raise ValueError(f"sampler: unknown options {sorted(unknown)} of {side['type']}")
+    return shared, sides
 
 
 def sample(
@@ -94,18 +123,7 @@ def sample(
     At most num * pos_fraction positives; negatives fill up to num, and are at most neg_pos_ub times the positives where
     that is >= 0. Raises ValueError for an unknown type or option.
     """
-    rules = {**OPTIONS, "type": "RandomSampler", **sampler}
-    kind = rules.pop("type")
-    shared = {k: rules.pop(k) for k in OPTIONS}
-    sides = rules.pop("pos_sampler", {"type": kind}), rules.pop("neg_sampler", {"type": kind, **rules})
-    if kind == "CombinedSampler" and rules:
-        raise ValueError(f"sampler: unknown options {sorted(rules)}")
-    if kind == "IoUBalancedNegSampler":
-        sides = {"type": "RandomSampler"}, sides[1]
-    elif kind == "InstanceBalancedPosSampler":
-        sides = sides[0], {"type": "RandomSampler"}
-    elif kind != "CombinedSampler" and rules:
-        raise ValueError(f"sampler: unknown options {sorted(rules)} of {kind}")
+    shared, sides = check_sampler(sampler)
 
     def side(cfg: dict, wanted: Tensor, count: int) -> Tensor:
         options = {k: v for k, v in cfg.items() if k != "type"}
