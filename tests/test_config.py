@@ -1,11 +1,10 @@
-"""MMDetection configs: read as data, merged as MMEngine merges them, and built; code in them is refused and never run."""
+"""Models from MMDetection's configs: nothing in them is ignored, what is not supported is named."""
 
 import pytest
 import torch
 
 from fastrcnn.models import from_mmdet_config
-from fastrcnn.models.config import read_config
-from fastrcnn.models.zoo import model_config
+from fastrcnn.models.zoo import merge, model_config
 
 
 def write(folder, name, text):
@@ -18,67 +17,6 @@ def write(folder, name, text):
 BASE_MODEL = f"""
 model = dict(type='FasterRCNN', **{model_config("r50_fpn")!r})
 """
-
-
-def test_bases_are_merged_and_delete_replaces(tmp_path):
-    write(
-        tmp_path,
-        "bases/a.py",
-        "size = (4, 5)\nmodel = dict(x=dict(kept=1, changed=1), gone=dict(a=1, b=2), rows=[1])\n",
-    )
-    write(tmp_path, "bases/b.py", "schedule = dict(lr=0.02 * 4, steps=[8, 11])\n")
-    path = write(
-        tmp_path,
-        "child.py",
-        '"""Docstring."""\n_base_ = ["bases/a.py", "./bases/b.py"]\nn = 3\n'
-        "model = dict(x=dict(changed=-n, new=(n, n / 2)), gone=dict(_delete_=True, c=3), rows=[2, *[3]])\n"
-        "seen = dict(size={{_base_.size}}, first=_base_.schedule.steps[0], text='{{ fileBasenameNoExtension }}')\n"
-        "many = [dict(scale=s) for s in [1, 2]]\n_base_.schedule.lr = 0.5\n",
-    )
-    config = read_config(path)
-    assert config["model"] == dict(
-        x=dict(kept=1, changed=-3, new=(3, 1.5)), gone=dict(c=3), rows=[2, 3]
-    )  # fmt: skip
-    assert config["seen"] == dict(size=(4, 5), first=8, text="child")
-    assert config["schedule"] == dict(lr=0.5, steps=[8, 11])
-    assert config["many"] == [dict(scale=1), dict(scale=2)]
-    assert "_base_" not in config
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import os",
-        "x = open('marker', 'w')",
-        "x = __import__('pathlib').Path('marker').touch()",
-        "x = (lambda: 1)()",
-        "x = [].append(1)",
-        "x = ().__class__",
-        "for i in [1]:\n    x = i",
-        "if True:\n    x = 1",
-        "def f():\n    return 1",
-        "x = 9 ** 9 ** 9",
-        "x = unknown",
-        "x = dict.fromkeys([1])",
-    ],
-)
-def test_code_is_refused_with_its_line_and_not_run(tmp_path, monkeypatch, line):
-    monkeypatch.chdir(tmp_path)
-    path = write(tmp_path, "config.py", f"fine = 1\n{line}\n")
-    with pytest.raises(ValueError, match=r"config\.py, line 2"):
-        read_config(path)
-    assert not (tmp_path / "marker").exists()
-
-
-def test_a_key_in_two_bases_and_a_dict_over_a_number_are_errors(tmp_path):
-    write(tmp_path, "a.py", "x = 1\n")
-    write(tmp_path, "b.py", "x = 2\n")
-    with pytest.raises(ValueError, match="more than one of its bases"):
-        read_config(write(tmp_path, "twice.py", "_base_ = ['a.py', 'b.py']\n"))
-    with pytest.raises(ValueError, match="x is a dict here and int in a base"):
-        read_config(write(tmp_path, "dict.py", "_base_ = 'a.py'\nx = dict(y=1)\n"))
-    with pytest.raises(FileNotFoundError, match=r"missing\.py"):
-        read_config(write(tmp_path, "lost.py", "_base_ = 'missing.py'\n"))
 
 
 def test_a_config_builds_the_model_its_input_and_its_classes(tmp_path):
@@ -125,13 +63,29 @@ def test_a_config_builds_the_model_its_input_and_its_classes(tmp_path):
         (dict(type="RetinaNet"), "roi_head"),
         (dict(test_cfg=dict(rcnn=dict(mask_thr_binary=0.5))), "mask_thr_binary"),
         (dict(test_cfg=dict(rpn=dict(nms_across_levels=True))), "nms_across_levels"),
-        (dict(train_cfg=dict(rpn_proposal=dict(nms_thr=0.7))), "nms_thr"),
+        (dict(test_cfg=dict(rpn=dict(nms_post=500, max_num=1000))), "nms_post"),
+        (dict(train_cfg=dict(rcn=dict())), "train_cfg.*rcn"),
+        (dict(test_cfg=dict(mask=dict())), "test_cfg.*mask"),
+        (dict(test_cfg=dict(rcnn=dict(nms=dict(type="nms_match", iou_threshold=0.5)))), "nms_match"),
+        (dict(test_cfg=dict(rpn=dict(nms=dict(iou_thrs=0.5)))), "iou_thrs"),
+        (dict(train_cfg=dict(rpn=dict(assigner=dict(type="ATSSAssigner")))), "ATSSAssigner"),
+        (dict(train_cfg=dict(rcnn=dict(sampler=dict(type="ScoreHLRSampler")))), "ScoreHLRSampler"),
+        (dict(backbone=dict(norm_cfg=dict(type="BN", epsilon=1))), "norm_cfg.*epsilon"),
+        (
+            dict(backbone=dict(plugins=[dict(cfg=dict(type="ContextBlock", ratios=1), position="after_conv3")])),
+            "dcn|ratios",
+        ),
+        (dict(neck=dict(upsample_cfg=dict(mode="nearest", scale=2))), "upsample_cfg.*scale"),
+        (dict(neck=dict(act_cfg=dict(type="ReLU", slope=2))), "act_cfg.*slope"),
+        (dict(rpn_head=dict(anchor_generator=dict(sizes=3))), "anchor_generator.*sizes"),
+        (dict(rpn_head=dict(loss_bbox=dict(betas=3))), "loss.*betas"),
+        (dict(roi_head=dict(bbox_head=dict(bbox_coder=dict(add_ctr_clamp=True)))), "bbox_coder.*add_ctr_clamp"),
+        (dict(data_preprocessor=dict(type="DetDataPreprocessor", pad_value=1)), "data_preprocessor.*pad_value"),
+        (dict(data_preprocessor=dict(type="MultiBranchDataPreprocessor")), "MultiBranch"),
         (dict(train_cfg=dict(rcnn=dict(mask_size=28))), "mask_size"),
     ],
 )
 def test_what_is_not_supported_is_named(change, named):
-    from fastrcnn.models.zoo import merge
-
     model = merge(dict(type="FasterRCNN", **model_config("r18_fpn")), change)
     with pytest.raises(ValueError, match=named), torch.device("meta"):
         from_mmdet_config(dict(model=model))
@@ -147,3 +101,89 @@ def test_an_old_style_config_takes_its_input_from_the_pipeline():
         built = from_mmdet_config(config)
     p = built.data_preprocessor
     assert (p.mean, p.bgr, p.min_size, p.max_size) == ((1.0, 2.0, 3.0), True, 600, 1000)
+
+
+def built(model=(), **config):
+    with torch.device("meta"):
+        return from_mmdet_config(
+            dict(model=dict(type="FasterRCNN", **merge(model_config("r18_fpn"), dict(model))), **config)
+        )
+
+
+def test_several_necks_are_named():
+    with pytest.raises(ValueError, match=r"neck.*FPN, BFP"):
+        built(dict(neck=[dict(type="FPN"), dict(type="BFP")]))
+
+
+@pytest.mark.parametrize("config", [dict(model=None), dict(type=["x"]), dict(model=dict(type="FasterRCNN")), dict(a=1)])
+def test_a_config_without_its_parts_is_named(config):
+    with pytest.raises(ValueError, match="config"):
+        from_mmdet_config(config)
+
+
+def test_a_preprocessor_has_mmdetections_defaults():
+    p = built(dict(data_preprocessor=dict(type="DetDataPreprocessor"))).data_preprocessor
+    assert (p.mean, p.std, p.bgr, p.pad_size_divisor) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), True, 1)
+    shared = built(data_preprocessor=dict(mean=[1, 2, 3], std=[4, 5, 6], bgr_to_rgb=True, pad_size_divisor=64))
+    p = shared.data_preprocessor
+    assert (p.mean, p.std, p.bgr, p.pad_size_divisor) == ((1, 2, 3), (4, 5, 6), False, 64)
+    assert shared.rpn_head.pad_size_divisor == 64
+    assert built().data_preprocessor.mean == (123.675, 116.28, 103.53)  # a model alone: its profile's
+    batch = dict(type="BatchFixedSizePad", size=(1024, 1024))
+    model = built(dict(data_preprocessor=dict(mean=[1, 2, 3], std=[1, 1, 1], batch_augments=[batch])))
+    assert model.config["model"]["data_preprocessor"]["batch_augments"] == [batch]  # left to training
+
+
+def pipeline(*transforms, **flip):
+    flip = dict(type="MultiScaleFlipAug", img_scale=(1000, 600), transforms=list(transforms)) | flip
+    return dict(data=dict(test=dict(type="CocoDataset", pipeline=[dict(type="LoadImageFromFile"), flip])))
+
+
+def test_the_pipelines_own_normalisation_and_padding_count():
+    norm = dict(type="Normalize", mean=[1.0, 2.0, 3.0], std=[1.0, 1.0, 1.0], to_rgb=False)
+    other = dict(mean=[9.0, 9.0, 9.0], std=[9.0, 9.0, 9.0])
+    p = built(**pipeline(norm, dict(type="Pad", size_divisor=64)), img_norm_cfg=other).data_preprocessor
+    assert (p.mean, p.bgr, p.pad_size_divisor, p.max_size) == ((1.0, 2.0, 3.0), True, 64, 1000)
+    assert built(**pipeline(norm)).data_preprocessor.pad_size_divisor == 1
+    p = built(test_pipeline=[dict(type="mmdet.Resize", scale=640, keep_ratio=True)]).data_preprocessor
+    assert (p.min_size, p.max_size) == (640, 640)
+
+
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        (dict(test_pipeline=[dict(type="Resize", scale=(640, 400))]), "Resize.*keep_ratio"),
+        (pipeline(dict(type="Resize", keep_ratio=False)), "keep_ratio"),
+        (pipeline(dict(type="Resize", backend="pillow")), "backend"),
+        (dict(test_pipeline=[dict(type="FixScaleResize", scale=(640, 400), keep_ratio=True)]), "FixScaleResize"),
+        (dict(test_pipeline=[dict(type="Resize", scale_factor=2.0)]), "factor"),
+        (pipeline(dict(type="Normalize", mean=[0], std=[1]), dict(type="Pad", size=(800, 800))), "fixed size"),
+        (pipeline(img_scale="large"), "scale"),
+    ],
+)
+def test_another_way_to_prepare_images_is_named(config, named):
+    with pytest.raises(ValueError, match=named):
+        built(**config)
+
+
+def test_the_names_of_mmdetections_first_second_version():
+    rpn = dict(
+        _delete_=True, nms_across_levels=False, nms_pre=700, nms_post=500, max_num=500, nms_thr=0.6, min_bbox_size=0
+    )
+    roi_layer = dict(_delete_=True, type="RoIAlign", out_size=7, sample_num=2)
+    model = built(
+        dict(
+            roi_head=dict(bbox_roi_extractor=dict(roi_layer=roi_layer)),
+            test_cfg=dict(rpn=rpn, rcnn=dict(nms=dict(_delete_=True, type="nms", iou_thr=0.4))),
+            train_cfg=dict(rpn_proposal=dict(rpn, max_num=400)),
+        )
+    )
+    head, extractor = model.rpn_head, model.roi_head.bbox_roi_extractor
+    assert (head.test_cfg["max_per_img"], head.test_cfg["nms"]["iou_threshold"], head.test_cfg["nms_pre"]) == (
+        500,
+        0.6,
+        700,
+    )
+    assert model.rpn_proposal["max_per_img"] == 400
+    assert (extractor.output_size, extractor.sampling_ratio) == (7, 2)
+    assert model.roi_head.test_cfg["nms"]["iou_threshold"] == 0.4

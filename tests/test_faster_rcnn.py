@@ -181,10 +181,11 @@ def test_training_gives_the_profiles_losses_and_finite_gradients(profile):
     assert all(v.dim() == 0 and torch.isfinite(v) and v > 0 for v in losses.values())
     sum(losses.values()).backward()
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            assert p.grad is not None and torch.isfinite(p.grad).all(), name
-        else:
-            assert p.grad is None and name.startswith(("backbone.conv1", "backbone.bn1", "backbone.layer1")), name
+        fixed = name.startswith(("backbone.conv1", "backbone.bn1", "backbone.layer1"))
+        # torchvision's and Detectron2's frozen norms have constants where MMDetection trains scales and offsets.
+        fixed |= profile != "mmdet" and name.startswith("backbone") and (".bn" in name or "downsample.1" in name)
+        assert p.requires_grad is not fixed, name
+        assert p.grad is None if fixed else torch.isfinite(p.grad).all(), name
     assert model.rpn_head.rpn_reg.weight.grad.abs().sum() > 0
     assert model.roi_head.bbox_head.fc_reg.weight.grad.abs().sum() > 0
 

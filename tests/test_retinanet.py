@@ -324,7 +324,7 @@ def test_a_few_steps_of_training(profile):
         assert set(losses) == set(PROFILES[profile].dense_losses)
         optimizer.zero_grad()
         # Without the running divisor, which changes the scale from step to step.
-        seen.append(sum(losses.values()) * (model.bbox_head.loss_normalizer.item() if profile == "detectron2" else 1))
+        seen.append(sum(losses.values()) * (model.bbox_head.loss_normalizer if profile == "detectron2" else 1))
         seen[-1].backward()
         optimizer.step()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())

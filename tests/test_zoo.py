@@ -88,7 +88,7 @@ def test_what_the_names_stand_for():
     for name, model in models.items():
         assert model.backbone.depth == int(name[1:].split("_")[0])
         assert isinstance(model.backbone, ResNeXt if name.startswith("x") else ResNet)
-        assert model.backbone.frozen_stages == 1 and model.backbone.norm_eval
+        assert model.backbone.frozen_stages == 1 and model.backbone.norm_eval is not name.endswith("_v2")
     assert models["x101_64x4d_fpn"].backbone.layer1[0].conv2.groups == 64
     v1, v2 = models["r50_fpn"], models["r50_fpn_v2"]
     assert (v1.profile.name, v2.profile.name) == ("mmdet", "torchvision")
@@ -209,3 +209,48 @@ def test_our_own_files_keep_what_a_peers_checkpoint_decided(tmp_path, peer):
     first, second = found_by(model), found_by(again)
     assert len(first["boxes"]) > 20 and torch.equal(first["scores"], second["scores"])
     assert torch.equal(first["boxes"], second["boxes"])
+
+
+@pytest.mark.parametrize("profile, style, trained", [("mmdet", "pytorch", True), ("torchvision", "pytorch", False),
+                                                     ("detectron2", "caffe", False)])  # fmt: skip
+def test_a_profile_decides_the_stride_and_the_norms_of_a_bottleneck(profile, style, trained):
+    small = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[16, 32, 64, 128], out_channels=8))
+
+    def facts(model):
+        block = model.backbone.layer2[0]
+        norms = [model.backbone.layer4[0].bn1.weight.requires_grad, model.backbone.layer1[0].bn1.weight.requires_grad]
+        return model.backbone.style, block.conv1.stride, block.conv2.stride, norms
+
+    expected = style, *(((1, 1), (2, 2)) if style == "pytorch" else ((2, 2), (1, 1))), [trained, False]
+    assert facts(faster_rcnn("r50_fpn", 3, profile, **small)) == expected
+    other = faster_rcnn("r50_fpn", 3, "mmdet" if profile != "mmdet" else "detectron2", **small)
+    other.set_profile(profile)
+    assert facts(other) == expected
+
+
+def test_a_grouped_bottleneck_keeps_its_stride_and_a_model_without_a_pyramid_its_style():
+    with torch.device("meta"):
+        grouped, c4 = faster_rcnn("x50_32x4d_fpn", profile="detectron2"), faster_rcnn("r50_c4", profile="detectron2")
+        assert grouped.backbone.style == "pytorch" and c4.backbone.style == "caffe"
+        grouped.set_profile("detectron2")
+        c4.set_profile("mmdet")
+        assert grouped.backbone.style == "pytorch" and c4.backbone.style == "caffe"
+        assert not c4.backbone.layer3[0].bn1.weight.requires_grad  # caffe-style norms are constants in MMDetection, too
+
+
+@pytest.mark.parametrize("profile, bound", [("mmdet", 6 / (64 * 9 * 2)), ("torchvision", 3 / (64 * 9)),
+                                            ("detectron2", 3 / (64 * 9))])  # fmt: skip
+def test_a_profile_decides_how_a_pyramid_starts(profile, bound):
+    """Xavier: uniform within sqrt(6 / (fan in + fan out)); Kaiming of gain 1: within sqrt(3 / fan in)."""
+    neck = dict(in_channels=[16, 32, 64, 128], out_channels=64)
+    weight = (
+        faster_rcnn("r18_fpn", 3, profile, backbone=dict(base_channels=16), neck=neck).neck.fpn_convs[0].conv.weight
+    )
+    assert weight.abs().max().item() == pytest.approx(bound**0.5, rel=0.01) and weight.abs().max() <= bound**0.5
+
+
+def test_torchvisions_second_recipe_trains_its_norms_statistics_and_all():
+    with torch.device("meta"):
+        model = faster_rcnn("r50_fpn_v2").train()
+    assert model.backbone.layer4[0].bn1.training and model.backbone.layer4[0].bn1.weight.requires_grad
+    assert not model.backbone.layer1[0].bn1.training

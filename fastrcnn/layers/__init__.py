@@ -1,6 +1,6 @@
 """Layers from MMDetection's dicts: convolution, normalisation, activation, deformable layers, plugins."""
 
-from fastrcnn.layers.builders import build_activation, build_conv, build_norm
+from fastrcnn.layers.builders import build_activation, build_conv, build_norm, construct
 from fastrcnn.layers.context_block import ContextBlock
 from fastrcnn.layers.conv_module import ConvModule, conv_norm_act, fold_batch_norm
 from fastrcnn.layers.deform_conv import DeformConv2dPack, ModulatedDeformConv2dPack
@@ -22,6 +22,7 @@ __all__ = [
     "build_conv",
     "build_norm",
     "build_plugin",
+    "construct",
     "conv_norm_act",
     "fold_batch_norm",
 ]

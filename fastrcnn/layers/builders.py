@@ -1,5 +1,8 @@
 """Layers from MMDetection's configuration dicts: `dict(type="BN", requires_grad=True)` and the like."""
 
+import re
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from fastrcnn.layers.deform_conv import DeformConv2dPack, ModulatedDeformConv2dPack
@@ -57,12 +60,23 @@ def split_type(cfg: dict, what: str, known) -> tuple[str, dict]:
     return kind, options
 
 
+def construct(make: Callable[..., nn.Module], what: str, kind: str, *args, **options) -> nn.Module:
+    """make(*args, **options). Raises ValueError naming `what`, the type `kind` and the option that it has not."""
+    try:
+        return make(*args, **options)
+    except TypeError as error:
+        option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if option is None or option[1] not in options:
+            raise
+        raise ValueError(f"{what}: {kind} has no option {option[1]!r}, or it is not supported") from None
+
+
 def build_conv(conv_cfg: dict | None, *args, **kwargs) -> nn.Module:
     """A convolution; None is nn.Conv2d."""
     if conv_cfg is None:
         return nn.Conv2d(*args, **kwargs)
     kind, options = split_type(conv_cfg, "conv_cfg", CONVS)
-    return CONVS[kind](*args, **kwargs, **options)
+    return construct(CONVS[kind], "conv_cfg", kind, *args, **kwargs, **options)
 
 
 def build_norm(norm_cfg: dict, num_features: int, postfix: int | str = "") -> tuple[str, nn.Module]:
@@ -70,7 +84,11 @@ def build_norm(norm_cfg: dict, num_features: int, postfix: int | str = "") -> tu
     kind, options = split_type(norm_cfg, "norm_cfg", NORMS)
     requires_grad = options.pop("requires_grad", True)
     prefix, layer = NORMS[kind]
-    norm = layer(num_channels=num_features, **options) if kind == "GN" else layer(num_features, **options)
+    if kind == "GN":
+        options["num_channels"] = num_features
+    else:
+        options["num_features"] = num_features
+    norm = construct(layer, "norm_cfg", kind, **options)
     for parameter in norm.parameters():
         parameter.requires_grad = requires_grad
     return f"{prefix}{postfix}", norm
@@ -80,4 +98,4 @@ def build_activation(act_cfg: dict, inplace: bool = True) -> nn.Module:
     kind, options = split_type(act_cfg, "act_cfg", ACTIVATIONS)
     if kind not in ("PReLU", "GELU", "Sigmoid", "Tanh"):
         options.setdefault("inplace", inplace)
-    return ACTIVATIONS[kind](**options)
+    return construct(ACTIVATIONS[kind], "act_cfg", kind, **options)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fastrcnn.layers.builders import split_type
+from fastrcnn.layers.builders import construct, split_type
 from fastrcnn.layers.context_block import ContextBlock
 from fastrcnn.layers.conv_module import ConvModule
 from fastrcnn.layers.generalized_attention import GeneralizedAttention
@@ -25,4 +25,4 @@ def build_plugin(cfg: dict, **kwargs) -> tuple[str, nn.Module]:
     kind, options = split_type(cfg, "plugin", PLUGINS)
     name, layer = PLUGINS[kind]
     postfix = options.pop("postfix", "")
-    return f"{name}{postfix}", layer(**kwargs, **options)
+    return f"{name}{postfix}", construct(layer, "plugin", kind, **kwargs, **options)

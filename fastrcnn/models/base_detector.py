@@ -59,22 +59,39 @@ class BaseDetector(nn.Module):
 
     def set_profile(self, name: str) -> None:
         """Takes over every default of a peer, those that are constructor arguments in MMDetection included."""
-        self.profile = get_profile(name)
-        self.data_preprocessor.set_profile(self.profile)
+        self.profile = p = get_profile(name)
+        self.data_preprocessor.set_profile(p)
+        if isinstance(self.backbone, ResNet):
+            style = p.resnet_style or ("caffe" if self.neck is None else "pytorch")
+            style = "pytorch" if isinstance(self.backbone, ResNeXt) else style
+            self.backbone.set_style(style)
+            self.backbone.train_norms(p.trains_norms and style == "pytorch")
 
     def peer_options(self) -> dict:
-        """What a checkpoint decides beside its profile: the backbone's style, its norms' epsilon, the pixel statistics."""
+        """What a checkpoint decides beside its profile: the backbone's style, its norms' epsilon, the pixel statistics; and
+        whether the norms are trained."""
         p = self.data_preprocessor
         options: dict = dict(data_preprocessor=dict(mean=p.mean, std=p.std, bgr_to_rgb=not p.bgr))
         if isinstance(self.backbone, ResNet):
             options["style"] = self.backbone.style
-        eps = [m.eps for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        return {**options, "norm_eps": eps[0]} if eps else options
+        norms = [m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if norms:
+            options["norm_eps"] = norms[0].eps
+            options["train_norms"] = any(p.requires_grad for m in norms for p in m.parameters())
+        return options
 
-    def set_peer_options(self, data_preprocessor: dict | None = None, style: str | None = None, norm_eps=None) -> None:
+    def set_peer_options(
+        self,
+        data_preprocessor: dict | None = None,
+        style: str | None = None,
+        norm_eps: float | None = None,
+        train_norms: bool | None = None,
+    ) -> None:
         self.data_preprocessor.set_profile(self.profile, **(data_preprocessor or {}))
         if style is not None and isinstance(self.backbone, ResNet):
             self.backbone.set_style(style)
+        if train_norms is not None and isinstance(self.backbone, ResNet):
+            self.backbone.train_norms(train_norms)
         for m in self.backbone.modules() if norm_eps is not None else ():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.eps = norm_eps

@@ -1,9 +1,10 @@
 """Modules from MMDetection's dicts: dict(type="ResNet", depth=50, ...)."""
 
-import re
 from collections.abc import Callable
 
 from torch import nn
+
+from fastrcnn.layers import construct
 
 
 def build(cfg: dict | nn.Module, table: dict[str, Callable[..., nn.Module]], what: str) -> nn.Module:
@@ -14,18 +15,14 @@ def build(cfg: dict | nn.Module, table: dict[str, Callable[..., nn.Module]], wha
     if isinstance(cfg, nn.Module):
         return cfg
     if not isinstance(cfg, dict):
-        raise TypeError(f"{what}: expected a module or a dict, got {type(cfg).__name__}")
+        types = [c.get("type") for c in cfg if isinstance(c, dict)] if isinstance(cfg, list | tuple) else []
+        several = f" of {', '.join(map(str, types))}" if types else ""
+        raise ValueError(f"{what}: expected a module or a dict, got a {type(cfg).__name__}{several}")
     options = dict(cfg)
     kind = options.pop("type", None)
     if kind not in table:
         raise ValueError(f"{what}: unknown type {kind!r}, expected one of {sorted(table)}")
-    try:
-        return table[kind](**options)
-    except TypeError as error:
-        option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if option is None or option[1] not in options:
-            raise
-        raise ValueError(f"{what}: {kind} has no option {option[1]!r}, or it is not supported") from None
+    return construct(table[kind], what, kind, **options)
 
 
 def settings(defaults: dict, given: dict | None, what: str) -> dict:

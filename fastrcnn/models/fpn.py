@@ -1,6 +1,7 @@
 """Feature Pyramid Network (Lin et al., 2017), with all of MMDetection's options."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from fastrcnn.layers import ConvModule
 
+INITS = {"Xavier": nn.init.xavier_uniform_, "Caffe2Xavier": partial(nn.init.kaiming_uniform_, a=1)}
+UPSAMPLE = {"mode", "scale_factor", "align_corners", "recompute_scale_factor", "antialias"}
 EXTRA_SOURCES = (False, True, "on_input", "on_lateral", "on_output")
 
 
@@ -16,7 +19,8 @@ class FPN(nn.Module):
 
     add_extra_convs: False pools the last output; True or "on_input" convolves the last used input, "on_lateral" its
     lateral, "on_output" the last output. relu_before_extra_convs: ReLU before every extra convolution but the first.
-    end_level: last input used (-1: all); then num_outs must be the number of used inputs. Source: MMDetection's FPN.
+    end_level: last input used (-1: all); then num_outs must be the number of used inputs. init_cfg: type "Xavier", or
+    "Caffe2Xavier" (Kaiming-uniform of gain 1, as torchvision and Detectron2 start). Source: MMDetection's FPN.
     """
 
     def __init__(
@@ -33,8 +37,16 @@ class FPN(nn.Module):
         norm_cfg: dict | None = None,
         act_cfg: dict | None = None,
         upsample_cfg: dict = dict(mode="nearest"),
+        init_cfg: dict = dict(type="Xavier", layer="Conv2d", distribution="uniform"),
     ):
         super().__init__()
+        named = dict(init_cfg or {})
+        self.init_type = named.pop("type", None)
+        odd = named.pop("layer", "Conv2d") != "Conv2d" or named.pop("distribution", "uniform") != "uniform"
+        if self.init_type not in INITS or odd or named:
+            raise ValueError(f"init_cfg: expected the type {' or '.join(INITS)} for Conv2d, uniform, got {init_cfg}")
+        if set(upsample_cfg) - UPSAMPLE:
+            raise ValueError(f"upsample_cfg: expected some of {sorted(UPSAMPLE)}, got {upsample_cfg}")
         if add_extra_convs not in EXTRA_SOURCES:
             raise ValueError(f"add_extra_convs: expected one of {EXTRA_SOURCES}, got {add_extra_convs!r}")
         num_ins = len(in_channels)
@@ -67,7 +79,7 @@ class FPN(nn.Module):
     def init_weights(self) -> None:
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
-                nn.init.xavier_uniform_(m.weight)
+                INITS[self.init_type](m.weight)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
 

@@ -87,6 +87,8 @@ def finish(
         boxes = boxes * factor
     if profile.clip_after_rescale:
         limit = image_size.flip(0).float() * (1.0 if factor is None else factor[:2])
+        whole = limit.round()  # an image's sides are, but for the last digit of the factor
+        limit = torch.where((limit - whole).abs() < 1e-3, whole, limit)
         boxes = torch.minimum(boxes.clamp(min=0), limit.repeat(2))
         keep = (boxes[:, 2:] > boxes[:, :2]).all(-1)
         boxes, scores, labels = boxes[keep], scores[keep], labels[keep]

@@ -15,6 +15,10 @@ class Profile:
     std: tuple[float, float, float]
     bgr: bool  # channel order of the network's input
     resize: str  # "opencv": uint8, fixed point; "interpolate": float, after normalising; "pillow": uint8, antialiased
+    # --- backbone and neck
+    resnet_style: str | None  # of plain ResNets; None: "pytorch" under a pyramid, "caffe" without one
+    trains_norms: bool  # scales and offsets of a pytorch-style backbone's norms; their statistics are fixed everywhere
+    neck_init: str  # the FPN's init_cfg type
     # --- anchors and deltas
     round_anchors: bool
     strides_from_grid: bool  # stride = padded size // map size, which differs on maps of odd size
@@ -68,6 +72,9 @@ PROFILES = {
         std=(58.395, 57.12, 57.375),
         bgr=False,
         resize="opencv",
+        resnet_style=None,
+        trains_norms=True,
+        neck_init="Xavier",
         round_anchors=False,
         strides_from_grid=False,
         symmetric_clip=True,
@@ -104,6 +111,9 @@ PROFILES = {
         std=IMAGENET_STD,
         bgr=False,
         resize="interpolate",
+        resnet_style="pytorch",
+        trains_norms=False,
+        neck_init="Caffe2Xavier",
         round_anchors=True,
         strides_from_grid=True,
         symmetric_clip=False,
@@ -140,6 +150,9 @@ PROFILES = {
         std=(1.0, 1.0, 1.0),
         bgr=True,
         resize="pillow",
+        resnet_style="caffe",
+        trains_norms=False,
+        neck_init="Caffe2Xavier",
         round_anchors=False,
         strides_from_grid=False,
         symmetric_clip=False,

@@ -284,6 +284,13 @@ class ResNet(nn.Module):
                 if hasattr(block.conv2, "conv_offset"):
                     block.conv2.conv_offset.stride = block.conv2.stride
 
+    def train_norms(self, requires_grad: bool) -> None:
+        """Whether the norms' scales and offsets are trained, outside of the frozen stages."""
+        for m in self.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.requires_grad_(requires_grad)
+        self._freeze_stages()
+
     def norm_pairs(self):
         if self.deep_stem:
             for i in (0, 3, 6):

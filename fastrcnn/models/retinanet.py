@@ -84,8 +84,7 @@ class RetinaHead(DenseHead):
         self.cls_convs, self.reg_convs = tower(), tower()
         self.retina_cls = nn.Conv2d(widths[-1], self.num_anchors * num_classes, 3, padding=1)
         self.retina_reg = nn.Conv2d(widths[-1], self.num_anchors * 4, 3, padding=1)
-        # Detectron2's running mean of the number of positives, which starts at 100.
-        self.register_buffer("loss_normalizer", torch.tensor(100.0), persistent=False)
+        self.loss_normalizer = 100.0  # Detectron2's running mean of the number of positives starts there
         self.init_weights()
 
     def take_defaults(self, profile: Profile) -> None:
@@ -179,7 +178,7 @@ class RetinaHead(DenseHead):
         count = sum(counts)
         if self.profile.dense_divisor == "running":
             count = max(sum(len(rows[4]) for rows in picked), 1)
-            count = self.loss_normalizer.mul_(0.9).add_(0.1 * count).item()
+            count = self.loss_normalizer = 0.9 * self.loss_normalizer + 0.1 * count
         return self._losses(*(torch.cat(column) for column in zip(*picked)), count)
 
     def _losses(self, logits, labels, deltas, anchors, boxes, divisor) -> tuple[Tensor, Tensor]:

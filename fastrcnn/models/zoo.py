@@ -47,13 +47,18 @@ def model_config(name: str, num_classes: int = 80, profile: str = "mmdet") -> di
         raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(FASTER_RCNNS)}")
     p = get_profile(profile)
     backbone, channels = copy.deepcopy(BACKBONES[name])
-    if profile == "detectron2" and not name.startswith("x"):
+    if p.resnet_style == "caffe" and not name.startswith("x"):
         backbone["style"] = "caffe"  # its own ResNets have the stride on the first 1x1 convolution, its ResNeXts do not
+    if not p.trains_norms:
+        backbone["norm_cfg"] = _FROZEN_BN
+    if name.endswith("_v2") and profile == "torchvision":  # which trains these norms, statistics and all
+        backbone.update(norm_cfg=dict(type="BN", requires_grad=True), norm_eval=False)
     coder = dict(type="DeltaXYWHBBoxCoder", target_means=(0.0, 0.0, 0.0, 0.0))
+    init = dict(type=p.neck_init, layer="Conv2d")
     roi_layer = dict(type="RoIAlign", output_size=7, sampling_ratio=p.sampling_ratio, aligned=p.aligned)
     config = dict(
         backbone=backbone,
-        neck=dict(type="FPN", in_channels=list(channels), out_channels=256, num_outs=5),
+        neck=dict(type="FPN", in_channels=list(channels), out_channels=256, num_outs=5, init_cfg=init),
         rpn_head=dict(
             type="RPNHead",
             in_channels=256,
@@ -160,10 +165,9 @@ def retinanet_config(name: str, num_classes: int = 80, profile: str = "mmdet") -
     if name.endswith("_v2"):  # torchvision's second recipe: boxes compared by their overlap, P6 from the backbone
         head.update(reg_decoded_bbox=True, loss_bbox=dict(type="GIoULoss", eps=1e-7, loss_weight=1.0))
     extra = {**p.dense_extra_convs, **(dict(add_extra_convs="on_input") if name.endswith("_v2") else {})}
-    channels = base["neck"]["in_channels"]
     return dict(
         backbone=base["backbone"],
-        neck=dict(type="FPN", in_channels=channels, out_channels=256, start_level=1, num_outs=5, **extra),
+        neck={**base["neck"], "start_level": 1, **extra},
         bbox_head=head,
         test_cfg=dict(max_per_img=p.dense_max_per_img),
     )
@@ -173,6 +177,8 @@ def merge(base: dict, overrides: dict) -> dict:
     """`overrides` laid over `base`, dict by dict; a dict with _delete_=True replaces instead (MMDetection's rule)."""
     out = dict(base)
     for key, value in overrides.items():
+        if key == "_delete_":
+            continue  # False: it is read where it is True
         if isinstance(value, dict) and isinstance(out.get(key), dict) and not value.get("_delete_"):
             out[key] = merge(out[key], value)
         else:
