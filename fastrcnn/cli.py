@@ -181,9 +181,7 @@ def models(
         entries.append(entry)
         if as_json:
             continue
-        size = ""
-        if entry["parameters"]:
-            size = f"{entry['parameters'] / 1e6:6.2f} M parameters {entry['flops'] / 1e9:6.1f} GFLOPs"
+        size = f"{entry['parameters'] / 1e6:6.2f} M parameters {entry['flops'] / 1e9:6.1f} GFLOPs"
         console.print(f"[bold]{entry['model']:27}[/] {size}  {entry['variant']}", soft_wrap=True)
         for p in entry["published"]:
             licence = f"{p['licence']} for the {p['licence_of']}"

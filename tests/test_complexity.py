@@ -1,7 +1,5 @@
 """Parameters and multiply-adds, against sums by hand and against what the peers publish."""
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -100,10 +98,8 @@ def test_a_training_model_counts_the_same():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_in_no_time(name):
+def test_every_name(name):
     model = on_meta(name)
-    start = time.perf_counter()
     with torch.device("meta"):  # a default device of the caller's changes nothing
         counted = complexity(model)
-    assert time.perf_counter() - start < 10
     assert counted["parameters"] > 10e6 and counted["flops"] > 100e9

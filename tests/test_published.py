@@ -6,10 +6,9 @@ from torchvision.models import detection
 
 from fastrcnn.models.profiles import PROFILES
 from fastrcnn.models.published import PEERS, PUBLISHED, coco_weights, published_for
-from fastrcnn.models.zoo import NAMES, named_model
+from fastrcnn.models.zoo import NAMES, RPNS, named_model
 from fastrcnn.weights import coco_address
 
-NAMED = [p for p in PUBLISHED if p.model is not None]
 HOSTS = {
     "mmdet": "https://download.openmmlab.com/mmdetection/v2.0/",
     "torchvision": "https://download.pytorch.org/models/",
@@ -38,8 +37,8 @@ def test_every_peer_is_there_and_nothing_twice():
 def test_the_facts_of_a_row(row):
     assert row.address.startswith(HOSTS[row.profile]) and row.address.endswith((".pth", ".pkl"))
     assert 0 < row.ap < 100 and row.ap == round(row.ap, 1)
-    assert row.metric == ("AP" if row.model else "AR@1000")
-    assert row.model is None or row.model in NAMES
+    assert row.metric == ("AR@1000" if row.model in RPNS else "AP")
+    assert row.model in (*NAMES, *RPNS)
     algorithm, digits = row.digest
     assert (algorithm, len(digits)) == (("md5", 6) if row.profile == "detectron2" else ("sha256", 8))
     assert row.address.rsplit(".", 1)[0].endswith(digits)
@@ -52,7 +51,7 @@ def build(row):
         return named_model(row.model, row.num_classes, row.profile, **row.overrides)
 
 
-@pytest.mark.parametrize("row", NAMED, ids=names(NAMED))
+@pytest.mark.parametrize("row", PUBLISHED, ids=names(PUBLISHED))
 def test_every_named_model_can_be_built(row):
     model = build(row)
     assert model.profile.name == row.profile and model.num_classes == row.num_classes
@@ -69,7 +68,7 @@ def test_torchvision_says_the_same(name):
 
 
 def test_the_caffe_style_is_told_from_the_other():
-    row = next(p for p in NAMED if p.name == "faster_rcnn/faster-rcnn_r50-caffe_fpn_1x_coco")
+    row = next(p for p in PUBLISHED if p.name == "faster_rcnn/faster-rcnn_r50-caffe_fpn_1x_coco")
     model = build(row)
     assert model.backbone.style == "caffe" and model.data_preprocessor.bgr
     assert model.data_preprocessor.std == (1.0, 1.0, 1.0)
@@ -90,6 +89,7 @@ def test_the_caffe_style_is_told_from_the_other():
         ("r50_c4", None, "faster_rcnn/faster-rcnn_r50-caffe-c4_ms-1x_coco"),
         ("r50_c4", "detectron2", "COCO-Detection/faster_rcnn_R_50_C4_3x"),
         ("r50_dc5", None, "faster_rcnn/faster-rcnn_r50-caffe-dc5_ms-3x_coco"),
+        ("rpn_r50_fpn", None, "rpn/rpn_r50_fpn_2x_coco"),
         ("retinanet_r50_fpn", "mmdet", "retinanet/retinanet_r50_fpn_ms-640-800-3x_coco"),
     ],
 )

@@ -10,7 +10,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_res
 
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import ResNet, ResNeXt, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, faster_rcnn
-from fastrcnn.models.zoo import FASTER_RCNNS, NAMES, merge, named_model
+from fastrcnn.models.zoo import FASTER_RCNNS, NAMES, RPNS, merge, named_model, rpn
 from fastrcnn.weights import coco_address, infer_model, load_weights, model_metadata
 from fastrcnn.weights import torchvision as torchvision_weights
 
@@ -254,3 +254,24 @@ def test_torchvisions_second_recipe_trains_its_norms_statistics_and_all():
         model = faster_rcnn("r50_fpn_v2").train()
     assert model.backbone.layer4[0].bn1.training and model.backbone.layer4[0].bn1.weight.requires_grad
     assert not model.backbone.layer1[0].bn1.training
+
+
+@pytest.mark.parametrize("name", RPNS)
+def test_a_proposal_network_is_the_first_stage_of_the_detector(name):
+    with torch.device("meta"):
+        alone, whole = named_model(name), faster_rcnn(name.removeprefix("rpn_"))
+    assert set(alone.state_dict()) == {k for k in whole.state_dict() if not k.startswith("roi_head.")}
+    assert alone.rpn_head.test_cfg == {**whole.rpn_head.test_cfg, "nms_pre": 2000}  # as MMDetection's configs/rpn
+    assert alone.rpn_head.train_cfg == whole.rpn_head.train_cfg
+
+
+def test_a_proposal_network_loads_a_file_and_has_one_class(tmp_path):
+    small = dict(backbone=dict(base_channels=8, depth=18), neck=dict(in_channels=[8, 16, 32, 64]))
+    model = rpn("rpn_r50_fpn", **small)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "rpn.pth")
+    again = rpn("rpn_r50_fpn", weights=tmp_path / "rpn.pth", **small)
+    assert not again.training and torch.equal(again.rpn_head.rpn_cls.weight, model.rpn_head.rpn_cls.weight)
+    with pytest.raises(ValueError, match="num_classes.*one class, got 3"):
+        rpn("rpn_r50_fpn", 3)
+    with pytest.raises(ValueError, match="rpn_r18_fpn"):
+        rpn("rpn_r18_fpn")

@@ -15,7 +15,7 @@ from fastrcnn.models.roi_head import (
     StandardRoIHead,
 )
 from fastrcnn.models.rpn import RPN, RPNHead
-from fastrcnn.models.zoo import faster_rcnn, retinanet
+from fastrcnn.models.zoo import faster_rcnn, retinanet, rpn
 
 __all__ = [
     "FPN",
@@ -40,4 +40,5 @@ __all__ = [
     "faster_rcnn",
     "from_mmdet_config",
     "retinanet",
+    "rpn",
 ]

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrcnn.models.published import PUBLISHED, Published
-from fastrcnn.models.zoo import NAMES, named_model
+from fastrcnn.models.zoo import NAMES, RPNS, named_model
 
 PROPOSALS = 1000  # that the second stage is counted with, as in MMDetection: what the RPN gives for an image
 FUSED = ("conv_bn_relu", "deform_conv2d")  # our operators that convolve with an argument `weight`, where they exist
@@ -74,20 +74,18 @@ def complexity(model: nn.Module, height: int = 800, width: int = 1280) -> dict[s
 
 def catalogue(name_contains: str = "") -> Iterator[dict]:
     """Every named model and every variant of it that has published weights, one after the other: dicts of `model`,
-    `variant`, `parameters`, `flops` (of `complexity`, with all of COCO's classes) and `published`, a list of dicts. RPNs
-    alone, which are built from their configurations only, come last, without sizes."""
-    for name in (n for n in NAMES if name_contains in n):
+    `variant`, `parameters`, `flops` (of `complexity`, with COCO's eighty classes or the variant's few) and `published`, a
+    list of dicts."""
+    for name in (n for n in (*NAMES, *RPNS) if name_contains in n):
         rows = sorted((p for p in PUBLISHED if p.model == name), key=lambda p: -p.ap)
         for variant in dict.fromkeys(["-", *(p.variant for p in rows)]):
             same = [p for p in rows if p.variant == variant]
             with torch.device("meta"):
-                model = named_model(name, **(same[0].overrides if same else {}))
+                classes = len(same[0].classes) or None if same else None
+                model = named_model(name, classes, **(same[0].overrides if same else {}))
             yield dict(
                 model=name, variant="" if variant == "-" else variant, **complexity(model), published=_facts(same)
             )
-    alone = [p for p in PUBLISHED if p.model is None and name_contains in p.name]
-    if alone:
-        yield dict(model="RPN", variant="from its configuration", parameters=None, flops=None, published=_facts(alone))
 
 
 def _facts(rows: Sequence[Published]) -> list[dict]:

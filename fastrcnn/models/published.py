@@ -41,6 +41,15 @@ def _roi_pooling(kind: str) -> dict:
     return dict(roi_head=dict(bbox_roi_extractor=dict(roi_layer=layer)))
 
 
+def _groie() -> dict:
+    """Every RoI from all levels (Rossi et al., 2020)."""
+    pre = dict(type="ConvModule", in_channels=256, out_channels=256, kernel_size=5, padding=2, inplace=False)
+    attention = dict(spatial_range=-1, num_heads=6, attention_type="0100", kv_stride=2)
+    post = dict(type="GeneralizedAttention", in_channels=256, **attention)
+    extractor = dict(type="GenericRoIExtractor", aggregation="sum", pre_cfg=pre, post_cfg=post)
+    return dict(roi_head=dict(bbox_roi_extractor=dict(extractor, roi_layer=dict(sampling_ratio=2))))
+
+
 # What a checkpoint's model has that the named one has not: overrides of `named_model`.
 _VARIANTS = {
     "-": {},
@@ -56,6 +65,7 @@ _VARIANTS = {
     "mdconv4": dict(backbone=_deformable("DCNv2", groups=4)),
     "dpool": _roi_pooling("DeformRoIPoolPack"),
     "mdpool": _roi_pooling("ModulatedDeformRoIPoolPack"),
+    "groie": _groie(),
     "attn0010": dict(backbone=_attention("0010")),
     "attn1111": dict(backbone=_attention("1111")),
     "attn0010_dconv": dict(backbone=_attention("0010") | _deformable("DCN")),
@@ -85,7 +95,7 @@ class Published:
 
     name: str  # the publisher's configuration or function: MMDetection's and Detectron2's paths are below configs/
     profile: str  # the publisher, whose semantics the weights were trained with
-    model: str | None  # the named model; None for an RPN alone, which has a configuration only
+    model: str  # the named model
     ap: float  # published box AP in percent; of an RPN alone AR@1000
     address: str
     variant: str = "-"  # what distinguishes its model from the named one, in a word; `overrides` says it in full
@@ -96,6 +106,8 @@ class Published:
     def num_classes(self) -> int:
         """What to build the model with. torchvision's have an output for every one of COCO's numbers 1 to 90, ten of them
         unused, and its RetinaNet one for 0, too."""
+        if self.model.startswith("rpn_"):
+            return 1
         if self.profile == "torchvision":
             return 91 if self.name.startswith("retinanet") else 90
         return len(self.classes) or 80
@@ -145,6 +157,7 @@ faster_rcnn/faster-rcnn_r50-caffe_fpn_ms-2x_coco                     r50_fpn    
 faster_rcnn/faster-rcnn_r50-caffe_fpn_ms-3x_coco                     r50_fpn         caffe           39.9  https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/faster_rcnn_r50_caffe_fpn_mstrain_3x_coco/faster_rcnn_r50_caffe_fpn_mstrain_3x_coco_20210526_095054-1f77628b.pth
 faster_rcnn/faster-rcnn_r50_fpn_ms-3x_coco                           r50_fpn         -               40.3  https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/faster_rcnn_r50_fpn_mstrain_3x_coco/faster_rcnn_r50_fpn_mstrain_3x_coco_20210524_110822-e10bd31c.pth
 faster_rcnn/faster-rcnn_r50-tnr-pre_fpn_1x_coco                      r50_fpn         -               40.2  https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/faster_rcnn_r50_fpn_tnr-pretrain_1x_coco/faster_rcnn_r50_fpn_tnr-pretrain_1x_coco_20220320_085147-efedfda4.pth
+groie/faste-rcnn_r50_fpn_groie_1x_coco                               r50_fpn         groie           38.3  https://download.openmmlab.com/mmdetection/v2.0/groie/faster_rcnn_r50_fpn_groie_1x_coco/faster_rcnn_r50_fpn_groie_1x_coco_20200604_211715-66ee9516.pth
 gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco                          r50_fpn         gn_ws           39.7  https://download.openmmlab.com/mmdetection/v2.0/gn%2Bws/faster_rcnn_r50_fpn_gn_ws-all_1x_coco/faster_rcnn_r50_fpn_gn_ws-all_1x_coco_20200130-613d9fe2.pth
 resnet_strikes_back/faster-rcnn_r50-rsb-pre_fpn_1x_coco              r50_fpn         -               40.8  https://download.openmmlab.com/mmdetection/v2.0/resnet_strikes_back/faster_rcnn_r50_fpn_rsb-pretrain_1x_coco/faster_rcnn_r50_fpn_rsb-pretrain_1x_coco_20220113_162229-32ae82a9.pth
 scratch/faster-rcnn_r50-scratch_fpn_gn-all_6x_coco                   r50_fpn         gn              40.7  https://download.openmmlab.com/mmdetection/v2.0/scratch/faster_rcnn_r50_fpn_gn-all_scratch_6x_coco/scratch_faster_rcnn_r50_fpn_gn_6x_bbox_mAP-0.407_20200201_193013-90813d01.pth
@@ -192,16 +205,16 @@ retinanet/retinanet_x101-64x4d_fpn_1x_coco             retinanet_x101_64x4d_fpn 
 retinanet/retinanet_x101-64x4d_fpn_2x_coco             retinanet_x101_64x4d_fpn  -      40.8  https://download.openmmlab.com/mmdetection/v2.0/retinanet/retinanet_x101_64x4d_fpn_2x_coco/retinanet_x101_64x4d_fpn_2x_coco_20200131-bca068ab.pth
 retinanet/retinanet_x101-64x4d_fpn_ms-640-800-3x_coco  retinanet_x101_64x4d_fpn  -      41.6  https://download.openmmlab.com/mmdetection/v2.0/retinanet/retinanet_x101_64x4d_fpn_mstrain_3x_coco/retinanet_x101_64x4d_fpn_mstrain_3x_coco_20210719_051838-022c2187.pth
 # RPN alone; the number is AR@1000
-rpn/rpn_r50-caffe_fpn_1x_coco   -  -  58.7  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r50_caffe_fpn_1x_coco/rpn_r50_caffe_fpn_1x_coco_20200531-5b903a37.pth
-rpn/rpn_r50_fpn_1x_coco         -  -  58.2  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r50_fpn_1x_coco/rpn_r50_fpn_1x_coco_20200218-5525fa2e.pth
-rpn/rpn_r50_fpn_2x_coco         -  -  58.6  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r50_fpn_2x_coco/rpn_r50_fpn_2x_coco_20200131-0728c9b3.pth
-rpn/rpn_r101-caffe_fpn_1x_coco  -  -  60.0  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r101_caffe_fpn_1x_coco/rpn_r101_caffe_fpn_1x_coco_20200531-0629a2e2.pth
-rpn/rpn_r101_fpn_1x_coco        -  -  59.7  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r101_fpn_1x_coco/rpn_r101_fpn_1x_coco_20200131-2ace2249.pth
-rpn/rpn_r101_fpn_2x_coco        -  -  60.2  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r101_fpn_2x_coco/rpn_r101_fpn_2x_coco_20200131-24e3db1a.pth
-rpn/rpn_x101-32x4d_fpn_1x_coco  -  -  60.6  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_x101_32x4d_fpn_1x_coco/rpn_x101_32x4d_fpn_1x_coco_20200219-b02646c6.pth
-rpn/rpn_x101-32x4d_fpn_2x_coco  -  -  61.1  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_x101_32x4d_fpn_2x_coco/rpn_x101_32x4d_fpn_2x_coco_20200208-d22bd0bb.pth
-rpn/rpn_x101-64x4d_fpn_1x_coco  -  -  61.0  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_x101_64x4d_fpn_1x_coco/rpn_x101_64x4d_fpn_1x_coco_20200208-cde6f7dd.pth
-rpn/rpn_x101-64x4d_fpn_2x_coco  -  -  61.5  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_x101_64x4d_fpn_2x_coco/rpn_x101_64x4d_fpn_2x_coco_20200208-c65f524f.pth
+rpn/rpn_r50-caffe_fpn_1x_coco   rpn_r50_fpn         caffe  58.7  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r50_caffe_fpn_1x_coco/rpn_r50_caffe_fpn_1x_coco_20200531-5b903a37.pth
+rpn/rpn_r50_fpn_1x_coco         rpn_r50_fpn         -      58.2  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r50_fpn_1x_coco/rpn_r50_fpn_1x_coco_20200218-5525fa2e.pth
+rpn/rpn_r50_fpn_2x_coco         rpn_r50_fpn         -      58.6  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r50_fpn_2x_coco/rpn_r50_fpn_2x_coco_20200131-0728c9b3.pth
+rpn/rpn_r101-caffe_fpn_1x_coco  rpn_r101_fpn        caffe  60.0  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r101_caffe_fpn_1x_coco/rpn_r101_caffe_fpn_1x_coco_20200531-0629a2e2.pth
+rpn/rpn_r101_fpn_1x_coco        rpn_r101_fpn        -      59.7  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r101_fpn_1x_coco/rpn_r101_fpn_1x_coco_20200131-2ace2249.pth
+rpn/rpn_r101_fpn_2x_coco        rpn_r101_fpn        -      60.2  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_r101_fpn_2x_coco/rpn_r101_fpn_2x_coco_20200131-24e3db1a.pth
+rpn/rpn_x101-32x4d_fpn_1x_coco  rpn_x101_32x4d_fpn  -      60.6  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_x101_32x4d_fpn_1x_coco/rpn_x101_32x4d_fpn_1x_coco_20200219-b02646c6.pth
+rpn/rpn_x101-32x4d_fpn_2x_coco  rpn_x101_32x4d_fpn  -      61.1  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_x101_32x4d_fpn_2x_coco/rpn_x101_32x4d_fpn_2x_coco_20200208-d22bd0bb.pth
+rpn/rpn_x101-64x4d_fpn_1x_coco  rpn_x101_64x4d_fpn  -      61.0  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_x101_64x4d_fpn_1x_coco/rpn_x101_64x4d_fpn_1x_coco_20200208-cde6f7dd.pth
+rpn/rpn_x101-64x4d_fpn_2x_coco  rpn_x101_64x4d_fpn  -      61.5  https://download.openmmlab.com/mmdetection/v2.0/rpn/rpn_x101_64x4d_fpn_2x_coco/rpn_x101_64x4d_fpn_2x_coco_20200208-c65f524f.pth
 """
 _TORCHVISION = """
 fasterrcnn_resnet50_fpn     r50_fpn               -  37.0  https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth
@@ -232,7 +245,6 @@ def _rows(table: str, profile: str) -> list[Published]:
         if line.startswith("#"):
             continue
         name, model, variant, ap, address = line.split()
-        model = None if model == "-" else model
         known = _CLASSES.get(variant, ())
         rows.append(Published(name, profile, model, float(ap), address, variant, _VARIANTS[variant], known))
     return rows
@@ -260,6 +272,6 @@ def coco_weights(name: str, profile: str | None = None) -> Published:
             return found[0]
     wanted = repr(name) if profile is None else f"{name!r} in the profile {profile!r}"
     own = [f"{p.name} ({p.profile}{', with overrides' if p.overrides else ''})" for p in PUBLISHED if p.model == name]
-    names = dict.fromkeys(p.model for p in PUBLISHED if p.model is not None and published_for(p.model))
+    names = dict.fromkeys(p.model for p in PUBLISHED if published_for(p.model))
     exist = f"for this model there are {', '.join(own)}" if own else f"they exist for {', '.join(names)}"
     raise ValueError(f'weights: no published "coco" weights fit {wanted}; {exist}')

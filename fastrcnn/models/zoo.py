@@ -5,6 +5,7 @@ import copy
 from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.profiles import get_profile
 from fastrcnn.models.retinanet import RetinaNet
+from fastrcnn.models.rpn import RPN
 
 _BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
 
@@ -146,6 +147,7 @@ def _single_level(config: dict, name: str, profile: str) -> None:
 _RETINA_BACKBONES = ("r18_fpn", "r50_fpn", "r101_fpn", "x101_32x4d_fpn", "x101_64x4d_fpn", "r50_fpn_v2")
 RETINANETS = tuple(f"retinanet_{name}" for name in _RETINA_BACKBONES)
 NAMES = (*FASTER_RCNNS, *RETINANETS)
+RPNS = ("rpn_r50_fpn", "rpn_r101_fpn", "rpn_x101_32x4d_fpn", "rpn_x101_64x4d_fpn")
 
 
 def retinanet_config(name: str, num_classes: int = 80, profile: str = "mmdet") -> dict:
@@ -169,8 +171,20 @@ def retinanet_config(name: str, num_classes: int = 80, profile: str = "mmdet") -
         backbone=base["backbone"],
         neck={**base["neck"], "start_level": 1, **extra},
         bbox_head=head,
-        test_cfg=dict(max_per_img=p.dense_max_per_img),
+        test_cfg=dict(min_bbox_size=0, max_per_img=p.dense_max_per_img),
     )
+
+
+def rpn_config(name: str, num_classes: int = 1, profile: str = "mmdet") -> dict:
+    """The keyword arguments of RPN for a named model: MMDetection's `model` dict, with the profile's defaults."""
+    if name not in RPNS:
+        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(RPNS)}")
+    if num_classes != 1:
+        raise ValueError(f"num_classes: an RPN has one class, got {num_classes}")
+    base = model_config(name.removeprefix("rpn_"), 1, profile)
+    config = {key: base[key] for key in ("backbone", "neck", "rpn_head")}
+    train_cfg, test_cfg = base["train_cfg"]["rpn"], {**base["test_cfg"]["rpn"], "nms_pre": 2000}
+    return dict(config, train_cfg=dict(rpn=train_cfg), test_cfg=dict(rpn=test_cfg))
 
 
 def merge(base: dict, overrides: dict) -> dict:
@@ -195,12 +209,11 @@ def _named(kind, config_of, name, num_classes, profile, weights, overrides):
         )
 
         source = coco_address(name, profile) if weights == "coco" else weights
-        if num_classes is None:
+        if num_classes is None and kind is not RPN:
             return infer_model(source, name, **overrides)
     profile = profile or ("torchvision" if name.endswith("_v2") else "mmdet")
-    model = kind(
-        profile=profile, **merge(config_of(name, 80 if num_classes is None else num_classes, profile), overrides)
-    )
+    counted = () if num_classes is None else (num_classes,)
+    model = kind(profile=profile, **merge(config_of(name, *counted, profile=profile), overrides))
     model.zoo_name, model.zoo_overrides = name, overrides  # what a saved file needs to build it again
     if weights is not None:
         load_weights(model, source)
@@ -230,6 +243,14 @@ def retinanet(
     return _named(RetinaNet, retinanet_config, name, num_classes, profile, weights, overrides)
 
 
-def named_model(name: str, *args, **kwargs) -> FasterRCNN | RetinaNet:
-    """`retinanet` or `faster_rcnn`, as the name says."""
-    return (retinanet if name.startswith("retinanet_") else faster_rcnn)(name, *args, **kwargs)
+def rpn(
+    name: str, num_classes: int | None = None, profile: str | None = None, weights: str | None = None, **overrides
+) -> RPN:
+    """A named RPN on its own ("rpn_r50_fpn"), of one class; arguments and errors as in `faster_rcnn`."""
+    return _named(RPN, rpn_config, name, num_classes, profile, weights, overrides)
+
+
+def named_model(name: str, *args, **kwargs) -> FasterRCNN | RetinaNet | RPN:
+    """`retinanet`, `rpn` or `faster_rcnn`, as the name says."""
+    kind = retinanet if name.startswith("retinanet_") else rpn if name.startswith("rpn_") else faster_rcnn
+    return kind(name, *args, **kwargs)
