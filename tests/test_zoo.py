@@ -271,7 +271,7 @@ def test_a_proposal_network_loads_a_file_and_has_one_class(tmp_path):
     torch.save({"state_dict": model.state_dict()}, tmp_path / "rpn.pth")
     again = rpn("rpn_r50_fpn", weights=tmp_path / "rpn.pth", **small)
     assert not again.training and torch.equal(again.rpn_head.rpn_cls.weight, model.rpn_head.rpn_cls.weight)
-    with pytest.raises(ValueError, match="num_classes.*one class, got 3"):
+    with pytest.raises(ValueError, match=r"num_classes.*one class, got 3"):
         rpn("rpn_r50_fpn", 3)
     with pytest.raises(ValueError, match="rpn_r18_fpn"):
         rpn("rpn_r18_fpn")
