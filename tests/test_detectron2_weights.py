@@ -1,16 +1,17 @@
-"""Detectron2's C4 and DC5 models and lone RPNs: its keys and its order of anchors; downloads checked by their MD5."""
+"""Detectron2's models: their keys and order of anchors, what their files do not say, downloads checked by their MD5."""
 
 import hashlib
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchvision.ops import roi_align
 
 from fastrcnn.models import RPN, RPNHead, StandardRoIHead, faster_rcnn
-from fastrcnn.models.zoo import model_config
-from fastrcnn.weights import detectron2, export_weights, files, infer_model, load_weights
+from fastrcnn.models.zoo import merge, model_config
+from fastrcnn.weights import detectron2, export_weights, files, infer_model, load_checkpoint, load_weights
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 NORM = ("weight", "bias", "running_mean", "running_var")
@@ -212,12 +213,163 @@ def test_the_networks_of_the_configurations():
     assert {b.conv2.dilation for b in model.backbone.layer4} == {(2, 2)}
 
 
-@pytest.mark.parametrize("kind, channels", [("c4", 64), ("fpn", 64)])
-def test_grouped_convolutions_have_the_stride_on_the_3x3(kind, channels):
-    body = "backbone." if kind == "c4" else "backbone.bottom_up."
-    key = f"{body}res2.0.conv2.weight"
-    assert detectron2.profile_options({key: torch.zeros(channels, channels, 3, 3)}, {})["style"] == "caffe"
-    assert detectron2.profile_options({key: torch.zeros(channels, 4, 3, 3)}, {})["style"] == "pytorch"
+SMALL = dict(
+    min_size=64,
+    max_size=96,
+    backbone=dict(base_channels=32),
+    neck=dict(in_channels=[128, 256, 512, 1024], out_channels=32),
+    rpn_head=dict(in_channels=32, feat_channels=32),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=32),
+        bbox_head=dict(in_channels=32, conv_out_channels=32, fc_out_channels=16),
+    ),
+)
+
+
+def small(profile="mmdet", name="r50_fpn", **overrides):
+    return faster_rcnn(name, 3, profile, **merge(SMALL, overrides))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A small Faster R-CNN in Detectron2's keys, without statistics of the input."""
+    return detectron2.export(small().state_dict())
+
+
+def strides(model) -> tuple:
+    block = model.backbone.layer2[0]
+    return block.conv1.stride[0], block.conv2.stride[0]
+
+
+def test_a_file_leaves_the_style_of_a_model_built_for_detectron2(plain):
+    assert strides(load_weights(small("detectron2", backbone=dict(style="pytorch")), plain)) == (1, 2)
+    assert strides(load_weights(small("detectron2"), plain)) == (2, 1)
+    assert strides(infer_model(plain, **merge(SMALL, dict(backbone=dict(style="pytorch"))))) == (1, 2)
+
+
+def test_elsewhere_detectron2s_own_style_is_taken(plain):
+    assert strides(infer_model(plain, **SMALL)) == (2, 1)
+    for built_for in ("mmdet", "torchvision"):
+        assert strides(load_weights(small(built_for, backbone=dict(style="pytorch")), plain)) == (2, 1)
+    wide = dict(backbone=dict(type="ResNeXt", groups=2, base_width=32))  # grouped, under a plain ResNet's name
+    grouped = detectron2.export(small(**wide).state_dict())
+    for model in (load_weights(small(**wide), grouped), infer_model(grouped, "r50_fpn", **merge(SMALL, wide))):
+        assert strides(model) == (1, 2)
+
+
+@pytest.mark.parametrize("built_for", ["mmdet", "detectron2"])
+@pytest.mark.parametrize("mean, bgr", [((1.0, 2.0, 3.0), True), ((3.0, 2.0, 1.0), False), ((2.0, 3.0, 2.0), True)])
+def test_the_inputs_statistics_and_order_are_taken_from_the_file(plain, built_for, mean, bgr):
+    pixels = dict(pixel_mean=torch.tensor(mean)[:, None, None], pixel_std=torch.full((3, 1, 1), 57.0))
+    p = load_weights(small(built_for), {**plain, **pixels}).data_preprocessor
+    assert (p.mean, p.std, p.bgr) == (mean, (57.0, 57.0, 57.0), bgr)
+
+
+def test_means_that_tell_no_order_leave_it_to_the_model(plain):
+    own = dict(mean=(1, 2, 3), std=(1, 1, 1), bgr_to_rgb=True)
+    state = {**plain, "pixel_mean": torch.full((3,), 127.0)}
+    p = load_weights(small("detectron2", data_preprocessor=own), state).data_preprocessor
+    assert (p.mean, p.std, p.bgr) == ((127.0,) * 3, (1, 1, 1), False)
+
+
+def test_the_input_of_x101_32x8d():
+    narrow = dict(neck=dict(in_channels=[32, 64, 128, 256]))
+    theirs = detectron2.export(small(name="x101_32x8d_fpn", backbone=dict(base_channels=8), **narrow).state_dict())
+    for name, extra in (("x101_32x8d_fpn", {}), ("r101_fpn", dict(type="ResNeXt", groups=32, base_width=8))):
+        model = small(name=name, backbone=dict(base_channels=8, **extra), **narrow)
+        p = load_weights(model, theirs).data_preprocessor
+        assert (p.mean, p.std, p.bgr) == ((103.53, 116.28, 123.675), (57.375, 57.12, 58.395), True)
+    for blocks, width in ((36, 8), (23, 4)):  # X152's input is not divided, and 32x4d is none of Detectron2's
+        state = {f"backbone.layer3.{i}.conv1.weight": torch.zeros(1) for i in range(blocks)}
+        state["backbone.layer1.0.conv2.weight"] = torch.zeros(32 * width, width, 3, 3)
+        assert detectron2.defaults(state) == dict(style="pytorch")
+
+
+def test_without_a_pyramid_images_are_padded_to_the_largest_only(plain):
+    def pads(model) -> tuple[int, int]:
+        return model.data_preprocessor.pad_size_divisor, model.rpn_head.pad_size_divisor
+
+    model, theirs = tiny_dc5(), export_weights(tiny_dc5("detectron2"), "detectron2")
+    assert pads(model) == (32, 32) and pads(load_weights(model, theirs)) == (1, 1)
+    assert load_weights(model, theirs).data_preprocessor([torch.rand(3, 65, 90)])[0].shape[2:] == (64, 89)
+    assert pads(load_weights(model, tiny_dc5().state_dict())) == (32, 32)
+    own = faster_rcnn("r50_dc5", 3, "detectron2", **merge(TINY, dict(data_preprocessor=dict(pad_size_divisor=16))))
+    assert pads(load_weights(own, tiny_dc5().state_dict())) == (32, 32)
+    assert pads(load_weights(own, theirs)) == (16, 16)
+    assert pads(load_weights(small(data_preprocessor=dict(pad_size_divisor=64)), plain)) == (64, 64)
+
+
+@pytest.mark.parametrize("kind, planes", [("DCN", 18), ("DCNv2", 27)])
+def test_deformable_convolutions_go_out_and_come_back(kind, planes):
+    dcn = dict(backbone=dict(dcn=dict(type=kind, deform_groups=2), stage_with_dcn=(False, True, True, True)))
+    source = small("detectron2", **dcn)
+    for name, parameter in source.named_parameters():
+        if "conv_offset" in name:
+            nn.init.normal_(parameter, std=0.1)
+    theirs = export_weights(source, "detectron2")
+    body = "backbone.bottom_up.res3.0."
+    assert {k for k in theirs if k.startswith(f"{body}conv2")} == unit(f"{body}conv2", f"{body}conv2.norm") | {
+        f"{body}conv2_offset.weight",
+        f"{body}conv2_offset.bias",
+    }
+    assert theirs[f"{body}conv2_offset.weight"].shape == (2 * planes, 64, 3, 3)
+    assert torch.equal(theirs[f"{body}conv2_offset.bias"], source.backbone.layer2[0].conv2.conv_offset.bias)
+    assert not any("res2." in k and "offset" in k for k in theirs)
+    loaded = load_weights(small(**dcn), theirs)
+    assert loaded.profile.name == "detectron2" and loaded.backbone.layer2[0].conv2.conv_offset.stride == (1, 1)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in source.state_dict().items())
+    with pytest.raises(ValueError, match=r"unexpected keys: backbone\.layer2\.0\.conv2\.conv_offset\.weight"):
+        infer_model(theirs, **SMALL)
+
+
+def test_a_c4s_last_stage_has_no_deformable_convolutions():
+    key = "roi_head.shared_head.layer4.0.conv2.conv_offset.weight"
+    with pytest.raises(ValueError, match=f"no place for {key}"):
+        detectron2.export({key: torch.zeros(18, 4, 3, 3)})
+
+
+@pytest.mark.parametrize("kind", ["GN", "BN", None])
+def test_norms_in_the_pyramid_and_the_head_go_out_and_come_back(kind):
+    norm = None if kind is None else dict(type=kind, **(dict(num_groups=32) if kind == "GN" else {}))
+    head = dict(bbox_head=dict(type="Shared4Conv1FCBBoxHead", norm_cfg=norm))
+    layers = dict(neck=dict(norm_cfg=norm), roi_head=head)
+    if kind == "GN":
+        layers["backbone"] = dict(norm_cfg=norm)
+    source = small("detectron2", **layers)
+    for parameter in source.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    theirs = export_weights(source, "detectron2")
+    parts = dict(GN=("weight", "bias"), BN=NORM)[kind] if kind else ()
+    for name in ("backbone.fpn_lateral2", "backbone.fpn_output5", "roi_heads.box_head.conv1"):
+        expected = {f"{name}.weight", *(f"{name}.norm.{part}" for part in parts)} | (
+            set() if kind else {f"{name}.bias"}
+        )
+        assert {k for k in theirs if k.startswith(f"{name}.")} == expected
+    assert {k for k in theirs if ".fc" in k} == {"roi_heads.box_head.fc1.weight", "roi_heads.box_head.fc1.bias"}
+    first = source.roi_head.bbox_head.shared_convs[0]
+    assert torch.equal(theirs["roi_heads.box_head.conv1.weight"], first.conv.weight)
+    loaded = load_weights(small(**layers), theirs)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in source.state_dict().items() if "tracked" not in k)
+    stem = {"backbone.gn1.weight", "backbone.gn1.bias"}
+    assert {k for k in detectron2.convert(theirs) if k.startswith("backbone.gn1.")} == (stem if kind == "GN" else set())
+
+
+LOGITS = "proposal_generator.rpn_head.objectness_logits.weight"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({3: np.zeros(2)}, "names as the keys of tensors, got 3"),
+        ({"a": np.array(["x", "y"])}, "a: expected an array of numbers, got dtype <U1"),
+        ({LOGITS: np.array(1.0)}, f"rows of weights in {LOGITS}, got the shape \\[\\]"),
+        ({LOGITS: np.zeros((0, 8, 1, 1))}, f"rows of weights in {LOGITS}, got the shape"),
+    ],
+)
+def test_what_is_no_weight_is_named(tmp_path, content, message):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(dict(model=content)))
+    with pytest.raises(ValueError, match=rf"model\.pkl: .*{message}"):
+        load_checkpoint(tmp_path / "model.pkl")
 
 
 def test_a_download_is_checked_by_the_md5_that_its_name_ends_in(tmp_path, monkeypatch):

@@ -101,6 +101,33 @@ def test_early_offsets_are_found_beside_the_convolution():
     }
 
 
+def of_1x(agnostic: bool, classes: int) -> dict:
+    """MMDetection 1.x's keys of a box head, with a row for the background."""
+    shapes = dict(fc_cls=classes + 1, fc_reg=4 if agnostic else 4 * (classes + 1))
+    return {f"bbox_head.{k}.weight": torch.zeros(rows, 8) for k, rows in shapes.items()}
+
+
+@pytest.mark.parametrize("version", [{}, dict(mmdet_version="1.2.0+abc")])
+@pytest.mark.parametrize("agnostic, classes", [(False, 3), (True, 3), (False, 1), (True, 1)])
+def test_weights_of_mmdetection_1_are_refused(tmp_path, version, agnostic, classes):
+    torch.save(dict(meta=version, state_dict=of_1x(agnostic, classes)), tmp_path / "old.pth")
+    with pytest.raises(ValueError, match=r"old\.pth: expected weights of MMDetection 2 or 3.*background is class 0.*"):
+        load_weights(small(), tmp_path / "old.pth")
+
+
+def test_so_are_those_with_the_new_names_alone_and_older_ones():
+    new_names = {f"roi_head.{k}": v for k, v in of_1x(agnostic=False, classes=3).items()}
+    with pytest.raises(ValueError, match=r"the state dict: .*mmdet_version not given"):
+        load_checkpoint(new_names)
+    with pytest.raises(ValueError, match=r"background is class 0.*mmdet_version 0\.6\.0"):
+        load_checkpoint(dict(state_dict=small().state_dict(), meta=dict(mmdet_version="0.6.0")))
+
+
+def test_weights_published_for_2_whose_training_was_numbered_1_are_read():
+    meta = dict(mmdet_version="1.0rc1+5f9f470")
+    assert load_weights(small(), dict(state_dict=small().state_dict(), meta=meta)).profile.name == "mmdet"
+
+
 RPN_CONFIG = dict(
     type="RPN",
     data_preprocessor=dict(type="DetDataPreprocessor", **RGB),
@@ -126,7 +153,7 @@ def test_a_lone_rpn_is_loaded_into_its_configurations_model():
 def test_a_lone_rpn_names_no_model():
     state = from_mmdet_config(RPN_CONFIG).state_dict()
     for build in (infer_model, lambda s: pretrained_model(s, 3)):
-        with pytest.raises(ValueError, match=r"region proposal network alone.*from_mmdet_config.*load_weights"):
+        with pytest.raises(ValueError, match=r"'rpn_r18_fpn', which is no named.*from_mmdet_config.*load_weights"):
             build(state)
     with pytest.raises(ValueError, match=r"missing keys: roi_head\."):
         load_weights(small(), state)

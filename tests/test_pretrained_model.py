@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from torchvision.models import detection
 
 from fastrcnn.models import faster_rcnn
-from fastrcnn.weights import infer_model, model_metadata, pretrained_model
+from fastrcnn.models.zoo import merge
+from fastrcnn.weights import infer_model, load_weights, model_metadata, pretrained_model
 
 
 def test_a_detector_of_other_classes_keeps_all_but_its_last_layers():
@@ -55,3 +56,23 @@ def test_a_classifier_of_another_depth_is_named_key_by_key():
     theirs = torchvision.models.resnet18(weights=None).state_dict()
     with pytest.raises(ValueError, match=r"missing keys: backbone\.layer1\.2\.conv1\.weight"):
         pretrained_model(theirs, 2, "r34_fpn")
+
+
+def test_a_file_of_an_unknown_profile_leaves_the_model_untouched(tmp_path):
+    small = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[4, 8, 16, 32]))
+    save_file(faster_rcnn("r18_fpn", 3, **small).state_dict(), tmp_path / "a.safetensors", dict(profile="yolo"))
+    model = faster_rcnn("r18_fpn", 3, **small)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"a\.safetensors: profile: expected one of .*'yolo'"):
+        load_weights(model, tmp_path / "a.safetensors")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_our_own_files_style_and_input_go_into_a_model_that_has_others(tmp_path):
+    small = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[16, 32, 64, 128], out_channels=8))
+    pixels = dict(mean=(1.0, 2.0, 3.0), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
+    start = faster_rcnn("r50_fpn", 3, **merge(small, dict(backbone=dict(style="caffe"), data_preprocessor=pixels)))
+    save_file(start.state_dict(), tmp_path / "a.safetensors", model_metadata("r50_fpn", start, small))
+    model = load_weights(faster_rcnn("r50_fpn", 3, **small), tmp_path / "a.safetensors")
+    assert model.backbone.style == "caffe" and model.data_preprocessor.bgr
+    assert model.data_preprocessor.mean == (1.0, 2.0, 3.0)

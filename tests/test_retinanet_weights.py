@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models import detection
 
 from fastrcnn.models import retinanet
-from fastrcnn.weights import export_weights, infer_model, load_weights, pretrained_model
+from fastrcnn.weights import detectron2, export_weights, infer_model, load_weights, pretrained_model
 
 CLASSES = 4
 WB = ("weight", "bias")
@@ -83,11 +83,11 @@ def test_torchvisions_detections(theirs, ours, images):
 def test_torchvisions_losses(theirs, ours, images):
     boxes = torch.tensor([[8.0, 10, 60, 70], [50, 20, 90, 100], [5, 60, 40, 110]], dtype=torch.float64)
     targets = [dict(boxes=boxes[:2], labels=torch.tensor([3, 90])), dict(boxes=boxes, labels=torch.tensor([1, 7, 7]))]
-    theirs.train()
-    for m in theirs.modules():
+    theirs.train(), ours.train()
+    for m in (*theirs.modules(), *ours.modules()):
         if isinstance(m, nn.BatchNorm2d):
             m.eval()
-    expected, found = theirs(images, targets), ours.train()(images, targets)
+    expected, found = theirs(images, targets), ours(images, targets)
     theirs.eval(), ours.eval()
     assert set(found) == set(expected) == {"classification", "bbox_regression"}
     for name, value in expected.items():
@@ -141,6 +141,17 @@ def test_detectron2s_own_names():
     blocks = {f"backbone.top_block.p{i}.{part}" for i in (6, 7) for part in WB}
     last = {f"head.{kind}.{part}" for kind in ("cls_score", "bbox_pred") for part in WB}
     assert {k for k in state if not k.startswith("backbone.bottom_up.")} == subnets | pyramid | blocks | last
+
+
+def test_norms_in_a_retinanets_pyramid():
+    rows = torch.zeros(1)
+    theirs = {f"backbone.fpn_{layer}3.norm.weight": rows for layer in ("lateral", "output")}
+    ours = {f"neck.{layer}_convs.0.gn.weight": rows for layer in ("lateral", "fpn")}
+    assert set(detectron2.convert({**theirs, "head.cls_subnet.0.weight": rows})) >= set(ours)
+    retina = {"bbox_head.retina_cls.weight": rows}
+    assert set(detectron2.export({**ours, **retina})) == {*theirs, "head.cls_score.weight"}
+    with pytest.raises(ValueError, match=r"no place for neck\.fpn_convs\.3\.gn"):  # P6 and P7 have none there
+        detectron2.export({"neck.fpn_convs.3.gn.weight": rows, **retina})
 
 
 def test_mmdetections_names_and_classes_are_read():

@@ -271,6 +271,9 @@ def test_a_proposal_network_loads_a_file_and_has_one_class(tmp_path):
     torch.save({"state_dict": model.state_dict()}, tmp_path / "rpn.pth")
     again = rpn("rpn_r50_fpn", weights=tmp_path / "rpn.pth", **small)
     assert not again.training and torch.equal(again.rpn_head.rpn_cls.weight, model.rpn_head.rpn_cls.weight)
+    full = rpn("rpn_r50_fpn")
+    told = infer_model(full.state_dict())
+    assert told.zoo_name == "rpn_r50_fpn" and torch.equal(told.rpn_head.rpn_cls.bias, full.rpn_head.rpn_cls.bias)
     with pytest.raises(ValueError, match=r"num_classes.*one class, got 3"):
         rpn("rpn_r50_fpn", 3)
     with pytest.raises(ValueError, match="rpn_r18_fpn"):

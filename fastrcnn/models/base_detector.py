@@ -66,12 +66,16 @@ class BaseDetector(nn.Module):
             style = "pytorch" if isinstance(self.backbone, ResNeXt) else style
             self.backbone.set_style(style)
             self.backbone.train_norms(p.trains_norms and style == "pytorch")
+        built_for, options = self.built_with
+        if built_for == name:  # what it was built with says more than the profile (a caffe-style C4, say)
+            self.set_peer_options(**options)
 
     def peer_options(self) -> dict:
-        """What a checkpoint decides beside its profile: the backbone's style, its norms' epsilon, the pixel statistics; and
-        whether the norms are trained."""
+        """What a model has beside its profile and a checkpoint may decide: the pixel statistics, the divisor of the padded
+        size, the backbone's style, its norms' epsilon and whether they are trained."""
         p = self.data_preprocessor
         options: dict = dict(data_preprocessor=dict(mean=p.mean, std=p.std, bgr_to_rgb=not p.bgr))
+        options["pad_size_divisor"] = p.pad_size_divisor
         if isinstance(self.backbone, ResNet):
             options["style"] = self.backbone.style
         norms = [m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -86,12 +90,17 @@ class BaseDetector(nn.Module):
         style: str | None = None,
         norm_eps: float | None = None,
         train_norms: bool | None = None,
+        pad_size_divisor: int | None = None,
     ) -> None:
+        """Takes over what `peer_options` gives; None leaves a thing as it is, or with the profile's pixel statistics."""
         self.data_preprocessor.set_profile(self.profile, **(data_preprocessor or {}))
         if style is not None and isinstance(self.backbone, ResNet):
             self.backbone.set_style(style)
         if train_norms is not None and isinstance(self.backbone, ResNet):
             self.backbone.train_norms(train_norms)
+        for m in self.children() if pad_size_divisor is not None else ():
+            if hasattr(m, "pad_size_divisor"):  # the preprocessor and the heads that know the padded area
+                m.pad_size_divisor = pad_size_divisor
         for m in self.backbone.modules() if norm_eps is not None else ():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.eps = norm_eps

@@ -107,9 +107,8 @@ def model_config(name: str, num_classes: int = 80, profile: str = "mmdet") -> di
     )  # fmt: skip
     if name in ("r50_c4", "r50_dc5"):
         _single_level(config, name, profile)
-    if (
-        name == "x101_32x8d_fpn" and profile != "torchvision"
-    ):  # its ImageNet weights come from Caffe2, as does its input
+    if name == "x101_32x8d_fpn" and profile != "torchvision":
+        # Its ImageNet weights come from Caffe2, as does its input.
         statistics = dict(mean=(103.53, 116.28, 123.675), std=(57.375, 57.12, 58.395), bgr_to_rgb=False)
         config["data_preprocessor"] = statistics
     if name.endswith("_v2"):  # torchvision's second recipe (Li et al., 2021)
@@ -166,10 +165,11 @@ def retinanet_config(name: str, num_classes: int = 80, profile: str = "mmdet") -
     )  # fmt: skip
     if name.endswith("_v2"):  # torchvision's second recipe: boxes compared by their overlap, P6 from the backbone
         head.update(reg_decoded_bbox=True, loss_bbox=dict(type="GIoULoss", eps=1e-7, loss_weight=1.0))
+    neck = {key: value for key, value in base["neck"].items() if key != "norm_cfg"}
     extra = {**p.dense_extra_convs, **(dict(add_extra_convs="on_input") if name.endswith("_v2") else {})}
     return dict(
         backbone=base["backbone"],
-        neck={**base["neck"], "start_level": 1, **extra},
+        neck={**neck, "start_level": 1, **extra},
         bbox_head=head,
         test_cfg=dict(min_bbox_size=0, max_per_img=p.dense_max_per_img),
     )
@@ -202,14 +202,11 @@ def merge(base: dict, overrides: dict) -> dict:
 
 def _named(kind, config_of, name, num_classes, profile, weights, overrides):
     if weights is not None:
-        from fastrcnn.weights import (  # weights are read into models: a local import
-            coco_address,
-            infer_model,
-            load_weights,
-        )
+        # Weights are read into models: a local import.
+        from fastrcnn.weights import coco_address, infer_model, load_weights
 
         source = coco_address(name, profile) if weights == "coco" else weights
-        if num_classes is None and kind is not RPN:
+        if num_classes is None:
             return infer_model(source, name, **overrides)
     profile = profile or ("torchvision" if name.endswith("_v2") else "mmdet")
     counted = () if num_classes is None else (num_classes,)

@@ -69,25 +69,27 @@ def _read_pth(path: Path):
         with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "global" not in str(error).lower():
+        refused = re.search(r"\bGLOBAL ([\w.]+)", str(error))  # the rest is advice to run it
+        if refused is None:
             raise ValueError(f"{path}: not a readable PyTorch checkpoint") from None
-        reason = str(error).split("\n\n")[0].splitlines()
-        detail = next((line.strip() for line in reason if "global" in line.lower()), reason[0] if reason else "")
         raise ValueError(
-            f"{path}: refused, because reading it would run code that the file names ({detail}). Save the tensors alone "
-            f"where it was written: torch.save({{'state_dict': model.state_dict()}}, path)"
+            f"{path}: refused, because reading it would run code that the file names ({refused[1]}). Save the tensors "
+            f"alone where it was written: torch.save({{'state_dict': model.state_dict()}}, path)"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        reason = (str(error).splitlines() or ["it ends early"])[0]
-        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({reason})") from None
+    except Exception as error:  # damaged bytes run into any kind
+        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or ["it ends early"])[0]
 
 
 def _read_pkl(path: Path):
     try:
         with open(path, "rb") as file:
             return _NumpyUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except Exception as error:  # damaged bytes run into any kind
+        raise ValueError(f"{path}: not a readable pickle of numpy arrays ({_reason(error)})") from None
 
 
 def _read_safetensors(path: Path):
@@ -139,8 +141,8 @@ def read(source: str | Path | Mapping) -> tuple[dict[str, Tensor], dict]:
     """(state dict of tensors, metadata) of a `.pth`, `.pt`, `.pkl` or `.safetensors` file, an https address, or a state
     dict that is in memory already.
 
-    Raises FileNotFoundError, OSError for a failed download, ValueError for a file that is damaged, holds no tensors or
-    wants to run code.
+    Raises FileNotFoundError, OSError for a failed download, ValueError for a file that is damaged, holds no tensors, or
+    others under their names, or wants to run code.
     """
     if isinstance(source, Mapping):
         path, content = "the state dict", dict(source)
@@ -155,8 +157,13 @@ def read(source: str | Path | Mapping) -> tuple[dict[str, Tensor], dict]:
     tensors = {}
     for key, value in state.items():
         if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value)
+            try:
+                value = torch.from_numpy(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"{path}: {key}: expected an array of numbers, got dtype {value.dtype}") from None
         if isinstance(value, Tensor):
+            if not isinstance(key, str):
+                raise ValueError(f"{path}: expected names as the keys of tensors, got {key!r}")
             tensors[key.removeprefix("module.")] = value
     if not tensors:
         raise ValueError(f"{path}: holds no tensors")

@@ -4,16 +4,20 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastrcnn.layers.builders import ConvWS2d
 from fastrcnn.models import RPN, FasterRCNN, RetinaNet, RPNHead
+from fastrcnn.models.profiles import get_profile
 from fastrcnn.models.published import coco_weights
-from fastrcnn.models.zoo import merge, named_model
+from fastrcnn.models.resnet import Bottleneck
+from fastrcnn.models.zoo import NAMES, RPNS, merge, named_model
 from fastrcnn.weights import detectron2, files, mmdet, torchvision
 
 # The layers whose shape depends on the number of classes.
 _CLASS_LAYERS = ("roi_head.bbox_head.fc_cls.", "roi_head.bbox_head.fc_reg.", "bbox_head.retina_cls.")
-Detector = FasterRCNN | RetinaNet
+Detector = FasterRCNN | RetinaNet | RPN
+_TELL = "name it, or build it with fastrcnn.models.from_mmdet_config and load the checkpoint with load_weights"
 PEERS = {"torchvision": torchvision, "detectron2": detectron2, "mmdet": mmdet}
 
 
@@ -24,27 +28,47 @@ def _name(source) -> str:
 def load_checkpoint(path_or_url: str | Path | Mapping) -> tuple[dict[str, Tensor], str, dict, dict]:
     """(state dict in our keys, peer, the peer's options for the model, metadata).
 
-    Raises ValueError where the keys belong to none of the three peers, and whatever `files.read` raises.
+    Raises ValueError where the keys belong to none of the three peers, or to MMDetection 1.x, and whatever `files.read`
+    raises.
     """
     state, meta = files.read(path_or_url)
+    source = _name(path_or_url)
     for name, peer in PEERS.items():
         if peer.detect(state):
-            profile = meta.get("profile", name)  # our own files say it; their keys are MMDetection's
-            return peer.convert(state), profile, peer.profile_options(state, meta), meta
+            for key, value in state.items():
+                if key.endswith((".weight", ".bias")) and (value.dim() == 0 or value.numel() == 0):
+                    raise ValueError(f"{source}: expected rows of weights in {key}, got the shape {list(value.shape)}")
+            try:
+                if peer is mmdet:
+                    mmdet.check_version(state, meta)
+                # Our own files say the profile; their keys are MMDetection's.
+                profile = get_profile(str(meta.get("profile", name))).name
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from None
+            return peer.convert(state), profile, {**peer.profile_options(state, meta), **_own_options(meta)}, meta
     what = "not a Faster R-CNN or RetinaNet of MMDetection, torchvision or Detectron2"
-    raise ValueError(f"{_name(path_or_url)}: {what} (first keys: {', '.join(list(state)[:3])})")
+    raise ValueError(f"{source}: {what} (first keys: {', '.join(list(state)[:3])})")
+
+
+def _own_options(meta: dict) -> dict:
+    """What a file of ours says of the peer's options (see `model_metadata`)."""
+    said = json.loads(meta.get("overrides", "{}"))
+    backbone, pixels = said.get("backbone", {}), dict(said.get("data_preprocessor", {}))
+    options = dict(style=backbone.get("style"), norm_eps=backbone.get("norm_cfg", {}).get("eps"),
+                   pad_size_divisor=pixels.pop("pad_size_divisor", None), data_preprocessor=pixels or None)  # fmt: skip
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _unsaid(state: dict[str, Tensor], profile: str, meta: dict) -> dict:
+    """The peer's options that its files do not say; our own files say them."""
+    return detectron2.defaults(state) if profile == "detectron2" and "overrides" not in meta else {}
 
 
 def _num_classes(state: dict[str, Tensor]) -> int:
-    """Foreground classes of a state dict in our keys. Raises ValueError for an RPN's: it tells nothing of its model."""
+    """Foreground classes of a state dict in our keys; an RPN's is one."""
     if "bbox_head.retina_cls.weight" in state:  # A * C channels, where the box layer has A * 4
         return 4 * len(state["bbox_head.retina_cls.weight"]) // len(state["bbox_head.retina_reg.weight"])
-    if "roi_head.bbox_head.fc_cls.weight" not in state:
-        raise ValueError(
-            "the checkpoint is a region proposal network alone, which has no name: build its model with "
-            "fastrcnn.models.from_mmdet_config and load the checkpoint into it with load_weights"
-        )
-    return len(state["roi_head.bbox_head.fc_cls.weight"]) - 1
+    return len(state["roi_head.bbox_head.fc_cls.weight"]) - 1 if "roi_head.bbox_head.fc_cls.weight" in state else 1
 
 
 def _named_by(state: dict[str, Tensor]) -> tuple[str, dict]:
@@ -60,15 +84,19 @@ def _named_by(state: dict[str, Tensor]) -> tuple[str, dict]:
         deeper = dict(backbone=dict(depth=depth), **(dict(roi_head=dict(shared_head=dict(depth=depth))) if c4 else {}))
         return "r50_c4" if c4 else "r50_dc5", {} if depth == 50 else deeper
     if depth is None or "neck.fpn_convs.0.conv.weight" not in state:
-        raise ValueError(f"cannot tell the model from the checkpoint: blocks per stage {blocks}; name it with model=")
-    kind = "retinanet_" if "bbox_head.retina_cls.weight" in state else ""
+        raise ValueError(f"cannot tell the model from the checkpoint (blocks per stage {blocks}): {_TELL}")
+    alone = "roi_head.bbox_head.fc_cls.weight" not in state
+    kind = "retinanet_" if "bbox_head.retina_cls.weight" in state else "rpn_" if alone else ""
     if "rpn_head.rpn_conv.1.conv.weight" in state or "bbox_head.cls_convs.0.gn.weight" in state:
         return f"{kind}r{depth}_fpn_v2", {}
     conv2 = state["backbone.layer1.0.conv2.weight"]
-    if bottleneck and conv2.shape[0] != conv2.shape[1]:
+    if bottleneck and conv2.dim() == 4 and conv2.shape[0] != conv2.shape[1]:
         groups = conv2.shape[0] // conv2.shape[1]
         return f"{kind}x{depth}_{groups}x{conv2.shape[1]}d_fpn", {}
-    return f"{kind}r{depth}_fpn", {}
+    name = f"{kind}r{depth}_fpn"
+    if name not in (*NAMES, *RPNS):
+        raise ValueError(f"the checkpoint is of {name!r}, which is no named model: {_TELL}")
+    return name, {}
 
 
 def _no_neck(state: dict[str, Tensor]) -> bool:
@@ -84,7 +112,7 @@ def infer_model(path_or_url: str | Path | Mapping, name: str | None = None, **ov
     """Builds the model a checkpoint was saved from, from its keys, shapes and metadata, and loads it. In evaluation mode.
 
     name: the model, where the checkpoint does not tell; overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError
-    where the checkpoint does not tell (an RPN alone never does) or does not fit.
+    where the checkpoint does not tell or does not fit.
     """
     state, profile, options, meta = load_checkpoint(path_or_url)
     model = _build(state, profile, meta, _num_classes(state), name, overrides)
@@ -96,7 +124,10 @@ def _build(state, profile, meta, num_classes, name, overrides) -> Detector:
     name, differs = (name or meta["model"], {}) if name or "model" in meta else _named_by(state)
     if "overrides" in meta:  # our own files carry what differs from the named model, as JSON
         differs = json.loads(meta["overrides"])
-    overrides = merge(differs, overrides)
+    unsaid = _unsaid(state, profile, meta)
+    if "style" in unsaid:
+        unsaid["backbone"] = dict(style=unsaid.pop("style"))
+    overrides = merge(merge(unsaid, differs), overrides)
     return named_model(name, num_classes, profile, **overrides)
 
 
@@ -125,9 +156,7 @@ def pretrained_model(
     return model
 
 
-def load_weights(
-    model: Detector | RPN, path_or_url: str | Path | Mapping, norm_eps: float | None = None
-) -> Detector | RPN:
+def load_weights(model: Detector, path_or_url: str | Path | Mapping, norm_eps: float | None = None) -> Detector:
     """Loads a checkpoint of MMDetection, torchvision or Detectron2 into `model`, in place, and returns it.
 
     path_or_url: `.pth`, `.pkl` or `.safetensors`, an https address (kept in torch.hub's cache), or a state dict. The peer
@@ -172,12 +201,18 @@ def _apply(model, state, profile, options, meta, source, norm_eps) -> None:
     own = model.state_dict()
     _check_keys(own, state, source)
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
-    if model.profile.name != profile:
-        model.set_profile(profile)
     # Nothing of an earlier checkpoint stays. Within the profile it was built for, the model's own choices (a caffe-style
-    # C4, say) are what the file does not contradict.
-    built_for, own_options = model.built_with
-    options = {**(own_options if built_for == profile else {}), **options}
+    # C4, say) are what the file does not contradict; elsewhere the peer's defaults are.
+    built_for, built = model.built_with
+    if built_for != profile or model.profile.name != profile:
+        model.set_profile(profile)
+    if built_for == profile:
+        defaults = built
+    else:
+        defaults = {"norm_eps": built.get("norm_eps"), **_unsaid(state, profile, meta)}
+        if model.neck is None:  # Detectron2 pads to a multiple of 32 for a pyramid alone
+            defaults["pad_size_divisor"] = 1 if profile == "detectron2" else 32
+    options = merge(defaults, options)
     if norm_eps is not None:
         options["norm_eps"] = norm_eps
     model.set_peer_options(**options)
@@ -186,11 +221,25 @@ def _apply(model, state, profile, options, meta, source, norm_eps) -> None:
     model.class_names = names if names and len(names) == model.num_classes else None
 
 
-def export_weights(model: Detector | RPN, peer: str) -> dict[str, Tensor]:
+def _check_layers(model, peer: str, style: str) -> None:
+    """Raises ValueError for layers with the peer's keys that compute something else than the peer's."""
+    setting = " (MODEL.RESNETS.STRIDE_IN_1X1)" if peer == "detectron2" else ""
+    for name, m in model.named_modules():
+        if isinstance(m, Bottleneck) and max(m.conv1.stride + m.conv2.stride) > 1:
+            found = "caffe" if max(m.conv1.stride) > 1 else "pytorch"
+            if found != style:
+                raise ValueError(f"{name}: expected style {style!r} as in {peer}'s own models{setting}, got {found!r}")
+        if isinstance(m, nn.GroupNorm) and m.num_groups != 32:
+            raise ValueError(f"{name}: expected the 32 groups of {peer}'s group norms, got {m.num_groups}")
+        if isinstance(m, ConvWS2d):
+            raise ValueError(f"{name}: {peer} has no convolution with standardised weights (ConvWS)")
+
+
+def export_weights(model: Detector, peer: str) -> dict[str, Tensor]:
     """The model's state dict in the keys of "mmdet", "torchvision" or "detectron2", for `load_state_dict` there.
 
-    The weights give the same detections there only where the model follows that peer's profile, so another one is
-    refused: ValueError. So is a key that the peer's own models have no place for.
+    The weights give the same detections there only where the model follows that peer's profile and is built as the peer's
+    own, so another one is refused: ValueError. So is a key that the peer's own models have no place for.
     """
     if peer not in PEERS:
         raise ValueError(f"peer: expected one of {', '.join(PEERS)}, got {peer!r}")
@@ -199,10 +248,15 @@ def export_weights(model: Detector | RPN, peer: str) -> dict[str, Tensor]:
             f"the model follows the profile {model.profile.name!r}: its weights would give other boxes in {peer}"
         )
     state, head = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}, getattr(model, "rpn_head", None)
+    if peer == "mmdet":
+        return mmdet.export(state)
     if peer == "detectron2" and isinstance(head, RPNHead):
         anchors = head.anchor_generator  # ratio by ratio, or already in Detectron2's order
-        return detectron2.export(state, len(anchors.ratios) if anchors.scale_major else 1)
-    return PEERS[peer].export(state)
+        exported = detectron2.export(state, len(anchors.ratios) if anchors.scale_major else 1)
+    else:
+        exported = PEERS[peer].export(state)
+    _check_layers(model, peer, PEERS[peer].own_style(state))
+    return exported
 
 
 def model_metadata(name: str, model: Detector, overrides: dict) -> dict[str, str]:

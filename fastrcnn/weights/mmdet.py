@@ -7,7 +7,7 @@ from torch import Tensor
 
 CAFFE_INPUT = dict(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
 
-# The class layer of a Faster R-CNN (of MMDetection 2 and 1), of a RetinaNet and of an RPN alone.
+# The class layer of a Faster R-CNN (of MMDetection 2 and, to be refused, 1), of a RetinaNet and of an RPN alone.
 _KNOWN = (
     "roi_head.bbox_head.fc_cls.weight",
     "bbox_head.fc_cls.weight",
@@ -20,14 +20,28 @@ def detect(state: dict[str, Tensor]) -> bool:
     return any(key in state for key in _KNOWN)
 
 
+def check_version(state: dict[str, Tensor], meta: dict) -> None:
+    """Raises ValueError for MMDetection 1.x: its background is class 0, and its anchors and box coder differ.
+
+    Its box head is outside of roi_head, and has boxes for the background, too, where they are predicted class by class. A
+    version 1.x alone does not tell: weights published for 2.0 were trained before the number was raised.
+    """
+    boxes, classes = (len(state.get(f"roi_head.bbox_head.{name}.weight", ())) for name in ("fc_reg", "fc_cls"))
+    version = str(meta.get("mmdet_version", ""))
+    if "bbox_head.fc_cls.weight" in state or (boxes > 0 and boxes == 4 * classes) or version.startswith("0."):
+        raise ValueError(
+            "expected weights of MMDetection 2 or 3, got those of 1.x or older, whose background is class 0 and whose "
+            f"anchors and box coder differ (mmdet_version {version or 'not given'})"
+        )
+
+
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict in our keys. MMDetection 1.x kept the box head outside of roi_head, and the layer that predicts a
-    deformable convolution's offsets beside it."""
+    """State dict in our keys. Early checkpoints keep the layer that predicts a deformable convolution's offsets beside
+    it."""
     out = {}
     for key, value in state.items():
-        key = re.sub(r"^bbox_head\.(?=fc_|shared_|cls_fcs|reg_fcs)", "roi_head.bbox_head.", key)
         key = re.sub(r"\.conv(\d)_offset\.", r".conv\1.conv_offset.", key)
-        if not key.startswith(("data_preprocessor.", "mask_head.", "roi_head.mask_head.")):
+        if not key.startswith(("data_preprocessor.", "roi_head.mask_head.")):
             out[key] = value
     return out
 

@@ -65,8 +65,13 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+# A plain ResNet's keys: not those of plugins, group norms, a deep stem or the offsets of deformable convolutions.
+_BODY = (
+    r"(?:conv1|layer\d\.\d+\.conv\d|layer\d\.\d+\.downsample\.0)\.weight|"
+    r"(?:bn1|layer\d\.\d+\.bn\d|layer\d\.\d+\.downsample\.1)\.\w+"
+)
 _EXPORT = [
-    (r"^backbone\.(.*)$", r"backbone.body.\1"),
+    (rf"^backbone\.({_BODY})$", r"backbone.body.\1"),
     (r"^neck\.lateral_convs\.(\d+)\.conv\.(.*)$", r"backbone.fpn.inner_blocks.\1.0.\2"),
     (r"^neck\.lateral_convs\.(\d+)\.bn\.(.*)$", r"backbone.fpn.inner_blocks.\1.1.\2"),
     (r"^neck\.fpn_convs\.(\d+)\.conv\.(.*)$", r"backbone.fpn.layer_blocks.\1.0.\2"),
@@ -94,7 +99,16 @@ _EXPORT_P6_P7 = {
 
 def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict in torchvision's keys from one in ours: the background moves to the front and gets box regression of 0,
-    which torchvision never reads. Raises ValueError for a key that torchvision's models have no place for."""
+    which torchvision never reads. Raises ValueError for a model without a neck, for a key that torchvision's models have no
+    place for and for boxes that are not predicted class by class."""
+    if not any(key.startswith("neck.") for key in state):
+        raise ValueError("torchvision has no detector without a pyramid, and this model has no neck")
+    boxes, classes = (len(state.get(f"roi_head.bbox_head.{name}.weight", ())) for name in ("fc_reg", "fc_cls"))
+    if classes > 2 and boxes == 4:
+        raise ValueError(
+            f"roi_head.bbox_head.fc_reg: torchvision predicts boxes class by class, expected {4 * (classes - 1)} rows, got "
+            f"the 4 of reg_class_agnostic"
+        )
     v2 = "roi_head.bbox_head.shared_convs.0.conv.weight" in state
     retina = "bbox_head.retina_cls.weight" in state
     fcs = {"0": "5"} if v2 else {"0": "fc6", "1": "fc7"}
@@ -115,6 +129,11 @@ def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
             value = torch.cat([torch.zeros_like(value[:4]), value])
         out[new] = value
     return out
+
+
+def own_style(state: dict[str, Tensor]) -> str:
+    """The one style of torchvision's bottlenecks: their stride is on the 3x3 convolution."""
+    return "pytorch"
 
 
 def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
