@@ -1,15 +1,17 @@
-"""models/dense_head.py: what RPN and RetinaNet share, and RetinaNet's losses, worked by hand on six anchors."""
+"""models/dense_head.py: what RPN and RetinaNet share; RetinaNet's losses, worked by hand on six anchors; and what a
+RetinaNet built with each profile holds."""
 
 import math
 
 import pytest
 import torch
 
-from fastrcnn.models import RetinaHead, RPNHead
+from fastrcnn.models import FPN, RetinaHead, RPNHead, retinanet
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder
 from fastrcnn.models.dense_head import flat_levels
 from fastrcnn.models.losses import GIoULoss, SmoothL1Loss
 from fastrcnn.models.profiles import PROFILES
+from fastrcnn.models.zoo import retinanet_config
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
 SQUARES = dict(type="AnchorGenerator", strides=[32], ratios=[1.0], scales=[1])
@@ -202,7 +204,7 @@ def test_detectron2s_divisor_runs_from_a_hundred():
         normalizer = 0.9 * normalizer + 0.1 * count
         cls, _ = head.loss([logits], [deltas], SIZES, (64, 96), [target])
         assert cls.item() == pytest.approx(focal_sum(logits[0], where) / normalizer, rel=1e-5)
-        assert head.loss_normalizer.item() == pytest.approx(normalizer)
+        assert head.loss_normalizer == pytest.approx(normalizer)
     assert normalizer == pytest.approx(73.252)
 
 
@@ -244,3 +246,90 @@ def test_pos_weight_weighs_the_positives_in_every_class():
 def test_bad_arguments_are_named(kind, options, message):
     with pytest.raises(ValueError, match=message):
         squares(**{"kind": kind, **options})
+
+
+# --- a named RetinaNet: built with a profile, and one that takes the profile over
+
+
+def named(profile, start=None, **head):
+    """With one class; `start`: the profile that it is built with first."""
+    model = retinanet(
+        "retinanet_r18_fpn", 1, start or profile, backbone=dict(base_channels=4),
+        neck=dict(in_channels=[4, 8, 16, 32], out_channels=4),
+        bbox_head=dict(in_channels=4, feat_channels=4, stacked_convs=1, **head),
+        test_cfg=dict(nms=dict(type="nms", iou_threshold=1.0)),
+    )  # fmt: skip
+    if start is not None:
+        model.set_profile(profile)
+    return model
+
+
+BUILT = [(profile, None) for profile in PROFILE_NAMES]
+TAKEN_OVER = [(end, start) for end in PROFILE_NAMES for start in PROFILE_NAMES if start != end]
+
+
+@pytest.mark.parametrize("profile, start", BUILT + TAKEN_OVER)
+def test_anchors_of_three_sizes_an_octave(profile, start):
+    # Half widths at stride 8: of sizes 32 to 51 and ratios 1/2, 1, 2.
+    wide, octave = (math.sqrt(2), 1, math.sqrt(0.5)), [2 ** (i / 3) for i in range(3)]
+    half_widths = {
+        "mmdet": [16 * w * size for w in wide for size in octave],
+        "torchvision": [23, 28, 35, 16, 20, 25, 11, 14, 18],  # of 32, 40 and 50 pixels, rounded again
+        "detectron2": [16 * w * size for size in octave for w in wide],
+    }
+    base = named(profile, start).bbox_head.base_anchors(torch.device("cpu"))
+    assert base[0][:, 2].tolist() == pytest.approx(half_widths[profile])
+    assert base[0][:, 0].tolist() == pytest.approx([-w for w in half_widths[profile]])
+    assert [len(level) for level in base] == [9] * 5
+    assert base[4][0, 2].item() == pytest.approx(362 if profile == "torchvision" else 256 * math.sqrt(2))
+
+
+@pytest.mark.parametrize("profile, p6, p7", [("mmdet", -1, -1), ("torchvision", -6, 0), ("detectron2", -1, 0)])
+def test_where_p6_and_p7_come_from(profile, p6, p7):
+    # C5 is 1 everywhere; a lateral doubles it, an output convolution triples that; P6 negates its source, P7 keeps it.
+    cfg = retinanet_config("retinanet_r18_fpn", 1, profile)["neck"]
+    fpn = FPN(**{k: v for k, v in cfg.items() if k != "type"} | dict(in_channels=[1] * 4, out_channels=1))
+    with torch.no_grad():
+        for conv in (*fpn.lateral_convs, *fpn.fpn_convs):
+            conv.conv.weight.zero_()
+        for conv in fpn.lateral_convs:
+            conv.conv.weight.fill_(2)
+        for conv, centre in zip(fpn.fpn_convs, (3, 3, 3, -1, 1)):
+            conv.conv.weight[0, 0, 1, 1] = centre
+        outs = fpn([*(torch.zeros(1, 1, size, size) for size in (16, 8, 4)), torch.ones(1, 1, 2, 2)])
+    assert len(outs) == 5 and outs[2].tolist() == [[[[6, 6], [6, 6]]]]
+    assert (outs[3].item(), outs[4].item()) == (p6, p7)
+
+
+@pytest.mark.parametrize("profile, start", BUILT + TAKEN_OVER)
+def test_the_relu_before_p7_is_taken_over(profile, start):
+    assert named(profile, start).neck.relu_before_extra_convs == (profile != "mmdet")
+
+
+@pytest.mark.parametrize("profile, start", BUILT + TAKEN_OVER)
+def test_how_many_detections_are_kept(profile, start):
+    head, sides = named(profile, start).bbox_head, (8, 4, 2, 1, 1)
+    maps = [[torch.zeros(1, n * 9, side, side) for side in sides] for n in (1, 4)]  # 774 anchors of score 1/2
+    (found,) = head.predict(*maps, torch.tensor([[64, 64]]), (64, 64), None)
+    assert len(found["boxes"]) == (300 if profile == "torchvision" else 100)
+
+
+@pytest.mark.parametrize("profile, start", BUILT + TAKEN_OVER)
+def test_box_losses_and_their_divisor_by_hand(profile, start):
+    head = named(profile, start, anchor_generator=dict(SQUARES, _delete_=True)).bbox_head
+    if start is not None:  # which has brought the profile's own anchors
+        head.anchor_generator = squares().anchor_generator
+    deltas = torch.zeros(1, 4, 2, 3)
+    deltas[0, :2, 1, 2] = torch.tensor([0.5, 0.05])
+    _, box = head.loss([torch.zeros(1, 1, 2, 3)], [deltas], SIZES, (64, 96), [truth(LAST, labels=[0])])
+    # Detectron2 has a smooth L1 of beta 0.1, and counts the one positive after a hundred.
+    smooth = (0.5 - 0.1 / 2) + 0.5 * 0.05**2 / 0.1
+    assert box.item() == pytest.approx(smooth / 90.1 if profile == "detectron2" else 0.55)
+
+
+def test_each_loss_has_its_peers_name():
+    names = dict(mmdet=("loss_cls", "loss_bbox"), torchvision=("classification", "bbox_regression"),
+                 detectron2=("loss_cls", "loss_box_reg"))  # fmt: skip
+    for profile, (cls, box) in names.items():
+        losses = named(profile).loss(torch.zeros(1, 3, 64, 64), [(64, 64)], [truth()])
+        assert {name: value.item() > 0 for name, value in losses.items()} == {cls: True, box: False}

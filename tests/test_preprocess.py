@@ -118,6 +118,9 @@ def test_resize_known_values_of_opencv():
     expected = [[95, 98, 112, 126, 130], [105, 108, 122, 135, 138], [145, 147, 159, 170, 174]]
     expected += [[184, 186, 196, 206, 208], [194, 196, 205, 215, 217]]
     assert resize_opencv(image, (5, 5))[0].tolist() == expected
+    p = DataPreprocessor(PROFILES["mmdet"], 5, 5, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    batch, _, _ = p([image.expand(3, 2, 2)])
+    assert batch[0, :, :5, :5].tolist() == [expected] * 3
 
 
 def test_resizing_to_the_same_size_changes_nothing():
@@ -142,6 +145,38 @@ def test_mmdetections_values_by_hand():
     mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
     expected = (image.float() - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(batch[0], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "profile, expected",
+    [
+        ("mmdet", [(200 - 123.675) / 58.395, (100 - 116.28) / 57.12, (50 - 103.53) / 57.375]),
+        ("torchvision", [(200 / 255 - 0.485) / 0.229, (100 / 255 - 0.456) / 0.224, (50 / 255 - 0.406) / 0.225]),
+        ("detectron2", [50 - 103.53, 100 - 116.28, 200 - 123.675]),  # blue first
+    ],
+)
+def test_one_colour_in_each_peers_network(profile, expected):
+    orange = torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(3, 32, 32)
+    batch, _, _ = preprocessor(profile, 32, 32)([orange])
+    assert batch.shape == (1, 3, 32, 32)
+    for channel, value in zip(batch[0], expected):
+        torch.testing.assert_close(channel, torch.full((32, 32), value), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "profile, unit, expected",
+    [
+        ("mmdet", 1.0, 16),  # the mean of the middle columns, 15.5, as a byte
+        ("torchvision", 1 / 255, 15.5),  # the same, but of floats
+        ("detectron2", 1.0, 59),  # all columns count, by 5, 7, 7 and 5 parts of 24: 59.04 as a byte
+    ],
+)
+def test_one_picture_made_smaller_by_each_peer(profile, unit, expected):
+    image = torch.tensor([0, 10, 21, 240], dtype=torch.uint8).expand(3, 4, 4)
+    p = DataPreprocessor(PROFILES[profile], 1, 1, mean=(0.0, 0.0, 0.0), std=(unit, unit, unit))
+    batch, sizes, _ = p([image])
+    assert sizes.tolist() == [[1, 1]]
+    assert batch[0, :, 0, 0].tolist() == pytest.approx([expected] * 3)
 
 
 def test_the_caffe_input_is_bgr_without_a_deviation():
