@@ -213,7 +213,7 @@ def train(
 
     from fastrcnn.data import CocoDataset
     from fastrcnn.inference.detector import as_device
-    from fastrcnn.models import faster_rcnn
+    from fastrcnn.models.zoo import named_model
     from fastrcnn.training import train as run
     from fastrcnn.weights import model_metadata, pretrained_model
 
@@ -225,7 +225,8 @@ def train(
         if weights:
             net = pretrained_model(weights, classes, model, **sizes)
         else:  # nothing may stay frozen at random values
-            net = faster_rcnn(model or "r50_fpn", classes, backbone=dict(frozen_stages=-1, norm_eval=False), **sizes)
+            backbone = dict(frozen_stages=-1, norm_eval=False, norm_cfg=dict(requires_grad=True))
+            net = named_model(model or "r50_fpn", classes, backbone=backbone, **sizes)
         net = net.to(as_device(device))
         net = run(net, dataset, epochs, batch, lr, log=lambda line: console.print(line, soft_wrap=True))
     except (ValueError, OSError, FloatingPointError) as error:

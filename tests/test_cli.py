@@ -263,6 +263,14 @@ def test_training_writes_weights_that_detect_and_eval_take(dataset, tmp_path):
     assert "AP50" in printed and "AR100" in printed
 
 
+def test_a_retinanet_trains_detects_and_is_measured(dataset, tmp_path):
+    out = tmp_path / "trained.safetensors"
+    short = [v if v != "r18_fpn" else "retinanet_r18_fpn" for v in SHORT]
+    assert "loss_cls" in run("train", dataset, "--out", out, *short)
+    assert type(Detector(str(out), device="cpu").model).__name__ == "RetinaNet"
+    assert "AP50" in run("eval", dataset, "--weights", out, "--device", "cpu")
+
+
 def test_training_goes_on_from_torchvision_weights(dataset, tmp_path):
     model, start = faster_rcnn("r18_fpn", 3, "torchvision"), tmp_path / "start.safetensors"
     save_file(model.state_dict(), start, model_metadata("r18_fpn", model, {}))

@@ -10,6 +10,7 @@ from fastrcnn import Detections, Detector
 from fastrcnn.data import ImageError
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import faster_rcnn
+from fastrcnn.models.zoo import named_model
 from fastrcnn.weights import model_metadata
 
 OVERRIDES = dict(
@@ -270,3 +271,19 @@ def test_labels_have_colours_of_their_own():
     box, one = torch.tensor([[10.0, 30.0, 50.0, 50.0]]), torch.ones(1)
     colours = [Detections(box, one, torch.tensor([i]), NAMES).draw(plain)[:, 40, 10].tolist() for i in range(3)]
     assert len({tuple(c) for c in colours}) == 3
+
+
+@pytest.mark.parametrize("name, label", [("retinanet_r18_fpn", "class 2"), ("rpn_r50_fpn", "object")])
+def test_the_other_detectors_find_above_the_threshold(name, label):
+    torch.manual_seed(0)
+    classes = 3 if name.startswith("retina") else 1
+    small = dict(backbone=dict(depth=18, base_channels=16), neck=dict(in_channels=[16, 32, 64, 128]))
+    model = named_model(name, classes, min_size=96, max_size=128, **small)
+    head = model.rpn_head.rpn_cls if classes == 1 else model.bbox_head.retina_cls
+    nn.init.normal_(head.weight, std=3.0)
+    nn.init.zeros_(head.bias)
+    test_cfg = model.rpn_head.test_cfg if classes == 1 else model.bbox_head.test_cfg
+    test_cfg["max_per_img"] = 10_000
+    few, many = (Detector(model, device="cpu", score_threshold=t)(picture())[0] for t in (0.6, 0.3))
+    assert 0 < len(few) < len(many) and few.scores.min() > 0.6 and many.scores.min() > 0.3
+    assert label in many.names

@@ -56,9 +56,8 @@ def proposal_recall(
         warnings.simplefilter("ignore")  # these are not the settings of a detection benchmark
         evaluation.evaluate()
         evaluation.accumulate()
-    recall = np.asarray(evaluation.eval["recall"])[
-        :, 0
-    ]  # [thresholds, sizes (all first), max_nums], -1 without objects
+    # [thresholds, sizes (all first), max_nums], -1 without objects
+    recall = np.asarray(evaluation.eval["recall"])[:, 0]
     means = np.where(recall.min(0) < 0, np.nan, recall.mean(0) * 100)
     found = {f"AR@{n}": float(means[0, k]) for k, n in enumerate(sorted(max_nums))}
     return found | {f"AR{size}@{max(max_nums)}": float(means[k + 1, -1]) for k, size in enumerate(SIZES)}

@@ -13,7 +13,8 @@ from fastrcnn.inference.detections import Detections
 from fastrcnn.layers import fold_batch_norm
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.preprocess import resized_size
-from fastrcnn.models.zoo import NAMES, named_model
+from fastrcnn.models.rpn import RPN
+from fastrcnn.models.zoo import NAMES, RPNS, named_model
 from fastrcnn.weights import coco_address, infer_model
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +35,7 @@ def _names_and_ids(model: BaseDetector) -> tuple[list[str], list[int]]:
     names = model.class_names
     if names is None:
         names = {90: by_id, 80: in_use, 91: ["N/A", *by_id]}.get(model.num_classes)
-        names = names or [f"class {i}" for i in range(model.num_classes)]
+        names = names or (["object"] if isinstance(model, RPN) else [f"class {i}" for i in range(model.num_classes)])
     if list(names) == in_use:
         return list(names), [by_id.index(name) + 1 for name in in_use]
     if list(names) == ["N/A", *by_id]:  # torchvision's RetinaNet, which counts from an unused 0
@@ -55,10 +56,10 @@ def as_device(device: str | torch.device) -> torch.device:
 class Detector:
     """Finds objects: `Detector("r50_fpn", weights="coco")("street.jpg")[0].boxes`.
 
-    model_or_name: a FasterRCNN or RetinaNet (copied, not changed), a name from `fastrcnn models`, or a checkpoint file or
-    address from which the model is inferred. weights: a checkpoint of MMDetection, torchvision or Detectron2, "coco" for
-    published ones, or None. device: "auto", "cpu", "cuda", "cuda:1"... precision: "fp32", "bf16", "fp16"; "auto" is fp32
-    on a CPU, so that a checkpoint gives its old numbers, and bf16 on CUDA. Objects below score_threshold are left out.
+    model_or_name: a FasterRCNN, RetinaNet or RPN (copied, not changed), a name from `fastrcnn models`, or a checkpoint
+    file or address from which the model is inferred. weights: a checkpoint of MMDetection, torchvision or Detectron2,
+    "coco" for published ones, or None. device: "auto", "cpu", "cuda", "cuda:1"... precision: "fp32", "bf16", "fp16";
+    "auto" is fp32 on a CPU, so that a checkpoint gives its old numbers, and bf16 on CUDA. Objects below score_threshold are left out.
     """
 
     def __init__(
@@ -81,8 +82,11 @@ class Detector:
         self.precision = precision
         model = self._model(model_or_name, weights).eval()
         model.requires_grad_(False)
-        test_cfg = model.roi_head.test_cfg
-        model.roi_head.test_cfg = {**test_cfg, "score_thr": score_threshold}
+        self.score_threshold = score_threshold
+        for name in ("roi_head", "bbox_head"):  # of two stages, of one; an RPN alone has neither
+            if hasattr(model, name):
+                head = getattr(model, name)
+                head.test_cfg = {**head.test_cfg, "score_thr": score_threshold}
         self.class_names, self.category_ids = _names_and_ids(model)
         # Batch norms are folded in float32, before the weights are rounded.
         self.model = fold_batch_norm(model.float()).to(self.device, PRECISIONS[precision])
@@ -94,9 +98,9 @@ class Detector:
                 raise ValueError("weights: expected None beside a model; load them with fastrcnn.load_weights first")
             return copy.deepcopy(model_or_name)
         name = str(model_or_name)
-        if name not in NAMES:
+        if name not in (*NAMES, *RPNS):
             if weights is not None:
-                raise ValueError(f"model_or_name: unknown model {name!r}, expected one of {', '.join(NAMES)}")
+                raise ValueError(f"model_or_name: unknown model {name!r}, expected one of {', '.join((*NAMES, *RPNS))}")
             return infer_model(name)
         if weights is None:
             return named_model(name)
@@ -158,6 +162,8 @@ class Detector:
         offset = self.model.label_offset
         results = self.model([image.to(self.device) for _, image in group])
         for (index, image), r in zip(group, results):
+            kept = r["scores"] > self.score_threshold
+            r = {key: value[kept] for key, value in r.items()}
             yield index, image, Detections(
                 r["boxes"].float().cpu(), r["scores"].float().cpu(), r["labels"].cpu() - offset, self.class_names,
                 self.category_ids,

@@ -35,9 +35,7 @@ class Profile:
     rpn_divisor: str  # of the losses: "floored" counts at least one of each side an image, "sampled", or "num"
     rpn_loss_bbox: dict
     # --- RetinaNet
-    dense_divisor: (
-        str  # of the losses: "positives" of the batch, the mean of each "image" by its own, or a "running" mean
-    )
+    dense_divisor: str  # of the losses: the batch's "positives", each "image" by its own, or a "running" mean
     dense_loss_bbox: dict
     dense_drops_small: bool  # detections must be larger than test_cfg's min_bbox_size on both sides
     dense_anchors: dict
