@@ -221,7 +221,8 @@ def train(
         from torchvision.transforms import v2
 
         dataset = CocoDataset(annotations, images, v2.RandomHorizontalFlip())
-        sizes, classes = dict(min_size=min_size, max_size=max_size), len(dataset.class_names)
+        names = ["object"] if (model or "").startswith("rpn_") else dataset.class_names
+        sizes, classes = dict(min_size=min_size, max_size=max_size), len(names)
         if weights:
             net = pretrained_model(weights, classes, model, **sizes)
         else:  # nothing may stay frozen at random values
@@ -231,19 +232,20 @@ def train(
         net = run(net, dataset, epochs, batch, lr, log=lambda line: console.print(line, soft_wrap=True))
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
-    net.class_names = dataset.class_names
+    net.class_names = names
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     save_file(state, out, model_metadata(net.zoo_name, net, net.zoo_overrides))
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     if val is not None:
-        from fastrcnn.evaluation import evaluate
-
-        _print_scores(evaluate(net, CocoDataset(val, images)))
+        _print_scores(net, CocoDataset(val, images))
 
 
-def _print_scores(scores: dict[str, float]) -> None:
-    for name, value in scores.items():
-        console.print(f"{name:6} {value:5.1f}")
+def _print_scores(model, dataset) -> None:
+    """COCO's numbers; of an RPN alone, whose objects have no classes, its recall."""
+    from fastrcnn.evaluation import evaluate, evaluate_proposals
+
+    for name, value in (evaluate if model.reads_labels else evaluate_proposals)(model, dataset).items():
+        console.print(f"{name:8} {value:5.1f}")
 
 
 @app.command("eval")
@@ -253,21 +255,19 @@ def evaluate_command(
     images: Annotated[Path | None, typer.Option(help="image folder [default: images/ beside the annotations]")] = None,
     device: Device = "auto",
 ) -> None:
-    """COCO's twelve numbers of a checkpoint on annotated images."""
+    """COCO's twelve numbers of a checkpoint on annotated images, or the recall of a region proposal network."""
     from fastrcnn.data import CocoDataset
-    from fastrcnn.evaluation import evaluate
     from fastrcnn.inference.detector import as_device
     from fastrcnn.weights import infer_model
 
     try:
         dataset = CocoDataset(annotations, images)
         model = infer_model(weights).to(as_device(device))
-        if model.num_classes != len(dataset.class_names):
+        if model.reads_labels and model.num_classes != len(dataset.class_names):
             _fail(f"{weights} has {model.num_classes} classes, {annotations} has {len(dataset.class_names)}")
-        scores = evaluate(model, dataset)
+        _print_scores(model, dataset)
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
-    _print_scores(scores)
 
 
 def main() -> None:

@@ -271,6 +271,15 @@ def test_a_retinanet_trains_detects_and_is_measured(dataset, tmp_path):
     assert "AP50" in run("eval", dataset, "--weights", out, "--device", "cpu")
 
 
+def test_a_proposal_network_trains_and_its_recall_is_measured(dataset, tmp_path):
+    out = tmp_path / "trained.safetensors"
+    short = [v if v != "r18_fpn" else "rpn_r50_fpn" for v in SHORT]
+    printed = run("train", dataset, "--out", out, "--val", dataset, *short)
+    assert "loss_rpn_bbox" in printed and "AR@1000" in printed
+    assert Detector(str(out), device="cpu").class_names == ["object"]
+    assert "AR@100 " in run("eval", dataset, "--weights", out, "--device", "cpu")
+
+
 def test_training_goes_on_from_torchvision_weights(dataset, tmp_path):
     model, start = faster_rcnn("r18_fpn", 3, "torchvision"), tmp_path / "start.safetensors"
     save_file(model.state_dict(), start, model_metadata("r18_fpn", model, {}))

@@ -59,7 +59,8 @@ class Detector:
     model_or_name: a FasterRCNN, RetinaNet or RPN (copied, not changed), a name from `fastrcnn models`, or a checkpoint
     file or address from which the model is inferred. weights: a checkpoint of MMDetection, torchvision or Detectron2,
     "coco" for published ones, or None. device: "auto", "cpu", "cuda", "cuda:1"... precision: "fp32", "bf16", "fp16";
-    "auto" is fp32 on a CPU, so that a checkpoint gives its old numbers, and bf16 on CUDA. Objects below score_threshold are left out.
+    "auto" is fp32 on a CPU, so that a checkpoint gives its old numbers, and bf16 on CUDA. Objects below score_threshold
+    are left out.
     """
 
     def __init__(
