@@ -306,3 +306,16 @@ def test_training_under_autocast_gives_nearly_the_same_losses():
         assert low[name].item() == pytest.approx(exact[name].item(), rel=0.05), name
     sum(low.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_what_training_proposals_leave_unsaid():
+    rpn = dict(nms_pre=70, max_per_img=60, min_bbox_size=9)
+    keys = ("nms_pre", "max_per_img", "min_bbox_size")
+
+    def proposing(**train_cfg):
+        model = tiny(test_cfg=dict(rpn=rpn), train_cfg=dict(rpn_proposal=None, **train_cfg))
+        return [model.rpn_proposal[key] for key in keys]
+
+    assert proposing() == [70, 60, 9]  # as in testing
+    tiny_model = tiny(test_cfg=dict(rpn=rpn), train_cfg=dict(rpn_proposal=dict(_delete_=True, max_per_img=40)))
+    assert [tiny_model.rpn_proposal[key] for key in keys] == [-1, 40, -1]  # all of them, whatever their size

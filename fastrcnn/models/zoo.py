@@ -97,7 +97,7 @@ def model_config(name: str, num_classes: int = 80, profile: str = "mmdet") -> di
                 allowed_border=-1,
                 pos_weight=-1,
             ),
-            rpn_proposal=dict(nms_pre=2000, max_per_img=p.rpn_post_nms_train),
+            rpn_proposal=dict(nms_pre=2000, max_per_img=p.rpn_post_nms_train, min_bbox_size=0),
             rcnn=dict(),
         ),
         test_cfg=dict(
