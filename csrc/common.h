@@ -16,6 +16,8 @@
 #include <vector>
 
 #if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #else
 #define HOST_DEVICE inline __attribute__((always_inline))
@@ -61,5 +63,23 @@ inline Tensor empty_like_device(const Tensor& like, std::vector<int64_t> shape, 
                                 std::optional<MemoryFormat> format = std::nullopt) {
   return torch::stable::empty(shape, dtype, std::nullopt, like.device(), std::nullopt, format);
 }
+
+// run(T(), F()) for arithmetic in T on features of F.
+template <class Run>
+void dispatch_features(ScalarType dtype, Run run) {
+  if (dtype == ScalarType::Double) return run(double(), double());
+  if (dtype == ScalarType::Float) return run(float(), float());
+  if (dtype == ScalarType::BFloat16) return run(float(), BFloat16());
+  STD_TORCH_CHECK(dtype == ScalarType::Half, "input must be float64, float32, float16 or bfloat16");
+  run(float(), Half());
+}
+
+#if defined(__CUDACC__)
+inline cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
 
 }  // namespace fastrcnn

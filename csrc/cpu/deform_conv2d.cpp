@@ -103,15 +103,7 @@ ScalarType deform_cpu_dtype(ScalarType input) {
 }
 
 void deform_im2col_cpu(const DeformConv& p, int64_t first, int64_t count, Tensor& columns) {
-  if (p.dtype == ScalarType::Double) {
-    im2col<double, double>(p, first, count, columns);
-  } else if (p.dtype == ScalarType::Float) {
-    im2col<float, float>(p, first, count, columns);
-  } else if (p.dtype == ScalarType::BFloat16) {
-    im2col<float, BFloat16>(p, first, count, columns);
-  } else {
-    im2col<float, Half>(p, first, count, columns);
-  }
+  dispatch_features(p.dtype, [&](auto t, auto f) { im2col<decltype(t), decltype(f)>(p, first, count, columns); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrcnn, CPU, m) { m.impl("deform_conv2d", TORCH_BOX(&deform_conv2d)); }

@@ -118,15 +118,9 @@ DeformGradients deform_conv2d_backward(const Tensor& grad, const Tensor& input, 
   };
   const auto scatter = [&](int64_t first, int64_t count, const Tensor& columns, Tensor& to_input, Tensor& to_offset,
                            Tensor& to_mask) {
-    if (dtype == ScalarType::Double) {
-      col2im<double, double>(p, first, count, columns, to_input, to_offset, to_mask);
-    } else if (dtype == ScalarType::Float) {
-      col2im<float, float>(p, first, count, columns, to_input, to_offset, to_mask);
-    } else if (dtype == ScalarType::BFloat16) {
-      col2im<float, BFloat16>(p, first, count, columns, to_input, to_offset, to_mask);
-    } else {
-      col2im<float, Half>(p, first, count, columns, to_input, to_offset, to_mask);
-    }
+    dispatch_features(dtype, [&](auto t, auto f) {
+      col2im<decltype(t), decltype(f)>(p, first, count, columns, to_input, to_offset, to_mask);
+    });
   };
   const int64_t step = rows_at_once(p, kCpuColumnBytes, dtype == ScalarType::Double ? 8 : 4);
   return deform_backward(p, grad, input, offset, weight, mask, step, im2col, scatter);

@@ -52,7 +52,7 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, std::optional<Te
   std::optional<Tensor> o;
   if (offset) o = contiguous_as(*offset, acc);
   Tensor out = empty_like_device(input, {p.num_rois, p.channels, pooled_h, pooled_w}, dtype, deform_format(p));
-  dispatch_deform_pool(dtype, [&](auto t, auto f) {
+  dispatch_features(dtype, [&](auto t, auto f) {
     using T = decltype(t);
     using F = decltype(f);
     const T* roi = checked_deform_rois<T>(r, p);

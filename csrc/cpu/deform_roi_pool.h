@@ -70,15 +70,6 @@ struct BinTaps {
   }
 };
 
-template <class Run>
-void dispatch_deform_pool(ScalarType dtype, Run run) {
-  if (dtype == ScalarType::Double) return run(double(), double());
-  if (dtype == ScalarType::Float) return run(float(), float());
-  if (dtype == ScalarType::BFloat16) return run(float(), BFloat16());
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "input must be float64, float32, float16 or bfloat16");
-  run(float(), Half());
-}
-
 // Before the threads start: an error is raised here, not from inside the loop.
 template <class T>
 const T* checked_deform_rois(const Tensor& rois, const DeformPool& p) {

@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad, const Te
   Tensor parts = empty_like_device(input, {std::max<int64_t>(shares, 1), offsets}, acc);
   torch::stable::zero_(grad_input);
   torch::stable::zero_(parts);
-  dispatch_deform_pool(dtype, [&](auto t, auto f) {
+  dispatch_features(dtype, [&](auto t, auto f) {
     using T = decltype(t);
     using F = decltype(f);
     const T* roi = checked_deform_rois<T>(r, p);

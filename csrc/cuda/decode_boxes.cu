@@ -1,8 +1,6 @@
 // Box regression deltas -> boxes, one thread a box. Loads are 4 bytes (8 for double): a slice of a tensor need not lie on 16.
 #include "decode_boxes.h"
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -32,9 +30,7 @@ Tensor run(const Tensor& anchors, const Tensor& deltas, const std::optional<Tens
   if (max_shape) shape = contiguous_as(*max_shape, dtype);
   Tensor out = empty_like_device(anchors, {batch, n, classes * 4}, dtype);
   if (total == 0) return out;
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(anchors.get_device_index(), &stream));
-  decode_boxes_kernel<T><<<(total + kThreads - 1) / kThreads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+  decode_boxes_kernel<T><<<(total + kThreads - 1) / kThreads, kThreads, 0, current_stream(anchors)>>>(
       reinterpret_cast<const Box<T>*>(a.template const_data_ptr<T>()),
       reinterpret_cast<const Box<T>*>(d.template const_data_ptr<T>()),
       shape ? shape->template const_data_ptr<T>() : nullptr, total, n, classes, coder,

@@ -3,8 +3,6 @@
 // each pixel adds up its own in that fixed order.
 #include "deform_conv2d.h"
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -137,12 +135,6 @@ __global__ void gather_kernel(DeformShape s, const int* sorted, const int64_t* o
   }
 }
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
 template <class T>
 const T* mask_of(const DeformConv& p) {
   return p.mask ? p.mask->const_data_ptr<T>() : nullptr;
@@ -209,16 +201,6 @@ void col2im(const DeformConv& p, int64_t first, int64_t count, const Tensor& col
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// body<T, F>() for arithmetic in T on columns of F.
-#define DISPATCH(dtype, body, ...)                                                                        \
-  switch (dtype) {                                                                                        \
-    case ScalarType::Double: body<double, double>(__VA_ARGS__); break;                                    \
-    case ScalarType::Float: body<float, float>(__VA_ARGS__); break;                                       \
-    case ScalarType::BFloat16: body<float, BFloat16>(__VA_ARGS__); break;                                 \
-    case ScalarType::Half: body<float, Half>(__VA_ARGS__); break;                                         \
-    default: STD_TORCH_CHECK(false, "input must be float64, float32, float16 or bfloat16");               \
-  }
-
 int64_t step_of(const DeformConv& p) {
   return rows_at_once(p, kColumnBytes, p.dtype == ScalarType::Double ? 8 : p.dtype == ScalarType::Float ? 4 : 2);
 }
@@ -229,7 +211,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
   const DeformConv p =
       make_deform_conv(input, offset, weight, mask, stride, padding, dilation, input.scalar_type());
   return deform_forward(p, input, step_of(p), [&](int64_t first, int64_t count, Tensor& columns) {
-    DISPATCH(p.dtype, im2col, p, first, count, columns);
+    dispatch_features(p.dtype, [&](auto t, auto f) { im2col<decltype(t), decltype(f)>(p, first, count, columns); });
   });
 }
 
@@ -240,11 +222,13 @@ DeformGradients deform_conv2d_backward(const Tensor& grad, const Tensor& input, 
   const DeformConv p =
       make_deform_conv(input, offset, weight, mask, stride, padding, dilation, input.scalar_type());
   const auto columns_of = [&](int64_t first, int64_t count, Tensor& columns) {
-    DISPATCH(p.dtype, im2col, p, first, count, columns);
+    dispatch_features(p.dtype, [&](auto t, auto f) { im2col<decltype(t), decltype(f)>(p, first, count, columns); });
   };
   const auto scatter = [&](int64_t first, int64_t count, const Tensor& columns, Tensor& to_input, Tensor& to_offset,
                            Tensor& to_mask) {
-    DISPATCH(p.dtype, col2im, p, first, count, columns, to_input, to_offset, to_mask);
+    dispatch_features(p.dtype, [&](auto t, auto f) {
+      col2im<decltype(t), decltype(f)>(p, first, count, columns, to_input, to_offset, to_mask);
+    });
   };
   return deform_backward(p, grad, input, offset, weight, mask, step_of(p), columns_of, scatter);
 }

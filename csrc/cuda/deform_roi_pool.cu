@@ -3,8 +3,6 @@
 // gradient in the maps is added with atomics (fastrcnn/ops/deform_roi_pool.py raises torch's determinism alert).
 #include "deform_roi_pool_math.h"
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -159,21 +157,6 @@ backward_kernel(const F* grad, const F* input, const T* rois, const T* offset, D
   }
 }
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-template <class Run>
-void dispatch(ScalarType dtype, Run run) {
-  if (dtype == ScalarType::Double) return run(double(), double());
-  if (dtype == ScalarType::Float) return run(float(), float());
-  if (dtype == ScalarType::BFloat16) return run(float(), BFloat16());
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "input must be float64, float32, float16 or bfloat16");
-  run(float(), Half());
-}
-
 Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, std::optional<Tensor> offset, int64_t pooled_h,
                        int64_t pooled_w, double spatial_scale, int64_t sampling_ratio, double gamma) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
@@ -188,7 +171,7 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, std::optional<Te
   constexpr int64_t kChunk = kForwardThreads * kElements;
   const dim3 grid(static_cast<unsigned>(p.num_rois),
                   static_cast<unsigned>(std::min<int64_t>((total + kChunk - 1) / kChunk, 65535)));
-  dispatch(dtype, [&](auto t, auto f) {
+  dispatch_features(dtype, [&](auto t, auto f) {
     using T = decltype(t);
     using F = decltype(f);
     forward_kernel<T, F><<<grid, kForwardThreads, 0, current_stream(input)>>>(
@@ -218,7 +201,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad, const Te
     std::optional<Tensor> o;
     if (offset) o = contiguous_as(*offset, acc);
     const unsigned blocks = static_cast<unsigned>(p.num_rois * bins);
-    dispatch(dtype, [&](auto t, auto f) {
+    dispatch_features(dtype, [&](auto t, auto f) {
       using T = decltype(t);
       using F = decltype(f);
       backward_kernel<T, F><<<blocks, kBackwardThreads, 0, current_stream(input)>>>(
