@@ -55,9 +55,7 @@ class _DeformConvPack(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        raise NotImplementedError
-
-    def _init_offset(self) -> None:
+        """Offsets start at zero; a subclass starts its weight."""
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)
 
@@ -87,7 +85,7 @@ class DeformConv2dPack(_DeformConvPack):
 
     def init_weights(self) -> None:
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
-        self._init_offset()
+        super().init_weights()
 
     def forward(self, x: Tensor) -> Tensor:
         where = self.stride, self.padding, self.dilation
@@ -111,7 +109,7 @@ class ModulatedDeformConv2dPack(_DeformConvPack):
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        self._init_offset()
+        super().init_weights()
 
     def forward(self, x: Tensor) -> Tensor:
         # The first two thirds are the offsets as the operator takes them, the last the mask.

@@ -78,19 +78,11 @@ class DeformRoIPoolPack(DeformRoIPool):
 
 
 class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
-    """DeformRoIPoolPack whose bins are weighted by a sigmoid. Source: mmcv's ModulatedDeformRoIPoolPack."""
+    """DeformRoIPoolPack, of the same arguments, whose bins are weighted by a sigmoid. Source: mmcv."""
 
-    def __init__(
-        self,
-        output_size: int | Sequence[int],
-        output_channels: int,
-        deform_fc_channels: int = 1024,
-        spatial_scale: float = 1.0,
-        sampling_ratio: int = 0,
-        gamma: float = 0.1,
-    ):
-        super().__init__(output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma)
-        self.mask_fc = _fully_connected((self._bins * output_channels, deform_fc_channels, self._bins))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mask_fc = _fully_connected((self._bins * self.output_channels, self.deform_fc_channels, self._bins))
         self.mask_fc.append(nn.Sigmoid())
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
