@@ -41,6 +41,12 @@ class BaseDetector(nn.Module):
         self.neck = None if neck is None else build(neck, {"FPN": FPN}, "neck")
         self.class_names: list[str] | None = None
 
+    def _built(self, dense_head: nn.Module) -> None:
+        """What a subclass says when its parts stand: the head that proposes or detects on every level, and, for a return to
+        this profile, what the model has beside it."""
+        dense_head.pad_size_divisor = self.data_preprocessor.pad_size_divisor
+        self.built_with = self.profile.name, self.peer_options()
+
     @property
     def label_offset(self) -> int:
         """The first label of an object outside the network: 1 where the peer keeps 0 for the background."""

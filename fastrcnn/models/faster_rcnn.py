@@ -44,13 +44,12 @@ class FasterRCNN(BaseDetector):
             cfgs = dict(train_cfg=train_cfg["rcnn"], test_cfg=test_cfg["rcnn"], profile=self.profile)
             roi_head = build({**roi_head, **cfgs}, {"StandardRoIHead": StandardRoIHead}, "roi_head")
         self.rpn_head, self.roi_head = rpn_head, roi_head
-        self.rpn_head.pad_size_divisor = self.data_preprocessor.pad_size_divisor
         # Without settings of its own, training proposes as testing does; with some, the others have no effect.
         proposal = train_cfg["rpn_proposal"]
         unsaid = {} if proposal is None else dict(nms_pre=-1, min_bbox_size=-1)
         self.rpn_proposal = settings({**rpn_head.test_cfg, **unsaid}, proposal, "train_cfg rpn_proposal")
         check_proposal_cfg(self.rpn_proposal, "train_cfg rpn_proposal")
-        self.built_with = self.profile.name, self.peer_options()
+        self._built(self.rpn_head)
 
     @property
     def num_classes(self) -> int:

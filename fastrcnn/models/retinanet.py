@@ -211,8 +211,7 @@ class RetinaNet(BaseDetector):
             cfgs = dict(train_cfg=train_cfg, test_cfg=test_cfg, profile=self.profile)
             bbox_head = build({**bbox_head, **cfgs}, {"RetinaHead": RetinaHead}, "bbox_head")
         self.bbox_head = bbox_head
-        self.bbox_head.pad_size_divisor = self.data_preprocessor.pad_size_divisor
-        self.built_with = self.profile.name, self.peer_options()
+        self._built(self.bbox_head)
 
     @property
     def num_classes(self) -> int:

@@ -201,8 +201,7 @@ class RPN(BaseDetector):
             cfgs = dict(train_cfg=train_cfg, test_cfg=test_cfg, profile=self.profile)
             rpn_head = build({**rpn_head, "num_classes": 1, **cfgs}, {"RPNHead": RPNHead}, "rpn_head")
         self.rpn_head = rpn_head
-        self.rpn_head.pad_size_divisor = self.data_preprocessor.pad_size_divisor
-        self.built_with = self.profile.name, self.peer_options()
+        self._built(self.rpn_head)
         self.register_load_state_dict_pre_hook(self._rename_bbox_head)
 
     @staticmethod
