@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.faster_rcnn import FasterRCNN
-from fastrcnn.models.post_process import finish, suppress
+from fastrcnn.models.post_process import suppress
 from fastrcnn.models.roi_head import StandardRoIHead
 from fastrcnn.models.rpn import RPN
 from fastrcnn.ops._checks import coordinates
@@ -212,12 +212,5 @@ def _second_stage(
 
 def _detections(head: StandardRoIHead, boxes: Tensor, scores: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
     """Detections of one image of `size` (height, width), from boxes [P, C, 4] in its pixels and scores [P, classes]."""
-    p, cfg = head.profile, head.test_cfg
-    row, label = (scores > cfg["score_thr"]).nonzero(as_tuple=True)
-    boxes = boxes[row, torch.zeros_like(label) if head.bbox_head.reg_class_agnostic else label]
-    scores = scores[row, label]
-    if p.min_box_size is not None:
-        keep = ((boxes[:, 2:] - boxes[:, :2]) >= p.min_box_size).all(-1)
-        boxes, scores, label = boxes[keep], scores[keep], label[keep]
-    found = finish(boxes, scores, label, torch.tensor(size, device=boxes.device), None, cfg, p)
-    return {**found, "labels": found["labels"] + p.label_offset}
+    row, column, label = head.candidates(scores)
+    return head.finish(boxes[row, column], scores[row, label], label, torch.tensor(size, device=boxes.device), None)

@@ -287,18 +287,26 @@ class StandardRoIHead(nn.Module):
         return results
 
     def _detections(self, scores, deltas, rois, image_size, scale) -> dict[str, Tensor]:
-        p, cfg = self.profile, self.test_cfg
         # Candidates first, decoding after: most class scores are far below the threshold.
-        row, label = (scores > cfg["score_thr"]).nonzero(as_tuple=True)
-        column = torch.zeros_like(label) if self.bbox_head.reg_class_agnostic else label
-        boxes = self.bbox_head.bbox_coder.decode(
-            rois[row], deltas.unflatten(1, (-1, 4))[row, column], image_size.float()
-        )
-        scores = scores[row, label]
+        row, column, label = self.candidates(scores)
+        moves = deltas.unflatten(1, (-1, 4))[row, column]
+        boxes = self.bbox_head.bbox_coder.decode(rois[row], moves, image_size.float())
+        return self.finish(boxes, scores[row, label], label, image_size, scale)
+
+    def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(row, column of its box, label) of each of the scores [R, classes] above the threshold."""
+        row, label = (scores > self.test_cfg["score_thr"]).nonzero(as_tuple=True)
+        return row, torch.zeros_like(label) if self.bbox_head.reg_class_agnostic else label, label
+
+    def finish(
+        self, boxes: Tensor, scores: Tensor, label: Tensor, image_size: Tensor, scale: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Detections of one image from candidates: as `post_process.finish`, labels in the profile's numbers."""
+        p = self.profile
         if p.min_box_size is not None:
             keep = ((boxes[:, 2:] - boxes[:, :2]) >= p.min_box_size).all(-1)
             boxes, scores, label = boxes[keep], scores[keep], label[keep]
-        found = finish(boxes, scores, label, image_size, scale, cfg, p)
+        found = finish(boxes, scores, label, image_size, scale, self.test_cfg, p)
         return {**found, "labels": found["labels"] + p.label_offset}
 
     def loss(
