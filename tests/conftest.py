@@ -1,5 +1,8 @@
 """Shared by all tests: the devices, the guard against testing a reference with itself, and the tolerance rule."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,7 +11,22 @@ from fastrcnn._extension import has_kernel
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--emulate-cuda", action="store_true", help="run the CUDA kernels, emulated, in place of the CPU's")
+
+
+def pytest_configure(config):
+    if config.getoption("--emulate-cuda"):
+        from emulated_cuda.build import build
+
+        library = Path(tempfile.mkdtemp(prefix="emulated_cuda")) / "emulated_cuda.so"
+        build(library)
+        torch.ops.load_library(library)  # for a kernel registered twice the later one answers
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--emulate-cuda"):  # only what would run on a CUDA device, and knows no rule of the CPU's own
+        items[:] = [i for i in items if "device" in i.fixturenames and not i.get_closest_marker("cpu_rule")]
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
