@@ -12,7 +12,9 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 def pytest_addoption(parser):
-    parser.addoption("--emulate-cuda", action="store_true", help="run the CUDA kernels, emulated, in place of the CPU's")
+    parser.addoption(
+        "--emulate-cuda", action="store_true", help="run the CUDA kernels, emulated, in place of the CPU's"
+    )
 
 
 def pytest_configure(config):
@@ -25,8 +27,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--emulate-cuda"):  # only what would run on a CUDA device, and knows no rule of the CPU's own
-        items[:] = [i for i in items if "device" in i.fixturenames and not i.get_closest_marker("cpu_rule")]
+    if config.getoption("--emulate-cuda"):  # only what would run on a CUDA device, and the same as on the CPU
+        items[:] = [i for i in items if "device" in i.fixturenames and not i.get_closest_marker("device_rule")]
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -49,6 +49,7 @@ def test_equal_scores_count_in_index_order(device):
     assert nms(boxes, scores, 0.5).tolist() == [0, 2]
 
 
+@pytest.mark.device_rule
 @pytest.mark.parametrize("tenths", range(1, 10))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_iou_equal_to_the_threshold_is_settled_as_torchvision_does(device, tenths, dtype):
@@ -63,6 +64,7 @@ def test_iou_equal_to_the_threshold_is_settled_as_torchvision_does(device, tenth
         assert kept.tolist() == ([0] if suppressed else [0, 1])
 
 
+@pytest.mark.device_rule
 @pytest.mark.parametrize("threshold, cpu_keeps", [(1 / 3, 1), (float(np.float32(1 / 3)), 2), (0.34, 2), (0.33, 1)])
 def test_a_third_lies_between_the_float_and_the_double_threshold(device, threshold, cpu_keeps):
     boxes = torch.tensor([[0.0, 0, 2, 1], [1, 0, 3, 1]], device=device)
@@ -123,14 +125,55 @@ def test_double_scores_beside_float_boxes_equal_the_reference(device, need_kerne
     assert torch.equal(nms(boxes, scores, 0.5), nms_reference(boxes, scores, 0.5))
 
 
+@pytest.mark.parametrize("length", [2, 33, 300, 1300])
+def test_a_chain_of_boxes_keeps_every_second(device, need_kernel, length):
+    """Each box overlaps the next one only, so that whether the last one stays depends on all the others."""
+    need_kernel("nms", device)
+    left = torch.arange(length, device=device) * 5.0
+    boxes = torch.stack([left, torch.zeros_like(left), left + 10, torch.full_like(left, 10)], 1)
+    scores = torch.linspace(1, 0.1, length, device=device)
+    assert torch.equal(nms(boxes, scores, 0.2), torch.arange(0, length, 2, device=device))
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 31, 100, 255, 257, 700])
+def test_groups_of_any_size_and_place(device, need_kernel, group_size):
+    need_kernel("batched_nms", device)
+    n = 1500
+    boxes, scores = random_boxes(n, width=300, height=300).to(device), scores_with_ties(n).to(device)
+    idxs = (torch.randperm(n) // group_size * 7 - 50).to(device)
+    assert torch.equal(batched_nms(boxes, scores, idxs, 0.3), batched_nms_reference(boxes, scores, idxs, 0.3))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("n", [16384, 16385])
+def test_long_lists(device, need_kernel, n, grouped):
+    need_kernel("batched_nms", device)
+    boxes, scores = random_boxes(n, 200, 200, 150).to(device), scores_with_ties(n).to(device)
+    idxs = torch.arange(n, device=device) % (5 if grouped else 1)
+    args = boxes, scores, idxs, 0.5, 300
+    kept = batched_nms(*args)
+    assert 200 < len(kept) <= 300
+    assert torch.equal(kept, batched_nms_reference(*args))
+
+
+def test_one_group_of_many_may_be_full_long_before_the_others(device, need_kernel):
+    need_kernel("nms_padded", device)
+    boxes, scores = random_boxes(2400, 2000, 2000, 30).to(device), scores_with_ties(2400).to(device)
+    scores[:1200] += 1.0  # one group above, the other below
+    groups = (torch.arange(2400, device=device) >= 1200).long()
+    args = boxes.view(2, 1200, 4), scores.view(2, 1200), groups.view(2, 1200), 0.5, 40
+    for a, b in zip(nms_padded(*args), nms_padded_reference(*args)):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("n", BLOCK_EDGES)
 def test_batched_nms_equals_reference_and_torchvision(device, need_kernel, n):
     need_kernel("batched_nms", device)
     boxes, scores = integer_boxes(n).to(device), scores_with_ties(n).to(device)
     idxs = torch.randint(0, 3, (n,), device=device)
-    kept = batched_nms(boxes, scores, idxs, 0.4)
-    assert torch.equal(kept, batched_nms_reference(boxes, scores, idxs, 0.4))
-    theirs = torchvision.ops.batched_nms(boxes, scores, idxs, 0.4)
+    kept = batched_nms(boxes, scores, idxs, 0.43)  # no IoU of these boxes: what equals the threshold has its own test
+    assert torch.equal(kept, batched_nms_reference(boxes, scores, idxs, 0.43))
+    theirs = torchvision.ops.batched_nms(boxes, scores, idxs, 0.43)
     assert set(kept.tolist()) == set(theirs.tolist())
     assert torch.equal(scores[kept], scores[theirs])  # equal scores may stand in another order there
 
@@ -261,6 +304,72 @@ def test_exports(device, name):
     function, args = calls(device)[name]
     exported = torch.export.export(Call(function), args).module()
     torch.testing.assert_close(exported(*args), function(*args), rtol=0, atol=0)
+
+
+def on_gpu(n: int = 3000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return random_boxes(n, largest=300).cuda(), scores_with_ties(n).cuda(), torch.arange(n, device="cuda") % 5
+
+
+@pytest.mark.gpu
+def test_runs_on_the_current_stream_and_without_synchronisation():
+    boxes, scores, groups = on_gpu()
+    args = boxes[None], scores[None], groups[None], 0.5, 1000
+    expected = nms_padded_reference(*args)
+    zeros = torch.zeros_like(boxes)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            zeros.copy_(boxes)  # done only when the stream gets there
+            actual = nms_padded(zeros[None], *args[1:])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [900, 3000, 20000])
+def test_nms_padded_replays_in_a_cuda_graph(n):
+    boxes, scores, groups = on_gpu(n)
+    static = boxes[None].clone(), scores[None].clone(), groups[None].clone(), 0.5, 500
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        nms_padded(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        indices, counts = nms_padded(*static)
+    for seed in (5, 6):
+        static[0].copy_(random_boxes(n, largest=300, seed=seed))
+        graph.replay()
+        expected = nms_padded(*static)
+        assert torch.equal(indices, expected[0])
+        assert torch.equal(counts, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_answers_on_the_device_of_its_input():
+    boxes, scores, _ = on_gpu()
+    kept = nms(boxes.to("cuda:1"), scores.to("cuda:1"), 0.5)
+    assert kept.device.index == 1
+    assert torch.equal(kept.cpu(), nms(boxes, scores, 0.5).cpu())
+
+
+@pytest.mark.gpu
+def test_memory_grows_with_the_boxes_not_with_their_pairs():
+    boxes, scores, _ = on_gpu(100_000)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = nms(boxes, scores, 0.5)
+    assert torch.cuda.max_memory_allocated() - before < 32 << 20
+    assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.5))
 
 
 BOXES, SCORES, IDXS = torch.zeros(5, 4), torch.zeros(5), torch.zeros(5, dtype=torch.int64)

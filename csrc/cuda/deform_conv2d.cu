@@ -2,11 +2,9 @@
 // The input's gradient has no atomic additions: the contributions of all points are sorted by the pixel they go to, and
 // each pixel adds up its own in that fixed order.
 #include "deform_conv2d.h"
+#include "sort.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
-#include <array>
 
 namespace fastrcnn {
 namespace {
@@ -160,15 +158,6 @@ void im2col(const DeformConv& p, int64_t first, int64_t count, Tensor& columns) 
   } else {
     launch_im2col<T, F, 1>(p, first, count, columns);
   }
-}
-
-// torch.sort(values, stable=True): (sorted, order)
-std::array<Tensor, 2> stable_sort(const Tensor& values) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  StableIValue stack[4] = {from(values), from(std::optional<bool>(true)), from(int64_t{-1}), from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 template <class T, class F>

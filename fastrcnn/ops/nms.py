@@ -15,12 +15,14 @@ from fastrcnn.ops._checks import check_same_device, check_same_length, check_ten
 
 
 def _comparable(threshold: float, like: Tensor) -> float:
-    """The threshold for a comparison in `like`'s dtype. On the CPU torchvision compares a float IoU with the double
-    threshold, which equals comparing it with the largest float that does not exceed the threshold; on CUDA both are float.
+    """The threshold as torchvision's kernels compare with it: on CUDA rounded to float for boxes of every dtype, on the
+    CPU a double. A float IoU against a double threshold equals one against the largest float that does not exceed it.
     """
-    if like.dtype == torch.float64 or like.device.type != "cpu":
-        return threshold
     rounded = torch.tensor(threshold, dtype=torch.float32)
+    if like.device.type != "cpu":
+        return rounded.item()
+    if like.dtype == torch.float64:
+        return threshold
     if rounded.item() > threshold:
         rounded = torch.nextafter(rounded, torch.tensor(-math.inf))
     return rounded.item()

@@ -13,7 +13,15 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-FLAGS = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-w",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
 
 
 def _closing(text: str, start: int) -> int:

@@ -173,7 +173,7 @@ inline char* stack(unsigned i) {
 inline void release(Barrier& b) {
   b.arrived = 0;
   ++b.generation;
-  const uint64_t next = (b.generation + 1) & 1;  // the parity that the generation after this one will write
+  const uint64_t next = b.generation & 1;  // whoever read its last votes has arrived here since
   b.count[next] = 0, b.any[next] = 0, b.all[next] = 1;
 }
 inline void wait(Barrier& b, unsigned expected) {
