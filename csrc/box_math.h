@@ -14,6 +14,12 @@ struct Box {
   T x1, y1, x2, y2;
 };
 
+// A box that one or two instructions load. Boxes that come from outside need not lie on 16 bytes.
+template <class T>
+struct alignas(16) AlignedBox {
+  Box<T> box;
+};
+
 // The comparisons are written as (a < b ? b : a) so that a NaN coordinate takes the same branch on every device.
 template <class T>
 HOST_DEVICE T max_(T a, T b) {

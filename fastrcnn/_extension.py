@@ -16,6 +16,7 @@ OPS = (
     "batched_nms",
     "nms_padded",
     "soft_nms",
+    "batched_soft_nms",
     "roi_align",
     "multilevel_roi_align",
     "decode_boxes",

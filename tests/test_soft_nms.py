@@ -7,7 +7,7 @@ import torch
 from conftest import random_boxes
 from torch import nn
 
-from fastrcnn.ops import nms, soft_nms, soft_nms_reference
+from fastrcnn.ops import batched_soft_nms, batched_soft_nms_reference, nms, soft_nms, soft_nms_reference
 
 METHODS = ["naive", "linear", "gaussian"]
 NAN, INF = float("nan"), float("inf")
@@ -61,6 +61,46 @@ def test_equals_reference_across_the_threads_shares(device, need_kernel):
     boxes, scores = random_boxes(9000, width=200, height=200, largest=180).to(device), spread_scores(9000).to(device)
     _, indices = assert_equals_reference(boxes, scores, 0.3, 0.5, 0.9, "gaussian")
     assert len(indices) > 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n, groups", [(0, 1), (1, 1), (300, 1), (300, 7), (300, 300), (2500, 2)])
+def test_batched_equals_reference(device, need_kernel, method, n, groups):
+    need_kernel("batched_soft_nms", device)
+    boxes, scores = random_boxes(n, width=300, height=300).to(device), spread_scores(n).to(device)
+    idxs = (torch.randperm(n) % groups * 2**61 - 2**62).to(device)  # any int64
+    args = boxes, scores, idxs, 0.3, 0.5, 0.05 if n < 1000 else 0.9, method
+    for most in (None, 0, 5, n + 1):
+        dets, indices = batched_soft_nms(*args, max_output=most)
+        want_dets, want_indices = batched_soft_nms_reference(*args, max_output=most)
+        assert torch.equal(indices, want_indices)
+        torch.testing.assert_close(dets, want_dets)
+
+
+def test_batched_ties_go_to_the_lower_group_and_then_by_index(device, need_kernel):
+    need_kernel("batched_soft_nms", device)
+    boxes = torch.tensor([[20.0, 0, 30, 10], [0, 0, 10, 10], [40, 0, 50, 10], [60, 0, 70, 10]], device=device)
+    scores = torch.full((4,), 0.5, device=device)
+    idxs = torch.tensor([1, -3, 1, -3], device=device, dtype=torch.int32)
+    dets, indices = batched_soft_nms(boxes, scores, idxs)
+    assert indices.tolist() == [1, 3, 0, 2]
+    assert torch.equal(dets[:, :4], boxes[indices])
+
+
+def test_batched_leaves_other_groups_alone(device):
+    boxes = torch.tensor(THREE[:2], device=device)
+    dets, _ = batched_soft_nms(boxes, torch.tensor([0.9, 0.8], device=device), torch.tensor([0, 1], device=device))
+    torch.testing.assert_close(dets[:, 4], torch.tensor([0.9, 0.8], device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_batched_takes_other_dtypes_and_odd_input(device, need_kernel, dtype):
+    need_kernel("batched_soft_nms", device)
+    boxes, scores = random_boxes(120).to(dtype), spread_scores(120).to(dtype)
+    boxes[5], boxes[6:9, 2:], scores[[30, 31, 32]] = NAN, boxes[6:9, :2], torch.tensor([NAN, -INF, INF], dtype=dtype)
+    args = boxes.to(device), scores.to(device), torch.arange(120, device=device) % 3, 0.3, 0.5, 0.01, "gaussian"
+    for actual, expected in zip(batched_soft_nms(*args), batched_soft_nms_reference(*args)):
+        torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 def test_naive_is_hard_nms(device):
@@ -153,6 +193,14 @@ def test_opcheck(device, method):
     torch.library.opcheck(torch.ops.fastrcnn.soft_nms.default, (boxes, scores, 0.3, 0.5, 0.01, method))
 
 
+def test_opcheck_batched(device):
+    args = random_boxes(12).to(device), spread_scores(12).to(device), torch.arange(12, device=device) % 2
+    torch.library.opcheck(torch.ops.fastrcnn.batched_soft_nms.default, (*args, 0.3, 0.5, 0.01, "linear", 7))
+    torch._dynamo.reset()
+    compiled = torch.compile(batched_soft_nms, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), batched_soft_nms(*args), rtol=0, atol=0)
+
+
 def test_compiles_as_one_graph(device):
     args = random_boxes(12).to(device), spread_scores(12).to(device)
     torch._dynamo.reset()
@@ -184,10 +232,21 @@ def test_exports(device):
         ({"method": "quadratic"}, ValueError, "method"),
         ({"sigma": 0.0}, ValueError, "sigma"),
         ({"sigma": NAN}, ValueError, "sigma"),
+        ({"idxs": torch.zeros(5)}, TypeError, "idxs"),
+        ({"idxs": torch.zeros(4, dtype=torch.int64)}, ValueError, "idxs"),
+        ({"idxs": torch.zeros(5, dtype=torch.int64, device="meta")}, ValueError, "idxs"),
+        ({"max_output": -1}, ValueError, "max_output"),
     ],
 )
 def test_wrong_arguments_are_named(wrong, error, name):
     right = {"boxes": torch.zeros(5, 4), "scores": torch.zeros(5)}
-    soft_nms(**right)
-    with pytest.raises(error, match=name):
-        soft_nms(**{**right, **wrong})
+    for function in (batched_soft_nms, soft_nms):
+        if function is batched_soft_nms:
+            right["idxs"] = torch.zeros(5, dtype=torch.int64)
+        elif {"idxs", "max_output"} & set(wrong):
+            continue
+        else:
+            del right["idxs"]
+        function(**right)
+        with pytest.raises(error, match=name):
+            function(**{**right, **wrong})

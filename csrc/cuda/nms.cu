@@ -31,12 +31,6 @@ __device__ inline uint64_t score_key(double score) {
   return score == score ? ~ascending : 0;
 }
 
-// A box that one instruction loads. Boxes that come from outside need not lie on 16 bytes.
-template <class T>
-struct alignas(16) Aligned {
-  Box<T> box;
-};
-
 template <class T>
 struct Problem {
   int batch, n, tiles, words;  // words: of 32 ranks, an image
@@ -48,7 +42,7 @@ struct Problem {
   const int64_t* counts;  // [B] or null
   int* order;             // [B, N] rank by score -> row
   int* members;           // [B, N] place -> rank, by group and score; null without groups
-  Aligned<T>* sorted;     // [B, N] boxes by place
+  AlignedBox<T>* sorted;     // [B, N] boxes by place
   int64_t* sorted_group;  // [B, N]; null without groups
   unsigned long long* published;  // [B, tiles, kWords] zeroed: 2^32 + the bits of the places kept, once they are known
   unsigned* keep;                 // [B, words] zeroed: bits of the ranks kept
@@ -106,9 +100,9 @@ __device__ bool may_overlap(const Box<T>& a, T area_a, const Box<T>& b, T area_b
 
 template <class T>
 struct Staged {  // boxes that a whole block compares with
-  Aligned<T> box[kTile];
+  AlignedBox<T> box[kTile];
   T area[kTile];
-  __device__ void set(int i, const Aligned<T>& b) {
+  __device__ void set(int i, const AlignedBox<T>& b) {
     box[i] = b;
     area[i] = fastrcnn::area(b.box);
   }
@@ -154,10 +148,10 @@ __global__ void __launch_bounds__(kTile) nms_kernel(Problem<T> p) {
   const int image = static_cast<int>(drawn % p.batch), tile = static_cast<int>(drawn / p.batch), begin = tile * kTile;
   const int size = min(kTile, p.valid(image) - begin);
   if (size <= 0) return;  // the same for the whole block, and nobody waits for this tile
-  const Aligned<T>* boxes = p.sorted + p.row(image);
+  const AlignedBox<T>* boxes = p.sorted + p.row(image);
   const int64_t* groups = p.groups == nullptr ? nullptr : p.sorted_group + p.row(image);
   unsigned long long* published = p.published + static_cast<int64_t>(image) * p.tiles * kWords;
-  const Aligned<T> loaded = i < size ? boxes[begin + i] : Aligned<T>{};
+  const AlignedBox<T> loaded = i < size ? boxes[begin + i] : AlignedBox<T>{};
   const Box<T> mine = loaded.box;
   const T my_area = area(mine);
 
@@ -317,7 +311,7 @@ void run(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>&
   p.counts = counts ? counts->const_data_ptr<int64_t>() : nullptr;
   p.order = order.mutable_data_ptr<int>();
   p.members = groups ? members.mutable_data_ptr<int>() : nullptr;
-  p.sorted = reinterpret_cast<Aligned<T>*>(sorted.mutable_data_ptr<T>());
+  p.sorted = reinterpret_cast<AlignedBox<T>*>(sorted.mutable_data_ptr<T>());
   p.sorted_group = groups ? sorted_group.mutable_data_ptr<int64_t>() : nullptr;
   p.published = reinterpret_cast<unsigned long long*>(state.mutable_data_ptr<int64_t>());
   p.keep = reinterpret_cast<unsigned*>(p.published + batch * tiles * kWords);

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastrcnn.models.profiles import Profile
-from fastrcnn.ops import batched_nms, soft_nms
+from fastrcnn.ops import batched_nms, batched_soft_nms
 
 NMS_OPTIONS = {
     "nms": {"iou_threshold", "score_threshold"},
@@ -47,16 +47,8 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: dict, max_outpu
         keep = above[keep] if threshold > 0 else keep
         return keep, scores[keep]
     options = {k: v for k, v in cfg.items() if k not in _SHARED}
-    kept, decayed = [], []
-    for group in groups.unique().tolist():
-        members = (groups == group).nonzero()[:, 0]
-        dets, indices = soft_nms(boxes[members], scores[members], **options)
-        kept.append(members[indices])
-        decayed.append(dets[:, 4])
-    kept = torch.cat(kept) if kept else labels[:0]
-    decayed = torch.cat(decayed) if decayed else scores[:0]
-    best = decayed.sort(descending=True, stable=True).indices[:most]
-    return kept[best], decayed[best]
+    dets, keep = batched_soft_nms(boxes, scores, groups, **options, max_output=most)
+    return keep, dets[:, 4]
 
 
 def finish(
@@ -79,7 +71,7 @@ def finish(
     if factor is not None and profile.rescale_before_nms:
         boxes = boxes * factor
     if min_size >= 0:
-        large = ((boxes[:, 2:] - boxes[:, :2]) > min_size).all(-1)
+        large = ((boxes[:, 2:] - boxes[:, :2]) > min_size).all(-1).nonzero()[:, 0]
         boxes, scores, labels = boxes[large], scores[large], labels[large]
     keep, scores = suppress(boxes, scores, labels, cfg["nms"], cfg["max_per_img"])
     boxes, labels = boxes[keep], labels[keep]
@@ -90,6 +82,6 @@ def finish(
         whole = limit.round()  # an image's sides are, but for the last digit of the factor
         limit = torch.where((limit - whole).abs() < 1e-3, whole, limit)
         boxes = torch.minimum(boxes.clamp(min=0), limit.repeat(2))
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(-1).nonzero()[:, 0]
         boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
     return dict(boxes=boxes, labels=labels, scores=scores)

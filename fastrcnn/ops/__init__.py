@@ -21,11 +21,13 @@ from fastrcnn.ops.nms import (
     nms_reference,
 )
 from fastrcnn.ops.roi_align import roi_align, roi_align_reference
-from fastrcnn.ops.soft_nms import soft_nms, soft_nms_reference
+from fastrcnn.ops.soft_nms import batched_soft_nms, batched_soft_nms_reference, soft_nms, soft_nms_reference
 
 __all__ = [
     "batched_nms",
     "batched_nms_reference",
+    "batched_soft_nms",
+    "batched_soft_nms_reference",
     "conv_bn_relu",
     "conv_bn_relu_reference",
     "decode_boxes",

@@ -36,6 +36,11 @@ def check_unit(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 
 
+def check_max_output(max_output: int) -> None:
+    if max_output < 0:
+        raise ValueError(f"max_output: expected a number >= 0, got {max_output}")
+
+
 def coordinates(t: Tensor) -> Tensor:
     """`t` in the dtype that box arithmetic runs in: float64 stays, everything else becomes float32."""
     return t if t.dtype == torch.float64 else t.float()

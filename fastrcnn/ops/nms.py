@@ -11,7 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from fastrcnn.ops._checks import check_same_device, check_same_length, check_tensor, check_unit, coordinates
+from fastrcnn.ops._checks import (
+    check_max_output,
+    check_same_device,
+    check_same_length,
+    check_tensor,
+    check_unit,
+    coordinates,
+)
 
 
 def _comparable(threshold: float, like: Tensor) -> float:
@@ -112,11 +119,6 @@ def _(boxes, scores, groups, iou_threshold, max_output, counts=None):
     return boxes.new_empty(batch, max_output, dtype=torch.int64), boxes.new_empty(batch, dtype=torch.int64)
 
 
-def _check_max_output(max_output: int) -> None:
-    if max_output < 0:
-        raise ValueError(f"max_output: expected a number >= 0, got {max_output}")
-
-
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Indices [K] int64 of the survivors, by descending score: those of torchvision.ops.nms, index for index.
 
@@ -148,7 +150,7 @@ def batched_nms(
     check_same_device(boxes=boxes, scores=scores, idxs=idxs)
     check_unit("iou_threshold", iou_threshold)
     if max_output is not None:
-        _check_max_output(max_output)
+        check_max_output(max_output)
     return torch.ops.fastrcnn.batched_nms(boxes, scores, idxs, float(iou_threshold), max_output)
 
 
@@ -178,5 +180,5 @@ def nms_padded(
         check_same_length("counts", counts, "boxes", boxes)
     check_same_device(boxes=boxes, scores=scores, groups=groups, counts=counts)
     check_unit("iou_threshold", iou_threshold)
-    _check_max_output(max_output)
+    check_max_output(max_output)
     return torch.ops.fastrcnn.nms_padded(boxes, scores, groups, float(iou_threshold), max_output, counts)

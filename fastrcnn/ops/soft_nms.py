@@ -3,12 +3,13 @@
 The box with the highest score is taken; every remaining score is multiplied by a weight that falls with its IoU o with
 that box: "linear" 1 - o where o >= iou_threshold, "gaussian" exp(-o^2 / sigma), "naive" 0 where o >= iou_threshold (hard
 NMS). Scores below min_score leave the race. Equal scores go to the lower index. Methods and defaults are mmcv's.
+`batched_soft_nms` runs it within each group by itself and merges the groups by their decayed scores.
 """
 
 import torch
 from torch import Tensor
 
-from fastrcnn.ops._checks import check_same_device, check_same_length, check_tensor, coordinates
+from fastrcnn.ops._checks import check_max_output, check_same_device, check_same_length, check_tensor, coordinates
 
 METHODS = ("naive", "linear", "gaussian")
 
@@ -47,14 +48,50 @@ def soft_nms_reference(
     return torch.stack(dets), torch.tensor(indices, dtype=torch.int64, device=boxes.device)
 
 
+def batched_soft_nms_reference(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    method: str = "linear",
+    max_output: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    dets, indices = [coordinates(boxes).new_empty(0, 5)], [idxs.new_empty(0, dtype=torch.int64)]
+    for group in idxs.unique():
+        members = (idxs == group).nonzero()[:, 0]
+        d, kept = soft_nms_reference(boxes[members], scores[members], iou_threshold, sigma, min_score, method)
+        dets.append(d)
+        indices.append(members[kept])
+    dets, indices = torch.cat(dets), torch.cat(indices)
+    best = dets[:, 4].sort(descending=True, stable=True).indices[:max_output]
+    return dets[best], indices[best]
+
+
 _soft_nms = torch.library.custom_op("fastrcnn::soft_nms", soft_nms_reference, mutates_args=())
+_batched_soft_nms = torch.library.custom_op("fastrcnn::batched_soft_nms", batched_soft_nms_reference, mutates_args=())
 
 
-@_soft_nms.register_fake
-def _(boxes, scores, iou_threshold=0.3, sigma=0.5, min_score=1e-3, method="linear"):
+def _fake(boxes: Tensor, *_) -> tuple[Tensor, Tensor]:
     n = torch.library.get_ctx().new_dynamic_size()
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     return boxes.new_empty(n, 5, dtype=dtype), boxes.new_empty(n, dtype=torch.int64)
+
+
+_soft_nms.register_fake(_fake)
+_batched_soft_nms.register_fake(_fake)
+
+
+def _check(boxes, scores, sigma: float, method: str, **others) -> None:
+    check_tensor("boxes", boxes, "N, 4", last=4)
+    check_tensor("scores", scores, "N")
+    check_same_length("scores", scores, "boxes", boxes)
+    check_same_device(boxes=boxes, scores=scores, **others)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if not sigma > 0:
+        raise ValueError(f"sigma: expected a number > 0, got {sigma}")
 
 
 def soft_nms(
@@ -70,12 +107,30 @@ def soft_nms(
     boxes [N, 4] xyxy pixels, scores [N]; sigma > 0 is the gaussian's variance. dets are float32 (float64 for float64).
     Raises TypeError or ValueError naming the argument.
     """
-    check_tensor("boxes", boxes, "N, 4", last=4)
-    check_tensor("scores", scores, "N")
-    check_same_length("scores", scores, "boxes", boxes)
-    check_same_device(boxes=boxes, scores=scores)
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    if not sigma > 0:
-        raise ValueError(f"sigma: expected a number > 0, got {sigma}")
+    _check(boxes, scores, sigma, method)
     return torch.ops.fastrcnn.soft_nms(boxes, scores, float(iou_threshold), float(sigma), float(min_score), method)
+
+
+def batched_soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    method: str = "linear",
+    max_output: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Soft-NMS within each group: scores decay only by boxes whose `idxs` (class, image...) are equal.
+
+    idxs [N] integers; the rest as in `soft_nms`. Returns (dets [K, 5], indices [K]) by descending decayed score, the
+    first `max_output` of them where it is given; equal scores by group, then in the order taken.
+    Raises TypeError or ValueError naming the argument.
+    """
+    check_tensor("idxs", idxs, "N", floating=False)
+    _check(boxes, scores, sigma, method, idxs=idxs)
+    check_same_length("idxs", idxs, "boxes", boxes)
+    if max_output is not None:
+        check_max_output(max_output)
+    rules = float(iou_threshold), float(sigma), float(min_score), method
+    return torch.ops.fastrcnn.batched_soft_nms(boxes, scores, idxs, *rules, max_output)

@@ -1,0 +1,36 @@
+// What the CPU and CUDA kernels of soft_nms share: the decay of one score.
+#pragma once
+
+#include "box_math.h"
+
+namespace fastrcnn {
+
+enum class Decay { naive, linear, gaussian };
+
+inline Decay decay_of(const std::string& method) {
+  STD_TORCH_CHECK(method == "naive" || method == "linear" || method == "gaussian",
+                  "method must be naive, linear or gaussian, got ", method);
+  return method == "naive" ? Decay::naive : (method == "linear" ? Decay::linear : Decay::gaussian);
+}
+
+template <class T>
+struct SoftRules {
+  T iou_threshold, sigma, min_score;
+  Decay method;
+};
+
+// The score of `b` after `best` was taken; -inf where that is below min_score, or where the box was taken already
+// (0 * -inf is NaN, which fails the comparison as well).
+template <class T>
+HOST_DEVICE T decayed(T score, const Box<T>& best, T best_area, const Box<T>& b, T area_b, const SoftRules<T>& rules) {
+  const T overlap = iou(best, best_area, b, area_b);
+  const bool over = overlap >= rules.iou_threshold;
+  const T linear = over ? T(1) - overlap : T(1);
+  const T naive = over ? T(0) : T(1);
+  const T gaussian = overlap == overlap ? exp_(-(overlap * overlap) / rules.sigma) : T(1);
+  const T weight = rules.method == Decay::naive ? naive : (rules.method == Decay::linear ? linear : gaussian);
+  const T left = score * weight;
+  return left >= rules.min_score ? left : -std::numeric_limits<T>::infinity();
+}
+
+}  // namespace fastrcnn
