@@ -6,6 +6,7 @@ python tests/emulated_cuda/build.py OUTPUT.so [name ...]     (all sources, or th
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,15 +14,10 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-FLAGS = [
-    "-std=c++20",
-    "-O1",
-    "-march=native",
-    "-ffp-contract=off",
-    "-fPIC",
-    "-w",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-]
+TORCH = Path(torch.__file__).parent
+FLAGS = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-w"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-include", "emulated_cuda.h"]
+SYSTEM = [f"-isystem{TORCH / 'include'}", f"-isystem{TORCH / 'include/torch/csrc/api/include'}"]
 
 
 def _closing(text: str, start: int) -> int:
@@ -64,28 +60,31 @@ def translate(text: str) -> str:
     return re.sub(r"STABLE_TORCH_LIBRARY_IMPL\((\w+), CUDA,", r"STABLE_TORCH_LIBRARY_IMPL(\1, CPU,", text)
 
 
-def build(output: Path, names: list[str] = ()) -> None:
-    """Raises CalledProcessError with the compiler's words on stderr."""
+def compile_source(source: Path, output: Path) -> None:
+    includes = [f"-I{p}" for p in (HERE / "include", source.parent, CSRC, CSRC / "cuda")]
+    subprocess.run(["g++", *FLAGS, *includes, *SYSTEM, "-c", source, "-o", output], check=True)
+
+
+def link(objects: Sequence[Path], output: Path, shared: bool) -> None:
+    libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", *(["-shared"] if shared else []), *objects, *libraries, "-o", output], check=True)
+
+
+def build(output: Path, names: Sequence[str] = ()) -> None:
+    """Raises CalledProcessError; what the compiler said is on stderr."""
     folder = output.parent / f"{output.stem}_sources"
     folder.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{p}" for p in (HERE / "include", folder, CSRC, CSRC / "cuda")]
-    torch_dir = Path(torch.__file__).parent
-    system = ["-isystem", str(torch_dir / "include"), "-isystem", str(torch_dir / "include/torch/csrc/api/include")]
     for header in CSRC.glob("cuda/*.cuh"):
         (folder / header.name).write_text(translate(header.read_text()))
-    objects = []
-
-    def compile_one(source: Path) -> None:
-        cpp, obj = folder / f"{source.stem}.cpp", folder / f"{source.stem}.o"
-        cpp.write_text(f'#line 1 "{source}"\n' + translate(source.read_text()))
-        objects.append(str(obj))
-        subprocess.run(["g++", *FLAGS, "-include", "emulated_cuda.h", *includes, *system, "-c", str(cpp), "-o", str(obj)],
-                       check=True)  # fmt: skip
-
+    sources = []
+    for source in sorted(CSRC.glob("cuda/*.cu")):
+        if not names or source.stem in names:
+            sources.append(folder / f"{source.stem}.cpp")
+            sources[-1].write_text(f'#line 1 "{source}"\n' + translate(source.read_text()))
+    objects = [s.with_suffix(".o") for s in sources]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_one, sorted(p for p in CSRC.glob("cuda/*.cu") if not names or p.stem in names)))
-    libs = [f"-L{torch_dir / 'lib'}", f"-Wl,-rpath,{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
-    subprocess.run(["g++", "-shared", *objects, *libs, "-o", str(output)], check=True)
+        list(pool.map(compile_source, sources, objects))
+    link(objects, output, shared=True)
 
 
 if __name__ == "__main__":
