@@ -77,13 +77,14 @@ def boxes(args, rates):
     anchors = timing.detector_like_boxes(n, args.device)
     deltas = torch.randn(n, 4 * classes, generator=g).to(args.device)
     coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+    limit = torch.tensor([800.0, 1344.0], device=args.device)  # on the device, as a model has it
 
     def rival():
         return box_ops.clip_boxes_to_image(coder.decode(deltas, [anchors]), (800, 1344))
 
     def ours():
         stds = (0.1, 0.1, 0.2, 0.2)
-        return ops.decode_boxes(anchors, deltas, (800, 1344), stds=stds, symmetric_clip=False)
+        return ops.decode_boxes(anchors, deltas, limit, stds=stds, symmetric_clip=False)
 
     error = timing.check("decode_boxes", (ours().view(n, classes, 4) - rival()).abs().max().item(), 1e-2)
     times = timing.paired(ours, rival, args.device, args.quick)
@@ -92,25 +93,34 @@ def boxes(args, rates):
                       times[1], floor, error)  # fmt: skip
 
 
-def matching(args, rates):
+def matching(images, args, rates):
+    """One image with boxes in random order, or a batch with an RPN's anchors, which neighbours in memory are in space."""
     from torchvision.models.detection._utils import Matcher
 
-    n, m = (2000, 10) if args.quick else (268569, 20)
-    anchors = timing.detector_like_boxes(n, args.device, 2)
-    truth = timing.detector_like_boxes(m, args.device, 3)
+    m = 10 if args.quick else (20 if images == 1 else 100)
+    if images == 1:
+        anchors = timing.detector_like_boxes(2000 if args.quick else 268569, args.device, 2)
+    else:
+        height, width = (800, 1344) if not args.quick else (128, 192)
+        sizes = [(-(-height // s), -(-width // s)) for s in (4, 8, 16, 32, 64)]
+        generator = OurAnchors(strides=[4, 8, 16, 32, 64], ratios=[0.5, 1.0, 2.0], scales=[8])
+        anchors = torch.cat(generator.grid(sizes, rounded=False, device=args.device))
+    truth = torch.stack([timing.detector_like_boxes(m, args.device, 3 + i) for i in range(images)])
     matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
 
     def rival():
-        return matcher(box_ops.box_iou(truth, anchors))
+        return torch.stack([matcher(box_ops.box_iou(t, anchors)) for t in truth])
 
     def ours():
         return ops.match_boxes(anchors, truth, min_pos_iou=0.0, low_quality="argmax", iou_eps=0.0)[0]
 
     error = timing.check("match_boxes", (ours() != rival()).float().max().item(), 0)
     times = timing.paired(ours, rival, args.device, args.quick)
-    floor = rates.floor_ms(timing.count_bytes(anchors, truth) + 8 * n)
-    return timing.row("match_boxes", f"{n} anchors x {m} boxes", torch.float32, args.device, times[0],
-                      "torchvision box_iou + Matcher", times[1], floor, error)  # fmt: skip
+    floor = rates.floor_ms(timing.count_bytes(anchors, truth) + 12 * images * len(anchors))
+    shape = f"{len(anchors)} anchors x {m} boxes" + (f" x {images} images" if images > 1 else "")
+    rival_name = "torchvision box_iou + Matcher" + (", image by image" if images > 1 else "")
+    return timing.row("match_boxes", shape, torch.float32, args.device, times[0], rival_name, times[1], floor,
+                      error)  # fmt: skip
 
 
 def main() -> None:
@@ -119,7 +129,7 @@ def main() -> None:
         timing.require_kernel(op, args.device)
     rates = timing.Rates(args.device)
     rows = [proposals(1, args, rates), proposals(2 if args.quick else 8, args, rates), boxes(args, rates)]
-    timing.report([*rows, matching(args, rates)], args)
+    timing.report([*rows, matching(1, args, rates), matching(2 if args.quick else 8, args, rates)], args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """What every benchmark shares: proof first, then both sides timed in turn, one table, JSON rows.
 
-A row: op, shape, dtype, device, ours_ms, rival, rival_ms, speedup, floor_ms, max_error. Times are medians of calls made
-alternately, so that both sides see the same machine. floor_ms = max(bytes read and written once / copy rate,
-FLOP / matmul rate), with both rates measured in the same run.
+A row: op, shape, dtype, device, ours_ms, rival, rival_ms, speedup, floor_ms, max_error. Times are medians of eager calls
+made alternately, so that both sides see the same machine. floor_ms = max(bytes read and written once / copy rate,
+FLOP / matmul rate), with both rates measured in the same run. float32 is float32: TF32 is off for convolutions, as torch
+has it for matrices.
 """
 
 import argparse
+import functools
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -24,7 +27,12 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes and few repetitions: a smoke test")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(args.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return args
 
 
 def require_kernel(op: str, device: str) -> None:
@@ -33,8 +41,16 @@ def require_kernel(op: str, device: str) -> None:
         raise SystemExit(f"{op} has no kernel for {device}, only the reference: nothing to time (see `fastrcnn info`)")
 
 
+@functools.cache
+def _flush_buffer(device: str) -> torch.Tensor:
+    return torch.empty(1 << 28, dtype=torch.uint8, device=device)  # larger than any GPU's L2 cache
+
+
 def _once(call: Callable, device: str) -> float:
-    if device == "cpu":
+    """One call in ms. On CUDA between two events behind a memset of 256 MB, which empties the L2 cache: the host enqueues
+    the call meanwhile, so that launching counts only as far as it takes longer than that. A wait for the device counts.
+    """
+    if torch.device(device).type == "cpu":
         start = time.perf_counter()
         result = call()
         seconds = time.perf_counter() - start
@@ -42,6 +58,7 @@ def _once(call: Callable, device: str) -> float:
         return seconds * 1e3
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flush_buffer(device).zero_()
     start.record()
     call()
     end.record()
@@ -51,8 +68,9 @@ def _once(call: Callable, device: str) -> float:
 
 def paired(ours: Callable, rival: Callable, device: str, quick: bool, budget_s: float = 6.0) -> tuple[float, float]:
     """Medians in ms of the two, called in turn: at least 3 rounds (1 with quick), at most 50, within the budget."""
-    _once(ours, device)
-    _once(rival, device)
+    for _ in range(1 if torch.device(device).type == "cpu" else 3):
+        _once(ours, device)
+        _once(rival, device)
     times: tuple[list[float], list[float]] = ([], [])
     begin = time.perf_counter()
     most = 1 if quick else 50
@@ -70,9 +88,10 @@ class Rates:
 
     def copy(self) -> float:
         if "copy" not in self.known:
-            a = torch.empty(1 << 26, dtype=torch.uint8, device=self.device)
+            size = 1 << (26 if self.device == "cpu" else 29)
+            a = torch.empty(size, dtype=torch.uint8, device=self.device)
             b = torch.empty_like(a)
-            self.known["copy"] = 2 * a.numel() / min(_once(lambda: b.copy_(a), self.device) for _ in range(10)) * 1e3
+            self.known["copy"] = 2 * size / min(_once(lambda: b.copy_(a), self.device) for _ in range(10)) * 1e3
         return self.known["copy"]
 
     def matmul(self, dtype: torch.dtype) -> float:
@@ -116,7 +135,10 @@ def machine(device: str) -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     facts = dict(torch=torch.__version__, commit=commit or "unknown", date=time.strftime("%Y-%m-%d"))
     if torch.device(device).type == "cuda":
-        return dict(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda, **facts)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which(query[0]) else []
+        name = torch.cuda.get_device_name(device)
+        return dict(gpu=name, driver=(*driver, "unknown")[0], cuda=torch.version.cuda, **facts)
     amx = "amx_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else False
     return dict(cpu=cpu_name(), threads=torch.get_num_threads(), amx=amx, **facts)
 

@@ -16,9 +16,21 @@ struct Box {
 
 // A box that one or two instructions load. Boxes that come from outside need not lie on 16 bytes.
 template <class T>
-struct alignas(16) AlignedBox {
-  Box<T> box;
-};
+struct alignas(16) AlignedBox : Box<T> {};
+
+// Unsigned integers that sort as the floats do, NaN last (below -inf).
+HOST_DEVICE uint32_t sortable(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const uint32_t key = bits >> 31 ? ~bits : bits | uint32_t{1} << 31;
+  return x == x ? key : 0u;
+}
+HOST_DEVICE uint64_t sortable(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const uint64_t key = bits >> 63 ? ~bits : bits | uint64_t{1} << 63;
+  return x == x ? key : 0u;
+}
 
 // The comparisons are written as (a < b ? b : a) so that a NaN coordinate takes the same branch on every device.
 template <class T>

@@ -19,6 +19,9 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #define HOST_DEVICE __host__ __device__ __forceinline__
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name before torch 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 #else
 #define HOST_DEVICE inline __attribute__((always_inline))
 #endif

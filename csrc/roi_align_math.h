@@ -34,6 +34,12 @@ HOST_DEVICE RoiGrid<T> roi_grid(T low, T high, T scale, int pooled, int sampling
   return {start, bin, samples};
 }
 
+// Where sample `i` of bin `p` lies on its axis. It never falls as i grows, if bin is positive.
+template <class T>
+HOST_DEVICE T sample_position(const RoiGrid<T>& g, int p, int i) {
+  return g.start + static_cast<T>(p) * g.bin + (static_cast<T>(i) + T(0.5)) * g.bin / static_cast<T>(g.samples);
+}
+
 template <class T>
 struct Tap {
   int low, high;       // the two neighbouring pixels
@@ -43,8 +49,7 @@ struct Tap {
 // Sample `i` of bin `p` on an axis of `size` pixels.
 template <class T>
 HOST_DEVICE Tap<T> axis_tap(const RoiGrid<T>& g, int p, int i, int size) {
-  T v = g.start + static_cast<T>(p) * g.bin +
-        (static_cast<T>(i) + T(0.5)) * g.bin / static_cast<T>(g.samples);
+  T v = sample_position(g, p, i);
   if (!(v >= T(-1) && v <= static_cast<T>(size))) return {0, 0, T(0), T(0)};
   if (v <= T(0)) v = T(0);
   int low = static_cast<int>(v);

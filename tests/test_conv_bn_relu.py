@@ -1,12 +1,19 @@
 """conv_bn_relu against its reference and torch's own layers."""
 
+import importlib
+import inspect
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_within_twice
 from torch import nn
 
+from fastrcnn._extension import has_kernel
 from fastrcnn.ops import conv_bn_relu, conv_bn_relu_reference
+
+op_module = importlib.import_module("fastrcnn.ops.conv_bn_relu")
 
 # name: (kernel size, arguments)
 SHAPES = {
@@ -20,6 +27,12 @@ SHAPES = {
     "pairs": ((1, 3), {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}),
 }
 NORMS = ["all", "bias", "none"]
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32(monkeypatch):
+    """Without TF32, which two convolutions of one test might use differently."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def make(shape: str, norm: str = "all", residual: bool = False, dtype=torch.float32, channels=(8, 12), size=(9, 11)):
@@ -90,9 +103,8 @@ def test_float32_errs_at_most_twice_as_much_as_plain_layers(device, need_kernel,
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_errs_at_most_twice_as_much_as_the_reference(device, need_kernel, shape, norm, residual, dtype):
     need_kernel("conv_bn_relu", device)
-    args, kwargs = to(
-        device, *make(shape, norm, residual, dtype, channels=(16, 32) if shape != "depthwise" else (8, 8))
-    )
+    channels = (16, 32) if shape != "depthwise" else (8, 8)
+    args, kwargs = to(device, *make(shape, norm, residual, dtype, channels))
     exact_args, exact_kwargs = to(device, args, kwargs, torch.float32)
     for relu in (False, True):
         out = conv_bn_relu(*args, relu=relu, **kwargs)
@@ -111,10 +123,7 @@ def test_double_equals_plain_layers(device, shape, norm):
 
 def test_two_pixels_by_hand(device):
     x = torch.tensor([3.0, -5.0], device=device).view(1, 1, 1, 2)
-    weight, residual = (
-        torch.full((1, 1, 1, 1), 2.0, device=device),
-        torch.tensor([1.0, 1], device=device).view(1, 1, 1, 2),
-    )
+    weight, residual = torch.full((1, 1, 1, 1), 2.0, device=device), torch.ones(1, 1, 1, 2, device=device)
     bn = [torch.tensor([v], device=device) for v in (3.0, 0.5, 4.0, 2.25)]  # 3 * (y - 4) / 1.5 + 0.5
     assert conv_bn_relu(x, weight, *bn, eps=0, relu=False).flatten().tolist() == [4.5, -27.5]
     assert conv_bn_relu(x, weight, *bn, eps=0, residual=residual).flatten().tolist() == [5.5, 0]
@@ -293,3 +302,99 @@ def test_wrong_arguments_are_named(wrong, error, name):
     conv_bn_relu(**right)
     with pytest.raises(error, match=name):
         conv_bn_relu(**{**right, **wrong})
+
+
+def cudnn_convolution_relu(self, weight, bias, stride, padding, dilation, groups):
+    """torch's operator of this name, on the CPU, for what cuDNN takes."""
+    assert groups == 1 and all(t.numel() and t.is_contiguous(memory_format=torch.channels_last) for t in (self, weight))
+    assert self.dtype != torch.float64 and (bias is None or (bias.is_contiguous() and bias.dtype == self.dtype))
+    return F.relu(F.conv2d(self, weight, bias, stride, padding, dilation, groups))
+
+
+def cudnn_convolution_add_relu(self, weight, z, alpha, bias, stride, padding, dilation, groups):
+    assert alpha == 1 and cudnn_convolution_relu(self, weight, bias, stride, padding, dilation, groups) is not None
+    return F.relu(F.conv2d(self, weight, bias, stride, padding, dilation, groups) + z)
+
+
+@pytest.fixture
+def cuda_kernel(monkeypatch):
+    """The function registered for CUDA, run on CPU tensors with cuDNN's operators imitated: (output, those called)."""
+    imitated = {f.__name__: Mock(side_effect=f) for f in (cudnn_convolution_relu, cudnn_convolution_add_relu)}
+    for name, mock in imitated.items():
+        schema = getattr(torch.ops.aten, name).default._schema
+        assert [a.name for a in schema.arguments] == list(inspect.signature(mock.side_effect).parameters)
+        monkeypatch.setattr(torch, name, mock)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+
+    def call(*tensors, eps=1e-5, **kwargs):
+        for mock in imitated.values():
+            mock.reset_mock()
+        rest = (dict(stride=1, padding=0, dilation=1, groups=1, residual=None, relu=True) | kwargs).values()
+        out = op_module._call(op_module._cuda, *tensors, eps, *rest)
+        return out, [name for name, mock in imitated.items() if mock.called]
+
+    return call
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cuda_arithmetic_on_the_cpu(cuda_kernel, shape, norm, residual, dtype):
+    args, kwargs = make(shape, norm, residual, dtype)
+    exact_args, exact_kwargs = to("cpu", args, kwargs, torch.float64)
+    for relu in (False, True):
+        out, called = cuda_kernel(*args, relu=relu, **kwargs)
+        fused = relu and dtype != torch.float64 and kwargs.get("groups", 1) == 1
+        assert called == ([f"cudnn_convolution_{'add_' * residual}relu"] if fused else [])
+        assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+        low = conv_bn_relu_reference(*args, relu=relu, **kwargs)
+        assert_within_twice(out, low, plain(*exact_args, relu=relu, **exact_kwargs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("relu", [False, True])
+def test_cuda_takes_any_layout(cuda_kernel, layout, relu):
+    args, kwargs = make("3x3", "bias", True)
+    expected = conv_bn_relu_reference(*args, relu=relu, **kwargs)
+    args[0], kwargs["residual"] = LAYOUTS[layout](args[0]), LAYOUTS[layout](kwargs["residual"])
+    torch.testing.assert_close(cuda_kernel(*args, relu=relu, **kwargs)[0], expected)
+
+
+def test_when_cudnn_is_not_asked(cuda_kernel, monkeypatch):
+    args, kwargs = make("3x3", dtype=torch.bfloat16)
+    assert not cuda_kernel(args[0][:0], *args[1:], **kwargs)[1]
+    flags, turing = torch.backends.cudnn, lambda device: (7, 5)
+    for owner, name, value in (
+        (flags, "enabled", False), (flags, "deterministic", True), (torch.cuda, "get_device_capability", turing),
+        (torch, "are_deterministic_algorithms_enabled", lambda: True),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert not cuda_kernel(*args, **kwargs)[1]
+
+
+def test_where_cudnn_has_no_engine(cuda_kernel, monkeypatch):
+    args, kwargs = make("3x3")
+    refusal = Mock(side_effect=RuntimeError("GET was unable to find an engine to execute this computation"))
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", refusal)
+    torch.testing.assert_close(cuda_kernel(*args, **kwargs)[0], conv_bn_relu_reference(*args, **kwargs))
+    refusal.side_effect = torch.OutOfMemoryError("out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda_kernel(*args, **kwargs)
+
+
+def test_cuda_has_a_kernel_where_torch_has_cudnn():
+    assert has_kernel("conv_bn_relu", "cuda") == (bool(torch.version.cuda) and torch.backends.cudnn.is_available())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["1x1", "3x3", "7x7 of the stem", "stride", "dilation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_stale_memory_does_not_reach_the_output(shape, dtype):
+    """Without a residual torch gives cuDNN the output itself as the addend, times zero: a stale NaN must not be read."""
+    args, kwargs = to("cuda", *make(shape, dtype=dtype, channels=(64, 64), size=(40, 56)))
+    low, exact = (conv_bn_relu_reference(*a, **kwargs) for a in (args, to("cuda", args, {}, torch.float32)[0]))
+    stale = [torch.full_like(low, torch.nan) for _ in range(8)]
+    del stale
+    assert_within_twice(conv_bn_relu(*args, **kwargs), low, exact, floor=1e-5)

@@ -131,6 +131,18 @@ def test_non_contiguous_input_equals_contiguous(device):
     assert torch.equal(decode_boxes(shared, deltas, sizes), decode_boxes(shared.contiguous(), deltas, sizes))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("starts", [(1, 0), (0, 1), (2, 3)])
+def test_contiguous_slices_off_16_bytes_equal_aligned_ones(device, dtype, starts):
+    anchors, deltas = anchors_and_deltas(70, 3, 2, 0.5)
+    aligned = anchors.to(device, dtype), deltas.to(device, dtype)
+    shifted = []
+    for t, start in zip(aligned, starts):
+        room = torch.full((t.numel() + 4,), NAN, dtype=dtype, device=device)
+        shifted.append(room[start : start + t.numel()].view_as(t).copy_(t))
+    assert torch.equal(decode_boxes(*shifted, (300, 400)), decode_boxes(*aligned, (300, 400)))
+
+
 @pytest.mark.parametrize("symmetric_clip", [False, True])
 @pytest.mark.parametrize("max_shape", [None, (35, 45)])
 def test_gradcheck(device, symmetric_clip, max_shape):
@@ -197,6 +209,42 @@ def test_exports_with_any_number_of_boxes(device):
     exported = torch.export.export(Decode(), args, dynamic_shapes=({0: n}, {0: n})).module()
     more = tuple(t.to(device) for t in anchors_and_deltas(9, 2))
     assert torch.equal(exported(*more), Decode()(*more))
+
+
+@pytest.mark.gpu
+def test_runs_on_the_current_stream_and_in_a_graph_without_waiting_for_the_device(need_kernel):
+    need_kernel("decode_boxes", "cuda")
+    anchors, deltas = (t.cuda() for t in anchors_and_deltas(5000, 4, 2))
+    sizes = torch.tensor([[200.0, 300], [480, 100]], device="cuda")
+    expected = decode_boxes(anchors, deltas, sizes)
+    late = torch.zeros_like(deltas)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late.copy_(deltas)  # done only when the stream gets there
+            actual = decode_boxes(anchors, late, sizes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert torch.equal(actual, expected)
+    late.zero_()
+    with torch.cuda.graph(graph):
+        captured = decode_boxes(anchors, late, sizes)
+    late.copy_(deltas)
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_answers_on_the_device_of_its_input():
+    anchors, deltas = anchors_and_deltas(500)
+    boxes = decode_boxes(anchors.to("cuda:1"), deltas.to("cuda:1"))
+    assert boxes.device.index == 1
+    assert torch.equal(boxes.cpu(), decode_boxes(anchors.cuda(), deltas.cuda()).cpu())
 
 
 @pytest.mark.parametrize(

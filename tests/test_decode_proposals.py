@@ -234,6 +234,80 @@ def test_no_images_and_empty_levels_equal_reference(device, need_kernel, batch, 
         assert_equals_reference(*maps(device, batch, shapes), [8] * len(shapes), sizes(device, batch), nms_pre)
 
 
+# Blocks of the CUDA kernel take 4,096 candidates of a level, and sort as many in one go.
+EDGES = [(3, 35, 39), (4, 32, 32), (1, 17, 241), (2, 64, 64), (3, 60, 60)]  # 4,095, 4,096, 4,097, 8,192, 10,800
+LARGE = [[260, 250], [128, 1000]]
+
+
+@pytest.mark.parametrize("nms_pre", [1, 1000, 2048, 4096, 4097, 5000, 0])
+@pytest.mark.parametrize("topk_on", ["sigmoid", "logits"])
+def test_sizes_around_the_edges_of_a_block_equal_reference(device, need_kernel, nms_pre, topk_on):
+    need_kernel("decode_proposals", device)
+    image_sizes = torch.tensor(LARGE, device=device)
+    assert_equals_reference(*maps(device, 2, EDGES), [4] * len(EDGES), image_sizes, nms_pre, topk_on=topk_on)
+
+
+@pytest.mark.parametrize("shape", [(300, 3, 2), (1, 2, 1500), (3, 700, 1), (257, 1, 17), (1, 1, 1)])
+def test_long_and_deep_maps_equal_reference(device, need_kernel, shape):
+    need_kernel("decode_proposals", device)
+    assert_equals_reference(*maps(device, 2, [shape]), [(1, 2)], torch.tensor([[2000, 2000]] * 2, device=device), 500)
+
+
+def tied(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """[B, A, H, W] with few different values, by the number of the candidate: y, x, anchor."""
+    i = torch.arange(x[0].numel(), device=x.device)
+    values = {
+        "equal": torch.full_like(i, 3),
+        "saturated": 40 + i % 50,  # every sigmoid is 1
+        "first and last": 1 - 2 * ((i > 5) & (i < len(i) - 5)),
+        "across the edge": 1 - 2 * ((i < 4090) | (i > 4110)),
+        "two values": i % 2,
+        "last bits": i % 7,  # keys that differ in their last digit
+    }[kind].to(x.dtype)
+    if kind == "last bits":
+        values = 2 + values * 2**-22
+    b, a, h, w = x.shape
+    return values.view(h, w, a).permute(2, 0, 1).expand(b, a, h, w)
+
+
+@pytest.mark.parametrize("kind", ["equal", "saturated", "first and last", "across the edge", "two values", "last bits"])
+@pytest.mark.parametrize("nms_pre", [1, 7, 1000, 4500, 0])
+def test_ties_over_several_blocks_go_by_index(device, need_kernel, kind, nms_pre):
+    need_kernel("decode_proposals", device)
+    logits, deltas, bases = maps(device, 2, EDGES)
+    logits = [tied(x, kind) for x in logits]
+    topk_on = "sigmoid" if kind == "saturated" else "logits"
+    args = [4] * len(EDGES), torch.tensor(LARGE, device=device), nms_pre
+    out = assert_equals_reference(logits, deltas, bases, *args, topk_on=topk_on)
+    again = decode_proposals(logits, deltas, bases, *args, topk_on=topk_on)
+    assert all(torch.equal(a, b) for a, b in zip(out, again))
+
+
+@pytest.mark.parametrize("function", [decode_proposals, decode_proposals_reference])
+def test_infinities_and_nan_are_ranked_below_numbers(device, function):
+    lowest = torch.finfo(torch.float32).min
+    args = *one_level(device, [[NAN, -INF, lowest, -1e38, INF]]), [10], torch.tensor([[99, 99]], device=device), 0
+    boxes, *_ = function(*args, topk_on="logits")
+    assert boxes[0, :, 2].tolist() == [45, 35, 15, 25, 5]  # -inf counts as the lowest number
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("nms_pre", [1000, 5000, 0])
+def test_dtypes_and_layouts_of_large_maps_equal_reference(device, need_kernel, dtype, nms_pre):
+    need_kernel("decode_proposals", device)
+    logits, deltas, bases = maps(device, 2, EDGES[2:])
+    logits, deltas = [x.to(dtype) for x in logits], [x.to(dtype) for x in deltas]
+    args = bases, [4] * 3, torch.tensor(LARGE, device=device), nms_pre
+    expected = assert_equals_reference(logits, deltas, *args, topk_on="logits")
+    logits[0] = torch.cat([logits[0]] * 2, 3)[..., : logits[0].shape[3]]
+    logits[1:] = [x.contiguous(memory_format=torch.channels_last) for x in logits[1:]]
+    deltas = [x.contiguous(memory_format=torch.channels_last) for x in deltas]
+    actual = decode_proposals(logits, deltas, *args, topk_on="logits")
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+    mixed = decode_proposals(logits, [x.double() for x in deltas], *args, topk_on="logits")
+    assert all(torch.equal(a, b) for a, b in zip(mixed, expected))
+
+
 def test_proposals_carry_no_gradient(device):
     logits, deltas, bases = maps(device)
     logits = [x.requires_grad_() for x in logits]

@@ -72,7 +72,8 @@ def assert_same(a: Detections, b: Detections) -> None:
     assert torch.equal(a.boxes, b.boxes) and torch.equal(a.scores, b.scores) and torch.equal(a.labels, b.labels)
 
 
-def test_the_detector_finds_what_the_model_finds(detector, device):
+def test_the_detector_finds_what_the_model_finds(detector, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = tiny().eval()
     image = torch.from_numpy(picture(70, 101)).permute(2, 0, 1)
     (found,) = (detector if device == "cpu" else Detector(tiny(), device=device, precision="fp32"))(image)
@@ -94,6 +95,13 @@ def test_the_users_model_is_not_changed():
     assert any(p.requires_grad for p in model.parameters())
     after = model.state_dict()
     assert set(after) == set(before) and all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_convolutions_need_no_copy_of_their_weights(detector):
+    convs = [m for m in detector.model.modules() if type(m) is nn.Conv2d]
+    assert any(m.kernel_size == (3, 3) for m in convs)
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convs)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in detector.model.modules())
 
 
 def test_every_kind_of_image_gives_the_same(detector, tmp_path):

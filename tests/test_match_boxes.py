@@ -26,7 +26,8 @@ def assert_equals_reference(*args, **kwargs):
     return actual
 
 
-@pytest.mark.parametrize("n", [0, 1, 63, 1023, 1024, 1025, 2049])  # the kernel works in chunks of 1024
+# The CPU kernel works in chunks of 1024 boxes, the CUDA kernel in blocks of 256 and warps of 32.
+@pytest.mark.parametrize("n", [0, 1, 31, 33, 255, 256, 257, 1023, 1024, 1025, 2049])
 @pytest.mark.parametrize("low_quality", LOW_QUALITY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_reference_at_chunk_edges(device, need_kernel, n, low_quality, dtype):
@@ -182,8 +183,9 @@ def test_without_ground_truth_all_is_background(device, need_kernel, batched):
     need_kernel("match_boxes", device)
     boxes, regions = grid_boxes(5).to(device), grid_boxes(5)[:, None].to(device)
     gts = torch.zeros(0, 4, device=device)
-    for kwargs in ({}, {"ignore_boxes": regions.flatten(0, 1), "ignore_iof_thr": 0.5}):
-        if batched and kwargs:
+    ignore = {"ignore_boxes": regions.flatten(0, 1), "ignore_iof_thr": 0.5}
+    for kwargs in ({}, {"pos_iou_thr": 0.0}, {"neg_iou_thr": 0.0}, ignore):
+        if batched and "ignore_boxes" in kwargs:
             kwargs = {**kwargs, "ignore_boxes": regions}
         rows = gts.expand(5, 0, 4) if batched else gts
         matches, max_iou = assert_equals_reference(boxes, rows, **kwargs)
@@ -212,6 +214,64 @@ def test_degenerate_boxes_equal_reference(device, need_kernel, iou_eps, min_pos_
         assert_equals_reference(boxes.to(device), gts.to(device), **kwargs)
         regions = torch.cat([gts[:1], boxes[10:11], boxes[20:21]])
         assert_equals_reference(boxes.to(device), gts.to(device), ignore_boxes=regions.to(device), ignore_iof_thr=0.3)
+
+
+@pytest.mark.parametrize("low_quality", LOW_QUALITY)
+@pytest.mark.parametrize("min_pos_iou", [-1.0, 0.0, 0.3])
+def test_any_number_of_ground_truth_boxes(device, need_kernel, low_quality, min_pos_iou):
+    need_kernel("match_boxes", device)
+    counts = torch.tensor([600, 0, 255, 256, 257, 1], device=device)
+    gts = torch.cat([grid_boxes(300, seed=1), random_boxes(300, 200, 200, seed=2)])[torch.randperm(600)]
+    gts[257:300] = gts[:43]  # twins, in another chunk of 256 than the first
+    gts[[5, 256, 599]] += 5000  # meet nothing
+    gts = torch.stack([gts.roll(i, 0) for i in range(6)]).to(device)
+    boxes = torch.cat([grid_boxes(300), random_boxes(30, 200, 200)]).to(device)
+    kwargs = {"low_quality": low_quality, "min_pos_iou": min_pos_iou}
+    matches, _ = assert_equals_reference(boxes, gts, counts, **kwargs)
+    assert matches[0].max() >= 256
+
+
+@pytest.mark.parametrize("low_quality", LOW_QUALITY)
+def test_anchors_in_the_order_of_a_grid(device, need_kernel, low_quality):
+    need_kernel("match_boxes", device)
+    y, x, size = torch.meshgrid(torch.arange(20), torch.arange(30), torch.tensor([8, 24, 60]), indexing="ij")
+    centre = torch.stack([x, y], -1).flatten(0, 2) * 8.0 + 4
+    half = size.flatten()[:, None] / 2
+    gts = torch.cat([random_boxes(60, 240, 160, 90), torch.tensor([[-50.0, -50, -40, -40]])]).to(device)
+    for min_pos_iou in (0.0, 0.3):  # with 0 the last, outside, is attained by every anchor
+        kwargs = {"low_quality": low_quality, "min_pos_iou": min_pos_iou}
+        matches, _ = assert_equals_reference(torch.cat([centre - half, centre + half], 1).to(device), gts, **kwargs)
+        if low_quality == "last_gt":
+            assert (matches == 60).all() == (min_pos_iou == 0)
+
+
+@pytest.mark.parametrize("low_quality", LOW_QUALITY)
+@pytest.mark.parametrize("min_pos_iou", [-2.0, 0.0])
+def test_no_low_quality_match_where_every_box_is_ignored(device, need_kernel, low_quality, min_pos_iou):
+    need_kernel("match_boxes", device)
+    boxes, region = grid_boxes(40).to(device), torch.tensor([[-1e4, -1e4, 1e4, 1e4]], device=device)
+    boxes = with_area(boxes)
+    kwargs = {"ignore_boxes": region, "ignore_iof_thr": 0.5, "low_quality": low_quality, "min_pos_iou": min_pos_iou}
+    matches, max_iou = assert_equals_reference(boxes, boxes[:9], **kwargs)
+    assert (matches == -2).all() and (max_iou == -1).all()
+
+
+@pytest.mark.parametrize("low_quality", LOW_QUALITY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_special_coordinates_anywhere_equal_reference(device, need_kernel, low_quality, dtype):
+    need_kernel("match_boxes", device)
+    special = torch.tensor([NAN, INF, -INF, 1e30, -1e30, 1e-30, 0.0], dtype=dtype)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        boxes, gts, regions = (grid_boxes(n, seed).to(dtype) for n in (300, 20, 3))
+        for t in (boxes, gts, regions):
+            where = torch.rand(t.shape) < 0.08
+            t[where] = special[torch.randint(len(special), (int(where.sum()),))]
+        boxes, gts, regions = boxes.to(device), gts.to(device), regions.to(device)
+        for eps, least in ((0.0, 0.0), (1e-6, 0.3)):
+            kwargs = {"ignore_boxes": regions, "ignore_iof_thr": 0.4, "iou_eps": eps, "min_pos_iou": least}
+            _, max_iou = assert_equals_reference(boxes, gts, low_quality=low_quality, **kwargs)
+            assert not max_iou.isnan().any()
 
 
 @pytest.mark.parametrize("column", [0, 1, 2, 3, slice(None)])

@@ -185,6 +185,24 @@ def test_ground_truth_can_stay_out():
     assert boxes.tolist() == [[100, 100, 120, 120]] and labels.tolist() == [5]
 
 
+@pytest.mark.parametrize("profile", ["mmdet", "torchvision"])
+@pytest.mark.parametrize("add_gt", [False, True])
+def test_a_batch_samples_what_its_images_alone_do(profile, add_gt):
+    sampler = dict(type="RandomSampler", num=10**9, pos_fraction=1.0, neg_pos_ub=-1, add_gt_as_proposals=add_gt)
+    ours = roi_head(profile, train_cfg=dict(sampler=sampler))
+    (boxes, _), targets = proposals_of(), targets_of()
+    boxes, counts = boxes[[0, 1, 1, 0]], [60, 41, 7, 0]
+    nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
+    targets = [*targets, nothing, targets[0]]
+    alone = [sampled(ours, b[:n], t) for b, n, t in zip(boxes, counts, targets)]
+    for b, n in zip(boxes, counts):
+        b[n:] = float("nan")  # rows beyond the count are not read
+    found = ours._targets(features(), boxes, torch.tensor(counts), targets)
+    assert found[0][:, 0].long().bincount(minlength=4).tolist() == [len(labels) for _, labels, _ in alone]
+    for together, parts in zip((found[0][:, 1:], *found[1:]), zip(*alone)):
+        assert torch.equal(together, torch.cat(parts))
+
+
 def handmade(profile, **head):
     """Two proposals of which the box head says: class 0 at 0.9, class 1 at 0.8; deltas of zero."""
     ours = roi_head(profile, num_classes=2, head=head).eval()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastrcnn.models.sampling import sample
+from fastrcnn.models.sampling import sample, sample_batch, sample_images
 
 
 def matches_of(positives: int, negatives: int, ignored: int = 0) -> torch.Tensor:
@@ -104,3 +104,74 @@ def test_a_combined_sampler_uses_one_for_each_side():
                  neg_sampler=dict(type="IoUBalancedNegSampler", num_bins=3))  # fmt: skip
     pos, neg = sample(matches, rules, max_iou)
     assert len(pos) == 4 and 1 in matches[pos] and len(neg) == 12
+
+
+# Of each image: positives, negatives, ignored.
+IMAGES = [(100, 1000, 0), (10, 1060, 30), (100, 50, 950), (0, 1000, 100), (100, 0, 1000), (0, 0, 1100), (1, 900, 199)]
+
+
+@pytest.mark.parametrize("num", [1, 5, 256, 1100, 10**9])
+@pytest.mark.parametrize("pos_fraction", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("neg_pos_ub", [-1, 0, 3, 2.5])
+def test_a_batch_has_as_many_of_each_side_as_its_images_alone(num, pos_fraction, neg_pos_ub):
+    matches = torch.stack([matches_of(*image) for image in IMAGES])
+    rules = dict(num=num, pos_fraction=pos_fraction, neg_pos_ub=neg_pos_ub)
+    indices, counts = sample_batch(matches, **rules)
+    assert indices.shape == (len(IMAGES), min(num, 1100)) and indices.dtype == counts.dtype == torch.int64
+    for row, found, (p, n) in zip(matches, indices, counts.tolist()):
+        assert [p, n] == [len(side) for side in sample(row, rules)]
+        pos, neg, rest = found[:p], found[p : p + n], found[p + n :]
+        assert (row[pos] >= 0).all() and (row[neg] == -1).all() and (rest == -1).all()
+        for chosen in (pos, neg):
+            assert torch.equal(chosen, chosen.unique())  # ascending, none twice
+
+
+def test_a_batch_draws_every_subset_equally_often():
+    matches = torch.tensor([[0, -1, 3, -2, 1, -1, -1, -1]]).repeat(6000, 1)
+    indices, counts = sample_batch(matches, 4, 0.5)  # 2 of 3 positives, 2 of 4 negatives
+    assert (counts == 2).all()
+    _, pairs = indices.view(-1, 2, 2)[:, 0].unique(dim=0, return_counts=True)
+    assert len(pairs) == 3 and (pairs - 2000).abs().max() < 200  # five standard deviations
+    _, both = indices.unique(dim=0, return_counts=True)
+    assert len(both) == 18 and (both - 6000 / 18).abs().max() < 95
+
+
+def test_a_batch_repeats_under_a_fixed_seed_and_its_images_differ():
+    matches = torch.full((2, 500), -1)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        draws.append(sample_batch(matches, 20, 0.5)[0])
+    assert torch.equal(*draws)
+    assert not torch.equal(draws[0][0], draws[0][1])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_a_batch_of_nothing(shape):
+    indices, counts = sample_batch(torch.zeros(shape, dtype=torch.int64), 4, 0.5)
+    assert indices.shape == (shape[0], min(4, shape[1])) and counts.tolist() == [[min(2, shape[1]), 0]] * shape[0]
+
+
+def test_images_are_sampled_as_one_by_one():
+    matches = torch.stack([matches_of(*image) for image in IMAGES])
+    max_iou, losses = torch.rand(2, *matches.shape)
+    everything = dict(num=10**9, pos_fraction=1.0)
+    hard = dict(type="OHEMSampler", num=64, pos_fraction=0.25)
+    for rules in (everything, hard):
+        found = sample_images(matches, rules, max_iou, lambda image, indices: losses[image, indices])
+        for row, iou, loss, sides in zip(matches, max_iou, losses, found):
+            assert all(map(torch.equal, sides, sample(row, rules, iou, lambda indices, loss=loss: loss[indices])))
+    with pytest.raises(ValueError, match="OHEM"):
+        sample_images(matches, hard, max_iou)
+
+
+@pytest.mark.gpu
+def test_a_batch_is_drawn_without_waiting_for_the_device():
+    matches = torch.stack([matches_of(*image) for image in IMAGES]).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        indices, counts = sample_batch(matches, 256, 0.25, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for row, found, (p, n) in zip(matches, indices, counts.tolist()):
+        assert (row[found[:p]] >= 0).all() and (row[found[p : p + n]] == -1).all() and (found[p + n :] == -1).all()

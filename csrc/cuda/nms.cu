@@ -20,15 +20,9 @@ namespace {
 constexpr int kTile = 256, kWords = kTile / 32, kCompactThreads = 1024;
 
 // Keys that sort by descending score, NaN first, and -0.0 as 0.0: what torch.sort(descending=True) does.
-__device__ inline uint64_t score_key(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.0f);
-  const uint32_t ascending = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return score == score ? ~ascending & 0xffffffffu : 0;
-}
-__device__ inline uint64_t score_key(double score) {
-  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(score + 0.0));
-  const uint64_t ascending = bits >> 63 ? ~bits : bits | uint64_t{1} << 63;
-  return score == score ? ~ascending : 0;
+template <class T>
+__device__ uint64_t score_key(T score) {
+  return score == score ? static_cast<decltype(sortable(score))>(~sortable(score + T(0))) : 0;
 }
 
 template <class T>
@@ -104,7 +98,7 @@ struct Staged {  // boxes that a whole block compares with
   T area[kTile];
   __device__ void set(int i, const AlignedBox<T>& b) {
     box[i] = b;
-    area[i] = fastrcnn::area(b.box);
+    area[i] = fastrcnn::area(b);
   }
 };
 
@@ -122,11 +116,11 @@ __device__ unsigned overlap_word(const Staged<T>& staged, int w, unsigned wanted
   unsigned word = 0;
 #pragma unroll 8
   for (int k = 0, j = w * 32; k < 32; ++k, ++j)
-    word |= static_cast<unsigned>(may_overlap(staged.box[j].box, staged.area[j], b, area_b, threshold)) << k;
+    word |= static_cast<unsigned>(may_overlap(staged.box[j], staged.area[j], b, area_b, threshold)) << k;
   word &= wanted;
   for (unsigned rest = word; rest != 0; rest &= rest - 1) {
     const int k = __ffs(rest) - 1, j = w * 32 + k;
-    if (!(iou(staged.box[j].box, staged.area[j], b, area_b) > threshold)) word &= ~(1u << k);
+    if (!(iou(staged.box[j], staged.area[j], b, area_b) > threshold)) word &= ~(1u << k);
   }
   return word;
 }
@@ -151,8 +145,7 @@ __global__ void __launch_bounds__(kTile) nms_kernel(Problem<T> p) {
   const AlignedBox<T>* boxes = p.sorted + p.row(image);
   const int64_t* groups = p.groups == nullptr ? nullptr : p.sorted_group + p.row(image);
   unsigned long long* published = p.published + static_cast<int64_t>(image) * p.tiles * kWords;
-  const AlignedBox<T> loaded = i < size ? boxes[begin + i] : AlignedBox<T>{};
-  const Box<T> mine = loaded.box;
+  const AlignedBox<T> mine = i < size ? boxes[begin + i] : AlignedBox<T>{};
   const T my_area = area(mine);
 
   // first: where this box's group begins in the tile. start: where the group of the tile's first box begins in the image.
@@ -186,7 +179,7 @@ __global__ void __launch_bounds__(kTile) nms_kernel(Problem<T> p) {
       earlier[w] = overlap_word(staged, w, continues ? bit_range(from - w * 32, 32) : 0, mine, my_area, p.threshold);
     __syncthreads();
   }
-  staged.set(i, loaded);
+  staged.set(i, mine);
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < kWords; ++w)

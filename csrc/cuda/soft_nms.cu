@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) soft_nms_kernel(Problem<T> p, int fi
       best = of_warp[parity][lane % kWarps];
       best.meet_lanes();
       if (best.score == minus_inf) break;  // the same for the whole block
-      const Box<T> taken = box[best.at].box;
+      const Box<T> taken = box[best.at];
       const T taken_area = area(taken), taken_score = best.score;
       const int at = best.at;
       if (i == 0) {
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) soft_nms_kernel(Problem<T> p, int fi
       for (int k = i; k < n; k += kThreads) {
         const T left = k == at || score[k] == minus_inf
                            ? minus_inf
-                           : decayed(score[k], taken, taken_area, box[k].box, area(box[k].box), p.rules);
+                           : decayed(score[k], taken, taken_area, box[k], area(box[k]), p.rules);
         score[k] = left;
         best.meet(left, k);
       }
@@ -118,22 +118,14 @@ __global__ void __launch_bounds__(kThreads) soft_nms_kernel(Problem<T> p, int fi
   }
 }
 
-__device__ inline uint64_t descending(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.0f);
-  return ~(bits >> 31 ? ~bits : bits | 0x80000000u) & 0xffffffffu;
-}
-__device__ inline uint64_t descending(double score) {
-  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(score + 0.0));
-  return ~(bits >> 63 ? ~bits : bits | uint64_t{1} << 63);
-}
-
 template <class T>
 struct ByTakenScore {
   Problem<T> p;
   __device__ uint64_t operator()(int, int i) const {
     // Of one group, what was taken stands in its final order.
     if (p.taken[i] < 0) return ~uint64_t{0};
-    return p.groups == nullptr ? 0 : descending(p.taken_score[i]);
+    const auto ascending = sortable(p.taken_score[i] + T(0));
+    return p.groups == nullptr ? 0 : static_cast<decltype(sortable(T()))>(~ascending);
   }
 };
 template <class T>

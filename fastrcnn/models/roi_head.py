@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fastrcnn.layers import ConvModule
 from fastrcnn.models.box_coder import build_box_coder
@@ -15,7 +16,7 @@ from fastrcnn.models.post_process import check_nms, finish
 from fastrcnn.models.profiles import Profile, get_profile
 from fastrcnn.models.resnet import ResNet, init_convs_and_norms, make_res_layer, pretrained_source
 from fastrcnn.models.roi_extractors import ROI_EXTRACTORS
-from fastrcnn.models.sampling import check_sampler, sample
+from fastrcnn.models.sampling import check_sampler, sample_images
 from fastrcnn.ops._checks import coordinates
 
 TEST_CFG = dict(score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
@@ -280,8 +281,8 @@ class StandardRoIHead(nn.Module):
         rois = torch.cat([image, proposals], -1)[valid]
         logits, deltas = self(feats, rois)
         scores = F.softmax(coordinates(logits), -1)[:, :-1]  # the background is last
-        results = []
-        for i, (s, d, r) in enumerate(zip(*(t.split(counts.tolist()) for t in (scores, deltas, rois[:, 1:])))):
+        results, per_image = [], counts.tolist()
+        for i, (s, d, r) in enumerate(zip(*(t.split(per_image) for t in (scores, deltas, rois[:, 1:])))):
             scale = None if scale_factors is None else scale_factors[i]
             results.append(self._detections(s, d, r, image_sizes[i], scale))
         return results
@@ -304,7 +305,8 @@ class StandardRoIHead(nn.Module):
         """Detections of one image from candidates: as `post_process.finish`, labels in the profile's numbers."""
         p = self.profile
         if p.min_box_size is not None:
-            keep = ((boxes[:, 2:] - boxes[:, :2]) >= p.min_box_size).all(-1)
+            # As indices: a mask would be counted, and waited for, at each of the three.
+            keep = ((boxes[:, 2:] - boxes[:, :2]) >= p.min_box_size).all(-1).nonzero()[:, 0]
             boxes, scores, label = boxes[keep], scores[keep], label[keep]
         found = finish(boxes, scores, label, image_size, scale, self.test_cfg, p)
         return {**found, "labels": found["labels"] + p.label_offset}
@@ -313,41 +315,51 @@ class StandardRoIHead(nn.Module):
         self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, targets: list[dict]
     ) -> tuple[Tensor, Tensor]:
         """(class loss, box loss). targets: dicts with boxes [M, 4] and labels [M] counted from 0."""
-        rois, labels, gt_boxes = [], [], []
-        for i, target in enumerate(targets):
-            r, la, g = self._targets(feats, i, proposals[i, : int(counts[i])], target)
-            rois.append(torch.cat([r.new_full((len(r), 1), i), r], 1))
-            labels.append(la)
-            gt_boxes.append(g)
-        rois, labels, gt_boxes = torch.cat(rois), torch.cat(labels), torch.cat(gt_boxes)
+        rois, labels, gt_boxes = self._targets(feats, proposals, counts, targets)
         return self.bbox_head.loss(*self(feats, rois), rois, labels, gt_boxes, self.train_cfg["pos_weight"])
 
-    @torch.no_grad()
-    def _targets(self, feats, image: int, proposals: Tensor, target: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Sampled boxes [S, 4], their labels [S] and matched ground truth [S, 4]; positives first."""
-        gt, gt_labels = target["boxes"], target["labels"]
-        sampler, background = self.train_cfg["sampler"], self.bbox_head.num_classes
-        add_gt = sampler.get("add_gt_as_proposals", True)
+    def _assigned(
+        self, proposals: Tensor, counts: Tensor, gts: Tensor, targets: list[dict]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(boxes [B, N, 4] to sample from, ground-truth index of each [B, N], or -1 background or -2 ignored, best IoU
+        [B, N]). The boxes are the proposals and, with add_gt_as_proposals, gts [B, M, 4]; padding is ignored."""
+        valid = torch.arange(proposals.shape[1], device=counts.device) < counts[:, None]
+        boxes = torch.where(valid[..., None], proposals, 0.0)
+        own = pad_sequence([torch.arange(len(t["boxes"]), device=gts.device) for t in targets], True, -2)  # [B, M]
+        add_gt = self.train_cfg["sampler"].get("add_gt_as_proposals", True)
         if add_gt and not self.profile.gt_first:
-            proposals = torch.cat([proposals, gt])
-        matches, max_iou = (t[0] for t in assign(proposals[None], [target], self.train_cfg["assigner"], self.profile))
+            boxes, valid = torch.cat([boxes, gts], 1), torch.cat([valid, own >= 0], 1)
+        matches, max_iou = assign(boxes, targets, self.train_cfg["assigner"], self.profile)
+        matches = torch.where(valid, matches, -2)
         if add_gt and self.profile.gt_first:
-            proposals = torch.cat([gt, proposals])
-            matches = torch.cat([torch.arange(len(gt), device=gt.device), matches])
-            max_iou = torch.cat([max_iou.new_ones(len(gt)), max_iou])
+            boxes, matches = torch.cat([gts, boxes], 1), torch.cat([own, matches], 1)
+            max_iou = torch.cat([(own >= 0).to(max_iou), max_iou], 1)
+        return boxes, matches, max_iou
 
-        def labels_of(indices: Tensor) -> Tensor:
-            labels = torch.full_like(indices, background)
-            hit = matches[indices] >= 0
-            labels[hit] = gt_labels[matches[indices[hit]]]
-            return labels
+    @torch.no_grad()
+    def _targets(
+        self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, targets: list[dict]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sampled RoIs [K, 5], their labels [K] and matched ground truth [K, 4], image by image, positives first."""
+        background = self.bbox_head.num_classes
+        gts = pad_sequence([t["boxes"] for t in targets], True)  # [B, M, 4]
+        labels = pad_sequence([t["labels"] for t in targets], True, background)
+        boxes, matches, max_iou = self._assigned(proposals, counts, gts, targets)
+        # What index -1 reads: background has its label and a box of zeros.
+        gts, labels = F.pad(gts, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=background)
 
-        def loss_of(indices: Tensor) -> Tensor:
-            rois = torch.cat([proposals.new_full((len(indices), 1), image), proposals[indices]], 1)
-            losses = self.bbox_head.loss_cls.elements(self(feats, rois)[0], labels_of(indices))
+        def rois_of(image: int, indices: Tensor) -> Tensor:
+            picked = boxes[image, indices]
+            return torch.cat([picked.new_full((len(picked), 1), image), picked], 1)
+
+        def loss_of(image: int, indices: Tensor) -> Tensor:
+            logits, _ = self(feats, rois_of(image, indices))
+            losses = self.bbox_head.loss_cls.elements(logits, labels[image, matches[image, indices]])
             return losses.reshape(len(indices), -1).sum(1)
 
-        pos, neg = sample(matches, sampler, max_iou, loss_of)
-        chosen = torch.cat([pos, neg])
-        boxes = proposals[chosen]
-        return boxes, labels_of(chosen), torch.cat([gt[matches[pos]], boxes.new_zeros(len(neg), 4)])
+        found = []
+        for i, sides in enumerate(sample_images(matches, self.train_cfg["sampler"], max_iou, loss_of)):
+            chosen = torch.cat(sides)
+            owner = matches[i, chosen]
+            found.append((rois_of(i, chosen), labels[i, owner], gts[i, owner]))
+        return tuple(torch.cat(column) for column in zip(*found))

@@ -13,7 +13,7 @@ from fastrcnn.models.losses import build_loss, positive_weight
 from fastrcnn.models.matching import check_assigner
 from fastrcnn.models.post_process import check_nms, nms_limit
 from fastrcnn.models.profiles import Profile
-from fastrcnn.models.sampling import check_sampler, sample
+from fastrcnn.models.sampling import check_sampler, sample_images
 from fastrcnn.ops import decode_proposals, nms_padded
 
 TEST_CFG = dict(nms_pre=1000, max_per_img=1000, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=-1)
@@ -157,8 +157,8 @@ class RPNHead(DenseHead):
         anchors, matches, max_iou = self.assigned(logits, image_sizes, batch_shape, targets)
         flat_logits, flat_deltas = flat_levels(logits, 1)[..., 0], flat_levels(deltas, 4)
         picked, sampled, floor = [], 0, 0
-        for i, target in enumerate(targets):
-            pos, neg = sample(matches[i], self.train_cfg["sampler"], max_iou[i])
+        picks = sample_images(matches, self.train_cfg["sampler"], max_iou)
+        for i, (target, (pos, neg)) in enumerate(zip(targets, picks)):
             chosen = torch.cat([pos, neg])
             labels = (matches[i, chosen] >= 0).long()
             picked.append(

@@ -3,9 +3,11 @@
 `sample` picks positives first, then negatives up to `num`. RandomSampler draws both at random, OHEMSampler takes those
 with the highest loss (Shrivastava et al., 2016), InstanceBalancedPosSampler and IoUBalancedNegSampler (Libra R-CNN, Pang
 et al., 2019) spread the draw over the ground-truth boxes and over the IoU; CombinedSampler names one for each side.
+`sample_batch` is RandomSampler for a whole batch, in static shapes; `sample_images` takes it where it can.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -134,3 +136,42 @@ def sample(
     if shared["neg_pos_ub"] >= 0:
         most = min(most, int(shared["neg_pos_ub"] * max(1, len(positives))))
     return positives, side(sides[1], matches == -1, most)
+
+
+def sample_batch(matches: Tensor, num: int, pos_fraction: float, neg_pos_ub: float = -1) -> tuple[Tensor, Tensor]:
+    """RandomSampler for a batch: (indices [B, S] with S = min(num, N), how many positives and negatives [B, 2]).
+
+    matches [B, N] and the limits as in `sample`. A row holds the positives, then the negatives, each in ascending order,
+    then -1. Nothing waits for the device.
+    """
+    n = matches.shape[1]
+    keys, last = torch.rand(matches.shape, device=matches.device), 2.0
+    # The smallest of independent random keys are a uniform draw without replacement, and so is any prefix of them.
+    pos_keys, pos = torch.where(matches >= 0, keys, last).topk(min(int(num * pos_fraction), n), largest=False)
+    neg_keys, neg = torch.where(matches == -1, keys, last).topk(min(num, n), largest=False)
+    num_pos = (pos_keys < last).sum(1)
+    most = num - num_pos
+    if neg_pos_ub >= 0:
+        most = torch.minimum(most, (neg_pos_ub * num_pos.clamp(min=1).double()).long())
+    num_neg = torch.minimum((neg_keys < last).sum(1), most)
+    drawn = torch.arange(neg.shape[1], device=neg.device) < num_neg[:, None]
+    # One sort puts all in order: positives are their index, negatives follow from n on, and 2 n is nothing.
+    places = torch.cat([torch.where(pos_keys < last, pos, 2 * n), torch.where(drawn, neg + n, 2 * n)], 1)
+    places = places.sort(1).values[:, : min(num, n)]
+    indices = torch.where(places < n, places, torch.where(places < 2 * n, places - n, -1))
+    return indices, torch.stack([num_pos, num_neg], 1)
+
+
+def sample_images(
+    matches: Tensor, sampler: dict, max_iou: Tensor, loss_of: Callable[[int, Tensor], Tensor] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """`sample` of each image, matches and max_iou [B, N]; loss_of: of (image, indices).
+
+    RandomSampler waits for the device once a batch, for the counts; every other sampler several times an image.
+    """
+    shared, sides = check_sampler(sampler)
+    if any(side != {"type": "RandomSampler"} for side in sides):
+        losses = [loss_of and partial(loss_of, i) for i in range(len(matches))]
+        return [sample(m, sampler, iou, loss) for m, iou, loss in zip(matches, max_iou, losses)]
+    indices, counts = sample_batch(matches, shared["num"], shared["pos_fraction"], shared["neg_pos_ub"])
+    return [row[: sum(count)].split(count) for row, count in zip(indices, counts.tolist())]

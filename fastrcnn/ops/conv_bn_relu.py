@@ -2,12 +2,12 @@
 
 y = relu(conv(x, w * s) + (bn_bias - bn_mean * s) + residual),   s = bn_weight / sqrt(bn_var + eps)
 
-The normalisation is folded into the weight, so that only the convolution touches the feature map. The CPU kernel is
-oneDNN's fused convolution (bias, residual and ReLU as post-ops, channels-last), reached through the operator that torch
-ships for it, and is therefore registered from Python. Without bn_weight, bn_mean and bn_var there is no normalisation and
-bn_bias is the convolution's own bias: the folded form that a deployed model keeps.
+The normalisation is folded into the weight: only the convolution touches the feature map. The kernels are oneDNN's (CPU)
+and cuDNN's (CUDA) fused convolutions, channels-last, reached through torch's own operators. Without bn_weight, bn_mean and
+bn_var nothing is normalised and bn_bias is the convolution's own: the folded form that a deployed model keeps.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,20 +31,10 @@ def _fold(weight: Tensor, bn_weight, bn_bias, bn_mean, bn_var, eps) -> tuple[Ten
 
 
 def _op_reference(
-    input: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    bn_mean: Tensor | None,
-    bn_var: Tensor | None,
-    eps: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    residual: Tensor | None,
-    relu: bool,
-) -> Tensor:
+    input: Tensor, weight: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, bn_mean: Tensor | None,
+    bn_var: Tensor | None, eps: float, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    groups: int, residual: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
     if bn_weight is None:
         out = torch.conv2d(input, weight, None if bn_bias is None else bn_bias.to(input.dtype), stride, padding,
                            dilation, groups)  # fmt: skip
@@ -61,23 +51,21 @@ def _op_reference(
 _conv_bn_relu = torch.library.custom_op("fastrcnn::conv_bn_relu", _op_reference, mutates_args=())
 
 
-def _cpu(
-    input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation, groups, residual, relu
-):  # fmt: skip
-    args = input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation, groups, residual, relu
-    fused = (
-        input.dtype in (torch.float32, torch.bfloat16, torch.float16) and input.numel() and _onednn_takes(input.dtype)
-    )
-    if not fused:
+def _operands(input: Tensor, weight: Tensor, norm: Sequence[Tensor | None], eps: float):
+    """What a library's fused convolution takes: channels-last input and folded weight, and the bias."""
+    folded, bias = _fold(weight, *norm, eps)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (input, folded))
+    return x, w, None if bias is None else bias.contiguous()
+
+
+def _cpu(*args):
+    input, weight, *norm, eps, stride, padding, dilation, groups, residual, relu = args
+    if input.dtype == torch.float64 or not input.numel() or not _onednn_takes(input.dtype):
         return _op_reference(*args)
-    folded, bias = _fold(weight, bn_weight, bn_bias, bn_mean, bn_var, eps)
-    x = input.contiguous(memory_format=torch.channels_last)
-    w = folded.contiguous(memory_format=torch.channels_last)
-    conv = torch.ops.mkldnn._convolution_pointwise
-    where = list(padding), list(stride), list(dilation), groups
-    act = "relu" if relu else "none"
+    x, w, bias = _operands(input, weight, norm, eps)
+    conv, where = torch.ops.mkldnn._convolution_pointwise, (list(padding), list(stride), list(dilation), groups)
     if residual is None:
-        return conv(x, w, bias, *where, act, [], "")
+        return conv(x, w, bias, *where, "relu" if relu else "none", [], "")
     if groups > 1:  # oneDNN's operator adds inside the convolution for one group only
         out = conv(x, w, bias, *where, "none", [], "").add_(residual)
         return out.relu_() if relu else out
@@ -96,12 +84,49 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def _cudnn_fused(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, where) -> Tensor | None:
+    """relu(conv(x, w) + bias + residual), or None: for an odd shape cuDNN may have no engine, and says so when asked."""
+    try:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, w, bias, *where)
+        return torch.cudnn_convolution_add_relu(x, w, residual, 1.0, bias, *where)
+    except RuntimeError as error:
+        if "unable to find an engine" not in str(error):
+            raise
+        return None
+
+
+def _cuda(*args):
+    input, weight, *norm, eps, stride, padding, dilation, groups, residual, relu = args
+    x, w, bias = _operands(input, weight, norm, eps)
+    where = stride, padding, dilation, groups
+    numel = max(x.numel(), math.prod(_out_shape(x, w, stride, padding, dilation)))
+    fused = relu and groups == 1 and 0 < numel < 2**31 and _cudnn_takes(x)
+    out = _cudnn_fused(x, w, bias, residual, where) if fused else None
+    if out is None:
+        out = torch.conv2d(x, w, bias, *where)
+        out = out if residual is None else out.add_(residual)
+        out = out.relu_() if relu else out
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+if torch.backends.cudnn.is_available() and torch.version.cuda:  # on AMD cuDNN's name stands for another library
+    _conv_bn_relu.register_kernel("cuda")(_cuda)
+
+
+def _cudnn_takes(x: Tensor) -> bool:
+    """Not double, and bfloat16 from Ampere on. Of cuDNN's flags the fused operators follow benchmark and TF32 alone."""
+    flags = torch.backends.cudnn
+    if not flags.enabled or flags.deterministic or torch.are_deterministic_algorithms_enabled():
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.dtype in (torch.float32, torch.float16)
+
+
 def _out_shape(input, weight, stride, padding, dilation):
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    ]
-    return [input.shape[0], weight.shape[0], *size]
+    axes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return [input.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)]
 
 
 @_conv_bn_relu.register_fake
@@ -191,20 +216,10 @@ def _call(
 
 
 def conv_bn_relu_reference(
-    input: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    bn_mean: Tensor | None,
-    bn_var: Tensor | None,
-    eps: float = 1e-5,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    residual: Tensor | None = None,
-    relu: bool = True,
-) -> Tensor:
+    input: Tensor, weight: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, bn_mean: Tensor | None,
+    bn_var: Tensor | None, eps: float = 1e-5, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1, groups: int = 1, residual: Tensor | None = None, relu: bool = True,
+) -> Tensor:  # fmt: skip
     return _call(_op_reference, input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation,
                  groups, residual, relu)  # fmt: skip
 

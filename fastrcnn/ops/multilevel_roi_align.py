@@ -88,7 +88,8 @@ def multilevel_roi_align(
     index being padding that gives zeros; strides: image pixels a map pixel, one a level. RoIs of sqrt(area) below
     2 * finest_scale pixels take level 0, below 4 * finest_scale level 1, and so on; `profile` ("mmdet", "torchvision",
     "detectron2") chooses the peer's rounding at the boundary. Backward is deterministic.
-    Raises TypeError or ValueError naming the argument; RuntimeError for an image index beyond B.
+    Raises TypeError or ValueError naming the argument; RuntimeError for an image index beyond B on the CPU. On CUDA the
+    host does not wait to look at the indices: such RoIs give zeros there, as padding does. CUDA takes up to 8 levels.
     """
     op = torch.ops.fastrcnn.multilevel_roi_align
     return _pyramid(op, features, rois, output_size, strides, sampling_ratio, aligned, finest_scale, profile)

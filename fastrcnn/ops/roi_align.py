@@ -202,6 +202,7 @@ def roi_align(
 
     input [B, C, H, W], NCHW or channels-last; rois [K, 5] = (image index, xyxy in image pixels), a negative index being
     padding that gives zeros; spatial_scale = map size / image size. Backward is deterministic.
-    Raises TypeError or ValueError naming the argument; RuntimeError for an image index beyond B.
+    Raises TypeError or ValueError naming the argument; RuntimeError for an image index beyond B on the CPU. On CUDA the
+    host does not wait to look at the indices: such RoIs give zeros there, as padding does.
     """
     return _single(torch.ops.fastrcnn.roi_align, input, rois, output_size, spatial_scale, sampling_ratio, aligned)

@@ -1,0 +1,368 @@
+// Gradient of RoIAlign with respect to its maps, the same bits on every run: a block owns a tile of one map, adds up
+// the RoIs that touch it in ascending order in registers, and writes each pixel once. So nothing is cleared before,
+// nothing is added to memory, and no float passes through an atomic.
+//
+// By its counts the multiply-adds limit it: a bin of 4 x 4 pixels gives 16 of them for each gradient loaded, spread
+// over up to four tiles. So a warp owns a few pixels of one row and 16 bytes of channels a lane: it first sums the bins
+// above each other that reach its row, then spreads that sum over its pixels. The bins' weights on the tile are small
+// dense matrices in shared memory, built once for all warps.
+#include "roi_align.cuh"
+
+namespace fastrcnn {
+namespace {
+
+constexpr int kTileW = 8, kTileH = 6;
+constexpr int kPixels = 4;                                       // of one row, in a warp's registers
+constexpr int kThreads = kTileW / kPixels * kTileH * kWarp;      // 12 warps
+constexpr int kBlocksAtOnce = 2;                                 // 80 registers a thread
+constexpr int kPending = 2 * kThreads;                           // RoIs found, not yet added
+constexpr int kWeightBytes = 20 << 10;                           // of a batch of RoIs, or one RoI's if that is more
+constexpr int kBucketThreads = 1024, kPlaceThreads = 256;
+static_assert(kTileW % kPixels == 0 && kThreads <= 1024);
+
+// Tiles of each level, and where its gradient goes: contiguous in the pyramid's layout.
+struct Tiles {
+  int across[kMaxLevels], down[kMaxLevels];
+  void* grad[kMaxLevels];
+};
+
+// Where among the block's hits this thread's stands; `all` gets their number. All threads of the block call it.
+template <int kBlock>
+__device__ __forceinline__ int rank_of_hit(bool hit, int& all) {
+  __shared__ int hits[kBlock / kWarp];
+  const unsigned votes = __ballot_sync(0xffffffffu, hit);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __syncthreads();  // those of the call before are read
+  if (lane == 0) hits[warp] = __popc(votes);
+  __syncthreads();
+  int rank = __popc(votes & ((1u << lane) - 1));
+  all = 0;
+#pragma unroll
+  for (int w = 0; w < kBlock / kWarp; ++w) {
+    rank += w < warp ? hits[w] : 0;
+    all += hits[w];
+  }
+  return rank;
+}
+
+// The pixels (first, last) of an axis that a RoI may touch; the margin is what rounding can move a sample by.
+template <class T>
+__device__ __forceinline__ int2 touched(const RoiGrid<T>& g, int pooled, int size) {
+  const T a = sample_position(g, 0, 0), b = sample_position(g, pooled - 1, g.samples - 1);
+  const T margin = T(0x1p-20) * (std::fabs(g.start) + static_cast<T>(pooled) * std::fabs(g.bin));
+  const T low = (a < b ? a : b) - margin, high = (a < b ? b : a) + margin;
+  if (high < T(-1) || low > static_cast<T>(size)) return make_int2(0, -1);
+  return make_int2(low > T(0) ? static_cast<int>(low) : 0,
+                   high < static_cast<T>(size - 1) ? static_cast<int>(high > T(0) ? high : T(0)) + 1 : size - 1);
+}
+
+// One thread a RoI: its bucket (level, image), or the one behind the last, and its rectangle (x, y, last x, last y).
+template <class T>
+__global__ void __launch_bounds__(kPlaceThreads)
+place_kernel(const __grid_constant__ Pyramid p, const T* rois, int num_rois, int* bucket, int4* rectangle) {
+  const int k = blockIdx.x * kPlaceThreads + threadIdx.x;
+  if (k >= num_rois) return;
+  const Place<T> place = place_roi(rois + static_cast<int64_t>(k) * 5, p);
+  bucket[k] = p.num_levels * p.batch;
+  if (place.level < 0) return;
+  const int2 x = touched(place.x, p.pooled_w, p.level[place.level].width);
+  const int2 y = touched(place.y, p.pooled_h, p.level[place.level].height);
+  bucket[k] = place.level * p.batch + place.image;
+  rectangle[k] = make_int4(x.x, y.x, x.y, y.y);
+}
+
+// One block a bucket: its RoIs in ascending order, from begin[bucket] on. A tile then looks at these alone.
+__global__ void __launch_bounds__(kBucketThreads)
+bucket_kernel(const int* bucket, const int4* rectangle, int num_rois, int* begin, int* order, int4* ordered) {
+  const int own = blockIdx.x, thread = threadIdx.x;
+  int at = 0;
+  for (int first = 0; first < num_rois; first += kBucketThreads)
+    at += __syncthreads_count(first + thread < num_rois && bucket[first + thread] < own);
+  if (threadIdx.x == 0) begin[own] = at;
+  for (int first = 0; first < num_rois; first += kBucketThreads) {
+    const int k = first + thread;
+    const bool hit = k < num_rois && bucket[k] == own;
+    int all;
+    const int slot = at + rank_of_hit<kBucketThreads>(hit, all);
+    if (hit) {
+      order[slot] = k;
+      ordered[slot] = rectangle[k];
+    }
+    at += all;
+  }
+  if (threadIdx.x == 0 && own == static_cast<int>(gridDim.x) - 1) begin[own + 1] = at;
+}
+
+// weights[pixel] = what a bin's samples weigh on pixels [first, first + N) of the axis, times `scale`.
+template <int N, class T>
+__device__ __forceinline__ void tile_weights(T* weights, const RoiGrid<T>& grid, int p, int first, int size, T scale) {
+  for (int x = 0; x < N; ++x) weights[x] = T(0);
+  const SampleRange range = samples_within(grid, p, static_cast<T>(first - 1), static_cast<T>(first + N));
+  for (int i = range.begin; i < range.end; ++i) {
+    const Tap<T> tap = axis_tap(grid, p, i, size);
+    const int low = tap.low - first, high = tap.high - first;
+    if (low >= 0 && low < N) weights[low] += tap.w_low * scale;
+    if (high >= 0 && high < N) weights[high] += tap.w_high * scale;
+  }
+}
+
+// The bins from the first to the last that weigh something on the warp's row (N = 1) or pixels. Samples lie in order
+// along an axis, so every bin between the two does, too.
+template <int N, class T>
+__device__ __forceinline__ SampleRange bins_touching(const T* weights, int apart, int pooled) {
+  const int lane = threadIdx.x % kWarp;
+  SampleRange range{pooled, 0};
+#pragma unroll 1
+  for (int first = 0; first < pooled; first += kWarp) {
+    const Pack<T, N> w = *reinterpret_cast<const Pack<T, N>*>(weights + min(first + lane, pooled - 1) * apart);
+    bool touches = false;
+#pragma unroll
+    for (int x = 0; x < N; ++x) touches |= w.value[x] != T(0);
+    const unsigned votes = __ballot_sync(0xffffffffu, touches && first + lane < pooled);
+    if (votes == 0) continue;
+    range.begin = min(range.begin, first + __ffs(votes) - 1);
+    range.end = first + kWarp - __clz(votes);
+  }
+  return range;
+}
+
+// sum += N bins above each other, each with its weight. The loads come first, so that they are under way together.
+template <int N, class T, class F, int V>
+__device__ __forceinline__ void add_bins(T (&sum)[V], const T* wy, const F* grad, int step) {
+  Pack<F, V> bin[N];
+#pragma unroll
+  for (int r = 0; r < N; ++r) bin[r] = load_pack<F, V>(grad + r * step);
+#pragma unroll
+  for (int r = 0; r < N; ++r) {
+    const T weight = wy[r * kTileH];
+    T value[V];
+    widen(bin[r], value);
+#pragma unroll
+    for (int v = 0; v < V; ++v) sum[v] = std::fma(weight, value[v], sum[v]);
+  }
+}
+
+// acc[pixel] += one RoI's gradient on the warp's pixels. grad: [pooled_h, pooled_w, channels] from the lane's channel
+// on; wy, wx: the weights of all bins on the warp's row and on its first pixel, kTileH and kTileW apart.
+template <class T, class F, int V>
+__device__ __forceinline__ void add_roi(T (&acc)[kPixels][V], const T* wy, const T* wx, const F* grad, int pooled_h,
+                                        int pooled_w, int channels) {
+  const SampleRange rows = bins_touching<1>(wy, kTileH, pooled_h);
+  if (rows.begin >= rows.end) return;
+  const SampleRange columns = bins_touching<kPixels>(wx, kTileW, pooled_w);
+  const int step = pooled_w * channels;
+  grad += rows.begin * step + columns.begin * channels;
+#pragma unroll 1
+  for (int column = columns.begin; column < columns.end; ++column, grad += channels) {
+    T sum[V] = {};
+    const T* weights = wy + rows.begin * kTileH;
+    const F* bins = grad;
+    int left = rows.end - rows.begin;
+#pragma unroll 1
+    for (; left > 1; left -= 2, weights += 2 * kTileH, bins += 2 * step) add_bins<2>(sum, weights, bins, step);
+    if (left > 0) add_bins<1>(sum, weights, bins, step);
+    const Pack<T, kPixels> weight = *reinterpret_cast<const Pack<T, kPixels>*>(wx + column * kTileW);
+#pragma unroll
+    for (int x = 0; x < kPixels; ++x) {
+      if (weight.value[x] == T(0)) continue;  // or an infinite gradient would spread beyond its bin
+#pragma unroll
+      for (int v = 0; v < V; ++v) acc[x][v] = std::fma(weight.value[x], sum[v], acc[x][v]);
+    }
+  }
+}
+
+// The warp's pixels, V channels of the lane: at [image, y, x, c] or [image, c, y, x] of the level's gradient.
+template <class T, class F, int V>
+__device__ __forceinline__ void store_pixels(const T (&acc)[kPixels][V], F* grad, bool channels_last, int64_t image,
+                                             int y, int x, int c, int height, int width, int channels) {
+  if (channels_last) {
+    F* to = grad + ((image * height + y) * width + x) * channels + c;
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i)
+      if (x + i < width) store_pack(to + static_cast<int64_t>(i) * channels, acc[i]);
+    return;
+  }
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    F* to = grad + ((image * channels + c + v) * height + y) * width + x;
+    Pack<F, kPixels> row;
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) row.value[i] = static_cast<F>(acc[i][v]);
+    if (width % kPixels == 0) {
+      *reinterpret_cast<Pack<F, kPixels>*>(to) = row;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i)
+        if (x + i < width) to[i] = row.value[i];
+    }
+  }
+}
+
+// One block: one tile of one image's map, kWarp * V channels. Tiles of the last (as a rule the coarsest) level come
+// first: RoIs lie closest there, and what takes longest must not start last.
+template <class T, class F, int V>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+tile_kernel(const __grid_constant__ Pyramid p, const __grid_constant__ Tiles tiles, const F* grad, const T* rois,
+            const int* begin, const int* order, const int4* ordered, int chunks, int batch_rois) {
+  extern __shared__ __align__(64) unsigned char memory[];
+  __shared__ int pending[kPending];
+  const int num_bins = p.pooled_h + p.pooled_w;
+  T* wx = reinterpret_cast<T*>(memory);           // [batch_rois, pooled_w, kTileW], read kPixels at once
+  T* wy = wx + batch_rois * p.pooled_w * kTileW;  // [batch_rois, pooled_h, kTileH]
+
+  int tile = static_cast<int>(blockIdx.x) / chunks;
+  int l = p.num_levels - 1;
+  for (; l > 0; --l) {
+    const int on_level = tiles.across[l] * tiles.down[l] * p.batch;
+    if (tile < on_level) break;
+    tile -= on_level;
+  }
+  const int across = tiles.across[l], down = tiles.down[l], height = p.level[l].height, width = p.level[l].width;
+  const int left = tile % across * kTileW, top = tile / across % down * kTileH, image = tile / across / down;
+  const int warp = threadIdx.x / kWarp, row = warp / (kTileW / kPixels), column = warp % (kTileW / kPixels) * kPixels;
+  const int c = (static_cast<int>(blockIdx.x) % chunks * kWarp + static_cast<int>(threadIdx.x) % kWarp) * V;
+  const bool active = c < p.channels;
+
+  const F* from = grad + min(c, p.channels - V);  // lanes beyond the last channel read what they will not write
+  const int roi_size = p.pooled_h * p.pooled_w * p.channels;
+  T acc[kPixels][V] = {};
+  int at = begin[l * p.batch + image];
+  const int end = begin[l * p.batch + image + 1];
+  while (at < end) {
+    int found = 0;
+    for (; at < end && found <= kPending - kThreads; at += kThreads) {
+      bool hit = false;
+      if (at + static_cast<int>(threadIdx.x) < end) {
+        const int4 r = ordered[at + threadIdx.x];
+        hit = r.x < left + kTileW && r.z >= left && r.y < top + kTileH && r.w >= top;
+      }
+      int all;
+      const int slot = found + rank_of_hit<kThreads>(hit, all);
+      if (hit) pending[slot] = order[at + threadIdx.x];
+      found += all;
+    }
+    for (int first = 0; first < found; first += batch_rois) {
+      const int count = min(batch_rois, found - first);
+      __syncthreads();  // the RoIs found are written, the weights of the batch before read
+      for (int i = threadIdx.x; i < count * num_bins; i += kThreads) {
+        const int k = i / num_bins, b = i % num_bins;
+        Place<T> place;
+        place.level = l;
+        place_on_level(rois + static_cast<int64_t>(pending[first + k]) * 5, p, place);
+        if (b < p.pooled_h) {
+          tile_weights<kTileH>(wy + (k * p.pooled_h + b) * kTileH, place.y, b, top, height, place.mean);
+        } else {
+          const int pw = b - p.pooled_h;
+          tile_weights<kTileW>(wx + (k * p.pooled_w + pw) * kTileW, place.x, pw, left, width, T(1));
+        }
+      }
+      __syncthreads();
+      for (int k = 0; k < count; ++k) {
+        add_roi<T, F, V>(acc, wy + k * p.pooled_h * kTileH + row, wx + k * p.pooled_w * kTileW + column,
+                         from + static_cast<int64_t>(pending[first + k]) * roi_size, p.pooled_h, p.pooled_w,
+                         p.channels);
+      }
+    }
+  }
+  if (active && top + row < height && left + column < width)
+    store_pixels(acc, static_cast<F*>(tiles.grad[l]), p.channels_last, image, top + row, left + column, c, height,
+                 width, p.channels);
+}
+
+// [K, C, pooled_h, pooled_w] with the channels innermost and dense, on 16 bytes.
+Tensor channels_innermost(const Tensor& grad, ScalarType dtype) {
+  const int64_t c = grad.size(1), w = grad.size(3), h = grad.size(2);
+  const auto is = [&](int axis, int64_t stride) { return grad.size(axis) <= 1 || grad.stride(axis) == stride; };
+  if (grad.scalar_type() == dtype && is(1, 1) && is(3, c) && is(2, c * w) && is(0, c * w * h) &&
+      reinterpret_cast<uintptr_t>(grad.data_ptr()) % 16 == 0)
+    return grad;
+  Tensor copy = empty_like_device(grad, {grad.size(0), c, h, w}, dtype, MemoryFormat::ChannelsLast);
+  return torch::stable::copy_(copy, grad);
+}
+
+template <class T, class F, int V>
+void launch(const Pyramid& p, const Tiles& tiles, int64_t num_tiles, const Tensor& grad, const Tensor& rois) {
+  const cudaStream_t stream = current_stream(grad);
+  const int num_rois = static_cast<int>(rois.size(0)), num_buckets = p.num_levels * p.batch;
+  Tensor bucket = empty_like_device(rois, {num_rois}, ScalarType::Int);
+  Tensor rectangle = empty_like_device(rois, {num_rois, 4}, ScalarType::Int);
+  Tensor ordered = empty_like_device(rois, {num_rois, 4}, ScalarType::Int);
+  Tensor order = empty_like_device(rois, {num_rois}, ScalarType::Int);
+  Tensor begin = empty_like_device(rois, {num_buckets + 1}, ScalarType::Int);
+  if (num_rois > 0) {
+    place_kernel<T><<<(num_rois + kPlaceThreads - 1) / kPlaceThreads, kPlaceThreads, 0, stream>>>(
+        p, rois.const_data_ptr<T>(), num_rois, bucket.mutable_data_ptr<int>(),
+        reinterpret_cast<int4*>(rectangle.mutable_data_ptr<int>()));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  bucket_kernel<<<num_buckets, kBucketThreads, 0, stream>>>(
+      bucket.const_data_ptr<int>(), reinterpret_cast<const int4*>(rectangle.const_data_ptr<int>()), num_rois,
+      begin.mutable_data_ptr<int>(), order.mutable_data_ptr<int>(),
+      reinterpret_cast<int4*>(ordered.mutable_data_ptr<int>()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+
+  const int chunks = (p.channels / V + kWarp - 1) / kWarp;
+  STD_TORCH_CHECK(num_tiles * chunks <= kMaxInt, "features: too many tiles for one launch");
+  const int roi_bytes = (p.pooled_h * kTileH + p.pooled_w * kTileW) * static_cast<int>(sizeof(T));
+  const int most = std::max(1, kThreads / (p.pooled_h + p.pooled_w));  // one bin a thread
+  const int batch_rois = std::clamp(kWeightBytes / roi_bytes, 1, most);
+  const size_t shared = static_cast<size_t>(batch_rois) * roi_bytes;
+  tile_kernel<T, F, V><<<static_cast<unsigned>(num_tiles * chunks), kThreads, shared, stream>>>(
+      p, tiles, grad.const_data_ptr<F>(), rois.const_data_ptr<T>(), begin.const_data_ptr<int>(),
+      order.const_data_ptr<int>(), reinterpret_cast<const int4*>(ordered.const_data_ptr<int>()), chunks, batch_rois);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::vector<Tensor> multilevel_roi_align_backward(const Tensor& grad, std::vector<Tensor> features, const Tensor& rois,
+                                                  std::vector<double> scales, int64_t sampling_ratio, bool aligned,
+                                                  double finest_scale, std::string profile) {
+  STD_TORCH_CHECK(!features.empty() && grad.dim() == 4, "grad must have shape [K, C, pooled_h, pooled_w]");
+  const torch::stable::accelerator::DeviceGuard guard(features[0].get_device_index());
+  const int64_t pooled_h = grad.size(2), pooled_w = grad.size(3);
+  const ScalarType dtype = features[0].scalar_type();
+  const bool channels_last = all_channels_last(features);
+  const Problem problem =
+      make_problem(features, rois, scales, pooled_h, pooled_w, sampling_ratio, aligned, finest_scale, profile);
+  const Pyramid p = make_pyramid(problem, rois.size(0), channels_last);
+  CHECK_SHAPE(grad, rois.size(0), p.channels, pooled_h, pooled_w);
+  STD_TORCH_CHECK(int64_t{p.num_levels} * p.batch < kMaxInt, "features: more than 2^31 images");
+  std::vector<Tensor> grads;
+  Tiles tiles{};
+  int64_t num_tiles = 0;
+  for (int l = 0; l < p.num_levels; ++l) {
+    const Level& level = p.level[l];
+    grads.push_back(empty_like_device(features[l], {p.batch, p.channels, level.height, level.width}, dtype,
+                                      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+    tiles.across[l] = (level.width + kTileW - 1) / kTileW;
+    tiles.down[l] = (level.height + kTileH - 1) / kTileH;
+    tiles.grad[l] = grads[l].data_ptr();
+    num_tiles += int64_t{tiles.across[l]} * tiles.down[l] * p.batch;
+  }
+  if (num_tiles == 0 || p.channels == 0) return grads;
+  const Tensor r = contiguous_as(rois, coordinate_type(features[0])), g = channels_innermost(grad, dtype);
+  dispatch_features(dtype, [&](auto t, auto f) {
+    using T = decltype(t);
+    using F = decltype(f);
+    constexpr int V = 16 / sizeof(F);
+    if (p.channels % V == 0) {
+      launch<T, F, V>(p, tiles, num_tiles, g, r);
+    } else {
+      launch<T, F, 1>(p, tiles, num_tiles, g, r);
+    }
+  });
+  return grads;
+}
+
+Tensor roi_align_backward(const Tensor& grad, const Tensor& input, const Tensor& rois, double spatial_scale,
+                          int64_t sampling_ratio, bool aligned) {
+  return multilevel_roi_align_backward(grad, {input}, rois, {spatial_scale}, sampling_ratio, aligned, 56.0, "mmdet")[0];
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastrcnn, CUDA, m) {
+  m.impl("roi_align_backward", TORCH_BOX(&roi_align_backward));
+  m.impl("multilevel_roi_align_backward", TORCH_BOX(&multilevel_roi_align_backward));
+}
+
+}  // namespace fastrcnn
