@@ -25,6 +25,7 @@ OPS = (
     "deform_roi_pool",
     "match_boxes",
     "conv_bn_relu",
+    "preprocess",
 )
 
 

@@ -48,6 +48,12 @@ def fixed_seed():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def full_precision():
+    """float32 convolutions are float32 on a GPU as well: the tolerances are for that."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture
 def need_kernel():
     """need_kernel("nms", device): skips on CUDA, and fails on the CPU, where no kernel answers, since the test would

@@ -211,42 +211,6 @@ def test_exports_with_any_number_of_boxes(device):
     assert torch.equal(exported(*more), Decode()(*more))
 
 
-@pytest.mark.gpu
-def test_runs_on_the_current_stream_and_in_a_graph_without_waiting_for_the_device(need_kernel):
-    need_kernel("decode_boxes", "cuda")
-    anchors, deltas = (t.cuda() for t in anchors_and_deltas(5000, 4, 2))
-    sizes = torch.tensor([[200.0, 300], [480, 100]], device="cuda")
-    expected = decode_boxes(anchors, deltas, sizes)
-    late = torch.zeros_like(deltas)
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)
-            late.copy_(deltas)  # done only when the stream gets there
-            actual = decode_boxes(anchors, late, sizes)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream.synchronize()
-    assert torch.equal(actual, expected)
-    late.zero_()
-    with torch.cuda.graph(graph):
-        captured = decode_boxes(anchors, late, sizes)
-    late.copy_(deltas)
-    graph.replay()
-    assert torch.equal(captured, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_answers_on_the_device_of_its_input():
-    anchors, deltas = anchors_and_deltas(500)
-    boxes = decode_boxes(anchors.to("cuda:1"), deltas.to("cuda:1"))
-    assert boxes.device.index == 1
-    assert torch.equal(boxes.cpu(), decode_boxes(anchors.cuda(), deltas.cuda()).cpu())
-
-
 @pytest.mark.parametrize(
     "wrong, error, name",
     [

@@ -380,3 +380,10 @@ def test_wrong_arguments_are_named(wrong, error, name):
     decode_proposals(**right)
     with pytest.raises(error, match=name):
         decode_proposals(**{**right, **wrong})
+
+
+@pytest.mark.gpu
+def test_cuda_has_a_limit_of_eight_levels(need_kernel):
+    need_kernel("decode_proposals", "cuda")
+    with pytest.raises(RuntimeError, match="at most 8 levels"):
+        decode_proposals(*maps("cuda", 1, [(1, 2, 2)] * 9), [8] * 9, sizes("cuda", 1), 5)

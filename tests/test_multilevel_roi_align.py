@@ -228,68 +228,6 @@ def test_cuda_equals_cpu_and_repeats_bit_by_bit(need_kernel, dtype, channels_las
         torch.testing.assert_close(g.cpu(), w, atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=1e-2)
 
 
-@pytest.mark.gpu
-def test_runs_on_the_current_stream_and_without_synchronisation(need_kernel):
-    need_kernel("multilevel_roi_align_backward", "cuda")
-    maps, rois = on_gpu()
-    grad = torch.randn(400, 64, 7, 7, dtype=torch.bfloat16, device="cuda")
-    rules = [1 / s for s in STRIDES], 0, True, 56.0, "mmdet"
-    ops, late = torch.ops.fastrcnn, torch.zeros_like(rois)
-    expected = ops.multilevel_roi_align(maps, rois, 7, 7, *rules)
-    expected_grads = ops.multilevel_roi_align_backward(grad, maps, rois, *rules)
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)
-            late.copy_(rois)  # done only when the stream gets there
-            out = ops.multilevel_roi_align(maps, late, 7, 7, *rules)
-            grads = ops.multilevel_roi_align_backward(grad, maps, late, *rules)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream.synchronize()
-    assert torch.equal(out, expected)
-    assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads))
-
-
-@pytest.mark.gpu
-def test_replays_in_a_cuda_graph(need_kernel):
-    need_kernel("multilevel_roi_align_backward", "cuda")
-    maps, rois = on_gpu()
-    grad = torch.randn(400, 64, 7, 7, dtype=torch.bfloat16, device="cuda")
-    rules = [1 / s for s in STRIDES], 2, True, 56.0, "mmdet"
-
-    def both():
-        out = torch.ops.fastrcnn.multilevel_roi_align(maps, rois, 7, 7, *rules)
-        return [out, *torch.ops.fastrcnn.multilevel_roi_align_backward(grad, maps, rois, *rules)]
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        both()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = both()
-    for seed in (5, 6):
-        rois.copy_(random_rois(400, size=256, largest=256, seed=seed))
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, both()))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_answers_on_the_device_of_its_input(need_kernel):
-    need_kernel("multilevel_roi_align_backward", "cuda")
-    maps, rois = on_gpu()
-    here = forward_and_gradients(multilevel_roi_align, maps, rois, 7, STRIDES)
-    there = forward_and_gradients(multilevel_roi_align, [m.to("cuda:1") for m in maps], rois.to("cuda:1"), 7, STRIDES)
-    assert there[0].device.index == 1
-    assert torch.equal(here[0].cpu(), there[0].cpu())
-    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(here[1], there[1]))
-
-
 def need_memory(gigabytes: int) -> None:
     if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < gigabytes << 30:
         pytest.skip(f"needs {gigabytes} GiB of free GPU memory")

@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -7,8 +5,9 @@ from PIL import Image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fastrcnn.data.rendered_cells import render_cells
-from fastrcnn.models.preprocess import DataPreprocessor, resize_opencv, resized_size
+from fastrcnn.models.preprocess import DataPreprocessor, resized_size
 from fastrcnn.models.profiles import IMAGENET_MEAN, IMAGENET_STD, PROFILES
+from fastrcnn.ops.preprocess import resize_opencv
 
 
 def cells(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -71,47 +70,6 @@ def test_torchvisions_mixed_batch_bit_for_bit():
     assert sizes.tolist() == [list(s) for s in expected.image_sizes]
 
 
-def resize_by_loops(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """OpenCV's 8-bit bilinear resize of [H, W] in Python's integers: weights of 11 bits; columns first, then rows. Beyond
-    the border the nearest column stands alone, while a row is counted with both weights."""
-
-    def tap(i, new, old):
-        at = np.float32((i + 0.5) * (1.0 / (new / old)) - 0.5)
-        low = math.floor(at)
-        return low, round(float((at - np.float32(low)) * np.float32(2048)))
-
-    old_height, old_width = image.shape
-    out = np.zeros((height, width), np.uint8)
-    for y in range(height):
-        y0, wy = tap(y, height, old_height)
-        rows = [int(np.clip(y0 + k, 0, old_height - 1)) for k in (0, 1)]
-        for x in range(width):
-            x0, wx = tap(x, width, old_width)
-            if x0 < 0 or x0 >= old_width - 1:
-                x0, wx = min(max(x0, 0), old_width - 1), 0
-            x1 = min(x0 + 1, old_width - 1)
-            a, b = (int(image[r, x0]) * (2048 - wx) + int(image[r, x1]) * wx for r in rows)
-            out[y, x] = (((a >> 4) * (2048 - wy) >> 16) + ((b >> 4) * wy >> 16) + 2) >> 2
-    return out
-
-
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ((5, 7), (9, 13)),
-        ((1, 5), (3, 9)),
-        ((2, 2), (7, 7)),
-        ((12, 16), (6, 8)),
-        ((13, 9), (6, 20)),
-        ((40, 30), (17, 11)),
-    ],
-)
-def test_resize_is_opencvs_bit_for_bit(old, new, device):
-    image = torch.randint(0, 256, (3, *old), dtype=torch.uint8)
-    expected = np.stack([resize_by_loops(channel.numpy(), *new) for channel in image])
-    np.testing.assert_array_equal(resize_opencv(image.to(device), new).cpu().numpy(), expected)
-
-
 def test_resize_known_values_of_opencv():
     # cv2.resize(image, (5, 5)), OpenCV 5.0: a row on the border is cut off twice, so that 99 becomes 98.
     image = torch.tensor([[[95, 130], [194, 217]]], dtype=torch.uint8)
@@ -121,11 +79,6 @@ def test_resize_known_values_of_opencv():
     p = DataPreprocessor(PROFILES["mmdet"], 5, 5, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     batch, _, _ = p([image.expand(3, 2, 2)])
     assert batch[0, :, :5, :5].tolist() == [expected] * 3
-
-
-def test_resizing_to_the_same_size_changes_nothing():
-    image = cells(64, 96)
-    assert torch.equal(resize_opencv(image, (64, 96)), image)
 
 
 @pytest.mark.parametrize("size", [(480, 640), (151, 333), (97, 61)])
@@ -212,6 +165,22 @@ def test_dtype_own_statistics_and_scale_factors():
     assert batch.dtype == torch.bfloat16 and sizes.tolist() == [[64, 128]]
     assert batch[0, :, 0, 0].tolist() == [5.0, 4.5, 2.0]
     assert factors.dtype == torch.float32 and factors.tolist() == [[2.0, 2.0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("profile", ["mmdet", "detectron2", "torchvision"])
+def test_waits_for_nothing_on_a_gpu(profile, need_kernel):
+    need_kernel("preprocess", "cuda")
+    images = [cells(100, 120), cells(150, 80)]
+    expected = preprocessor(profile)(images)
+    images = [image.cuda() for image in images]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = preprocessor(profile)(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(actual, expected):
+        assert a.is_cuda and torch.equal(a.cpu(), b)
 
 
 @pytest.mark.parametrize(

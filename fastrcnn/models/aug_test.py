@@ -213,4 +213,5 @@ def _second_stage(
 def _detections(head: StandardRoIHead, boxes: Tensor, scores: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
     """Detections of one image of `size` (height, width), from boxes [P, C, 4] in its pixels and scores [P, classes]."""
     row, column, label = head.candidates(scores)
-    return head.finish(boxes[row, column], scores[row, label], label, torch.tensor(size, device=boxes.device), None)
+    sizes = torch.tensor([list(size)], device=boxes.device)
+    return head.finish(boxes[row, column], scores[row, label], label, torch.zeros_like(label), sizes, None)[0]

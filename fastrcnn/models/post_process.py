@@ -39,7 +39,10 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: dict, max_outpu
     """
     check_nms(cfg, "nms")
     groups = torch.zeros_like(labels) if cfg.get("class_agnostic") else labels
-    most = nms_limit(cfg, max_output)
+    return _within(groups, boxes, scores, cfg, nms_limit(cfg, max_output))
+
+
+def _within(groups: Tensor, boxes: Tensor, scores: Tensor, cfg: dict, most: int | None) -> tuple[Tensor, Tensor]:
     if cfg.get("type", "nms") == "nms":
         threshold = cfg.get("score_threshold", 0)
         above = (scores > threshold).nonzero()[:, 0] if threshold > 0 else slice(None)
@@ -55,33 +58,44 @@ def finish(
     boxes: Tensor,
     scores: Tensor,
     labels: Tensor,
-    image_size: Tensor,
-    scale: Tensor | None,
+    images: Tensor,
+    image_sizes: Tensor,
+    scales: Tensor | None,
     cfg: dict,
     profile: Profile,
     min_size: float = -1,
-) -> dict[str, Tensor]:
-    """Detections of one image: dict of boxes [K, 4], scores [K], labels [K], by descending score.
+) -> list[dict[str, Tensor]]:
+    """Detections of each image: dict of boxes [K, 4], scores [K], labels [K], by descending score.
 
-    boxes [N, 4] xyxy pixels of the resized image, of size image_size [2] (height, width); scale [2] (width, height), new
-    over old, or None to stay there; cfg: `nms` and `max_per_img` (not above 0 keeps all) of MMDetection's test_cfg;
-    min_size: boxes enter NMS if both sides are longer, in the pixels that NMS sees; below 0 all do.
+    boxes [N, 4] xyxy pixels of the resized images, the candidates of all of them; images [N] int64: whose they are;
+    image_sizes [B, 2] (height, width) after resizing; scales [B, 2] (width, height), new over old, or None to stay there;
+    cfg: `nms` and `max_per_img` (not above 0 keeps all) of MMDetection's test_cfg; min_size: boxes enter NMS if both sides
+    are longer, in the pixels that NMS sees; below 0 all do. The host waits for the whole batch, not image by image.
     """
-    factor = None if scale is None else (1.0 / scale).repeat(2)
-    if factor is not None and profile.rescale_before_nms:
-        boxes = boxes * factor
+    factors = None if scales is None else 1.0 / scales  # [B, 2]
+    if factors is not None and profile.rescale_before_nms:
+        boxes = boxes * factors.repeat(1, 2)[images]
     if min_size >= 0:
         large = ((boxes[:, 2:] - boxes[:, :2]) > min_size).all(-1).nonzero()[:, 0]
-        boxes, scores, labels = boxes[large], scores[large], labels[large]
-    keep, scores = suppress(boxes, scores, labels, cfg["nms"], cfg["max_per_img"])
-    boxes, labels = boxes[keep], labels[keep]
-    if factor is not None and not profile.rescale_before_nms:
-        boxes = boxes * factor
+        boxes, scores, labels, images = boxes[large], scores[large], labels[large], images[large]
+    nms = check_nms(cfg["nms"], "nms")
+    most = nms_limit(nms, cfg["max_per_img"])
+    groups = images if nms.get("class_agnostic") else images * 2**32 + labels
+    keep, scores = _within(groups, boxes, scores, nms, most if len(image_sizes) == 1 else None)
+    boxes, labels, images = boxes[keep], labels[keep], images[keep]
+    of_image = images[:, None] == torch.arange(len(image_sizes), device=images.device)  # [K, B]
+    wanted = torch.ones_like(images, dtype=torch.bool)
+    if most is not None:
+        wanted = of_image.cumsum(0).gather(1, images[:, None])[:, 0] <= most
+    if factors is not None and not profile.rescale_before_nms:
+        boxes = boxes * factors.repeat(1, 2)[images]
     if profile.clip_after_rescale:
-        limit = image_size.flip(0).float() * (1.0 if factor is None else factor[:2])
-        whole = limit.round()  # an image's sides are, but for the last digit of the factor
-        limit = torch.where((limit - whole).abs() < 1e-3, whole, limit)
-        boxes = torch.minimum(boxes.clamp(min=0), limit.repeat(2))
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(-1).nonzero()[:, 0]
-        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
-    return dict(boxes=boxes, labels=labels, scores=scores)
+        limits = image_sizes.flip(1).float() * (1.0 if factors is None else factors)
+        whole = limits.round()  # an image's sides are, but for the last digit of the factor
+        limits = torch.where((limits - whole).abs() < 1e-3, whole, limits)
+        boxes = torch.minimum(boxes.clamp(min=0), limits.repeat(1, 2)[images])
+        wanted = wanted & (boxes[:, 2:] > boxes[:, :2]).all(-1)
+    counts = (of_image & wanted[:, None]).sum(0).tolist()
+    order = torch.where(wanted, images, len(image_sizes)).sort(stable=True).indices[: sum(counts)]
+    parts = zip(*(t[order].split(counts) for t in (boxes, labels, scores)))
+    return [dict(boxes=b, labels=k, scores=s) for b, k, s in parts]

@@ -127,15 +127,21 @@ class RetinaHead(DenseHead):
         """Detections of each image (see `RetinaNet.predict`): of each level the nms_pre best scores above score_thr, then
         NMS within each class."""
         anchors = self.anchors(logits, batch_shape)
-        results = []
+        parts = []
         for i, image_size in enumerate(image_sizes):
-            scale = None if scale_factors is None else scale_factors[i]
-            maps = [(c[i], d[i]) for c, d in zip(logits, deltas)]
-            results.append(self._detections(maps, anchors, image_size, scale))
-        return results
+            parts += self._candidates([(c[i], d[i]) for c, d in zip(logits, deltas)], anchors, image_size)
+        boxes, scores, labels = (torch.cat(p) for p in zip(*parts))
+        counts = [sum(len(p[0]) for p in parts[i : i + len(anchors)]) for i in range(0, len(parts), len(anchors))]
+        images = torch.arange(len(counts), device=boxes.device).repeat_interleave(
+            torch.tensor(counts, device=boxes.device), output_size=sum(counts)
+        )
+        cfg, p = self.test_cfg, self.profile
+        least = cfg["min_bbox_size"] if p.dense_drops_small else -1
+        return finish(boxes, scores, labels, images, image_sizes, scale_factors, cfg, p, least)
 
-    def _detections(self, maps, anchors, image_size: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
-        boxes, scores, labels, cfg = [], [], [], self.test_cfg
+    def _candidates(self, maps, anchors, image_size: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(boxes [K, 4], scores [K], labels [K]) of one image's levels."""
+        found, cfg = [], self.test_cfg
         for (logit, delta), grid in zip(maps, anchors):
             score = coordinates(logit.permute(1, 2, 0).reshape(-1)).sigmoid()
             candidates = (score > cfg["score_thr"]).nonzero()[:, 0]
@@ -144,12 +150,9 @@ class RetinaHead(DenseHead):
             row = keep // self.num_classes
             moves = coordinates(delta.permute(1, 2, 0).reshape(-1, 4)[row])
             limit = None if self.profile.clip_after_rescale else image_size.float()  # Detectron2 clips at the end only
-            boxes.append(self.bbox_coder.decode(grid[row].to(moves.dtype), moves, limit))
-            scores.append(score[keep])
-            labels.append(keep % self.num_classes)
-        boxes, scores, labels = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
-        least = cfg["min_bbox_size"] if self.profile.dense_drops_small else -1
-        return finish(boxes, scores, labels, image_size, scale, cfg, self.profile, least)
+            boxes = self.bbox_coder.decode(grid[row].to(moves.dtype), moves, limit)
+            found.append((boxes, score[keep], keep % self.num_classes))
+        return found
 
     def loss(
         self,

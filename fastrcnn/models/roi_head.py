@@ -281,18 +281,12 @@ class StandardRoIHead(nn.Module):
         rois = torch.cat([image, proposals], -1)[valid]
         logits, deltas = self(feats, rois)
         scores = F.softmax(coordinates(logits), -1)[:, :-1]  # the background is last
-        results, per_image = [], counts.tolist()
-        for i, (s, d, r) in enumerate(zip(*(t.split(per_image) for t in (scores, deltas, rois[:, 1:])))):
-            scale = None if scale_factors is None else scale_factors[i]
-            results.append(self._detections(s, d, r, image_sizes[i], scale))
-        return results
-
-    def _detections(self, scores, deltas, rois, image_size, scale) -> dict[str, Tensor]:
         # Candidates first, decoding after: most class scores are far below the threshold.
         row, column, label = self.candidates(scores)
-        moves = deltas.unflatten(1, (-1, 4))[row, column]
-        boxes = self.bbox_head.bbox_coder.decode(rois[row], moves, image_size.float())
-        return self.finish(boxes, scores[row, label], label, image_size, scale)
+        images, moves = rois[row, 0].long(), deltas.unflatten(1, (-1, 4))[row, column]
+        limits = image_sizes.float()[images]
+        boxes = self.bbox_head.bbox_coder.decode(rois[row, None, 1:], moves[:, None], limits)[:, 0]
+        return self.finish(boxes, scores[row, label], label, images, image_sizes, scale_factors)
 
     def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(row, column of its box, label) of each of the scores [R, classes] above the threshold."""
@@ -300,16 +294,22 @@ class StandardRoIHead(nn.Module):
         return row, torch.zeros_like(label) if self.bbox_head.reg_class_agnostic else label, label
 
     def finish(
-        self, boxes: Tensor, scores: Tensor, label: Tensor, image_size: Tensor, scale: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Detections of one image from candidates: as `post_process.finish`, labels in the profile's numbers."""
+        self,
+        boxes: Tensor,
+        scores: Tensor,
+        label: Tensor,
+        images: Tensor,
+        image_sizes: Tensor,
+        scale_factors: Tensor | None,
+    ) -> list[dict[str, Tensor]]:
+        """Detections of each image from the candidates of all: `post_process.finish`, labels in the profile's numbers."""
         p = self.profile
         if p.min_box_size is not None:
-            # As indices: a mask would be counted, and waited for, at each of the three.
+            # As indices: a mask would be counted, and waited for, at each of the four.
             keep = ((boxes[:, 2:] - boxes[:, :2]) >= p.min_box_size).all(-1).nonzero()[:, 0]
-            boxes, scores, label = boxes[keep], scores[keep], label[keep]
-        found = finish(boxes, scores, label, image_size, scale, self.test_cfg, p)
-        return {**found, "labels": found["labels"] + p.label_offset}
+            boxes, scores, label, images = boxes[keep], scores[keep], label[keep], images[keep]
+        found = finish(boxes, scores, label, images, image_sizes, scale_factors, self.test_cfg, p)
+        return [{**f, "labels": f["labels"] + p.label_offset} for f in found]
 
     def loss(
         self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, targets: list[dict]

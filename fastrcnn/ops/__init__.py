@@ -20,6 +20,7 @@ from fastrcnn.ops.nms import (
     nms_padded_reference,
     nms_reference,
 )
+from fastrcnn.ops.preprocess import preprocess, preprocess_reference
 from fastrcnn.ops.roi_align import roi_align, roi_align_reference
 from fastrcnn.ops.soft_nms import batched_soft_nms, batched_soft_nms_reference, soft_nms, soft_nms_reference
 
@@ -46,6 +47,8 @@ __all__ = [
     "nms_padded",
     "nms_padded_reference",
     "nms_reference",
+    "preprocess",
+    "preprocess_reference",
     "roi_align",
     "roi_align_reference",
     "soft_nms",

@@ -85,7 +85,8 @@ def _call(op, cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_p
     for name, length in lengths.items():
         if length != levels or levels == 0:
             raise ValueError(f"{name}: expected one entry for each of the {levels} levels of cls_logits, got {length}")
-    check_tensor("image_sizes", image_sizes.float() if isinstance(image_sizes, Tensor) else image_sizes, "B, 2", last=2)
+    whole = isinstance(image_sizes, Tensor) and not image_sizes.is_floating_point()
+    check_tensor("image_sizes", image_sizes, "B, 2", floating=not whole, last=2)
     for i in range(levels):
         check_tensor(f"cls_logits[{i}]", cls_logits[i], "B, A, H, W")
         check_tensor(f"bbox_deltas[{i}]", bbox_deltas[i], "B, 4 * A, H, W")
