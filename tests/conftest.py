@@ -8,7 +8,7 @@ import torch
 
 from fastrcnn._extension import has_kernel
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 
 def pytest_addoption(parser):
@@ -36,8 +36,6 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    if request.param == "cuda":
-        request.node.add_marker(pytest.mark.gpu)
     return request.param
 
 
