@@ -7,17 +7,19 @@ namespace fastrcnn {
 
 enum class Decay { naive, linear, gaussian };
 
-inline Decay decay_of(const std::string& method) {
-  STD_TORCH_CHECK(method == "naive" || method == "linear" || method == "gaussian",
-                  "method must be naive, linear or gaussian, got ", method);
-  return method == "naive" ? Decay::naive : (method == "linear" ? Decay::linear : Decay::gaussian);
-}
-
 template <class T>
 struct SoftRules {
   T iou_threshold, sigma, min_score;
   Decay method;
 };
+
+template <class T>
+SoftRules<T> make_soft_rules(double iou_threshold, double sigma, double min_score, const std::string& method) {
+  STD_TORCH_CHECK(method == "naive" || method == "linear" || method == "gaussian",
+                  "method must be naive, linear or gaussian, got ", method);
+  const Decay decay = method == "naive" ? Decay::naive : (method == "linear" ? Decay::linear : Decay::gaussian);
+  return {static_cast<T>(iou_threshold), static_cast<T>(sigma), static_cast<T>(min_score), decay};
+}
 
 // The score of `b` after `best` was taken; -inf where that is below min_score, or where the box was taken already
 // (0 * -inf is NaN, which fails the comparison as well).

@@ -116,10 +116,9 @@ std::tuple<Tensor, Tensor> any(const Tensor& boxes, const Tensor& scores, std::o
   const ScalarType dtype = coordinate_type(boxes);
   const Tensor b = contiguous_as(boxes, dtype), s = contiguous_as(scores, dtype);
   const int64_t* g = groups ? groups->const_data_ptr<int64_t>() : nullptr;
-  const Decay decay = decay_of(method);
-  if (dtype == ScalarType::Double) return run<double>(b, s, g, {iou_threshold, sigma, min_score, decay}, max_output);
-  const auto narrow = [](double v) { return static_cast<float>(v); };
-  return run<float>(b, s, g, {narrow(iou_threshold), narrow(sigma), narrow(min_score), decay}, max_output);
+  return dtype == ScalarType::Double
+             ? run(b, s, g, make_soft_rules<double>(iou_threshold, sigma, min_score, method), max_output)
+             : run(b, s, g, make_soft_rules<float>(iou_threshold, sigma, min_score, method), max_output);
 }
 
 std::tuple<Tensor, Tensor> soft_nms(const Tensor& boxes, const Tensor& scores, double iou_threshold, double sigma,

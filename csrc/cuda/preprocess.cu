@@ -5,6 +5,7 @@
 #include "preprocess.h"
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 namespace fastrcnn {
 namespace {

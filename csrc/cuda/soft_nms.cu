@@ -187,12 +187,10 @@ std::tuple<Tensor, Tensor> any(const Tensor& boxes, const Tensor& scores, std::o
   const ScalarType dtype = coordinate_type(boxes);
   const Tensor b = contiguous_as(boxes, dtype), s = contiguous_as(scores, dtype);
   Tensor dets = empty_like_device(boxes, {n, 5}, dtype), indices = empty_like_device(boxes, {n}, ScalarType::Long);
-  const Decay decay = decay_of(method);
-  const auto narrow = [](double v) { return static_cast<float>(v); };
   const int64_t found =
       dtype == ScalarType::Double
-          ? run<double>(b, s, groups, {iou_threshold, sigma, min_score, decay}, dets, indices)
-          : run<float>(b, s, groups, {narrow(iou_threshold), narrow(sigma), narrow(min_score), decay}, dets, indices);
+          ? run(b, s, groups, make_soft_rules<double>(iou_threshold, sigma, min_score, method), dets, indices)
+          : run(b, s, groups, make_soft_rules<float>(iou_threshold, sigma, min_score, method), dets, indices);
   const int64_t k = std::min(found, max_output);
   return {torch::stable::narrow(dets, 0, 0, k), torch::stable::narrow(indices, 0, 0, k)};
 }

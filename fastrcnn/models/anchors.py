@@ -77,12 +77,13 @@ class AnchorGenerator:
         """All anchors [H * W * A, 4] a level, for maps of `sizes` (height, width)."""
         grids = []
         strides = self.level_strides(sizes, batch_shape)
-        for base, (h, w), (sx, sy) in zip(self.base_anchors(rounded), sizes, strides):
+        bases = torch.stack(self.base_anchors(rounded)).to(device, non_blocking=True)  # one copy, not one a level
+        for base, (h, w), (sx, sy) in zip(bases, sizes, strides):
             x = torch.arange(w, device=device, dtype=torch.float32) * sx
             y = torch.arange(h, device=device, dtype=torch.float32) * sy
             yy, xx = torch.meshgrid(y, x, indexing="ij")
             shift = torch.stack([xx, yy, xx, yy], -1).reshape(-1, 1, 4)
-            grids.append((shift + base.to(device)).reshape(-1, 4))
+            grids.append((shift + base).reshape(-1, 4))
         return grids
 
     def inside(self, sizes, image_sizes: Tensor, allowed_border: int, divisor: int = 32, device=None) -> Tensor:

@@ -28,7 +28,7 @@ def check_assigner(assigner: dict) -> dict:
 
 def _padded(boxes: Sequence[Tensor], device) -> tuple[Tensor, Tensor]:
     """[B, M, 4] and the counts [B] of a list of [M_i, 4]."""
-    counts = torch.tensor([len(b) for b in boxes], dtype=torch.int64, device=device)
+    counts = torch.tensor([len(b) for b in boxes], dtype=torch.int64).to(device, non_blocking=True)
     dtype = torch.promote_types(torch.float32, boxes[0].dtype) if boxes else torch.float32
     out = torch.zeros(len(boxes), max((len(b) for b in boxes), default=0), 4, dtype=dtype, device=device)
     for row, b in zip(out, boxes):
