@@ -68,7 +68,7 @@ struct Best {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) soft_nms_kernel(Problem<T> p, int fits) {
-  extern __shared__ double copies[];  // fits boxes, then fits scores
+  extern __shared__ __align__(16) double copies[];  // `fits` boxes, then as many scores
   __shared__ Best<T> of_warp[2][kWarps];
   const T minus_inf = -std::numeric_limits<T>::infinity();
   const int i = threadIdx.x, lane = i % 32, warp = i / 32;
