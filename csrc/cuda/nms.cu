@@ -85,11 +85,13 @@ struct PlaceByGroup {
 };
 
 // Whether IoU > threshold is possible, by a product instead of IEEE's division, which is left to decide the few pairs that
-// pass. Underflow, infinities and NaN all pass: the comparison is with a margin that no rounding error reaches.
+// pass. Underflow, infinities and NaN all pass or have no overlap: the comparison is with a margin that no rounding error
+// reaches. fmin and fmax take one instruction; that they drop a NaN does not matter here, since its box has no area.
 template <class T>
 __device__ bool may_overlap(const Box<T>& a, T area_a, const Box<T>& b, T area_b, T threshold) {
-  const T inter = intersection(a, b), united = area_a + area_b - inter;
-  return inter > T(0) && !(inter * T(1.0001) < threshold * united);
+  const T w = fmin(a.x2, b.x2) - fmax(a.x1, b.x1), h = fmin(a.y2, b.y2) - fmax(a.y1, b.y1);
+  const T inter = w * h, united = area_a + area_b - inter;
+  return w > T(0) && h > T(0) && !(inter * T(1.0001) < threshold * united);
 }
 
 template <class T>
@@ -116,7 +118,7 @@ __device__ unsigned overlap_word(const Staged<T>& staged, int w, unsigned wanted
   unsigned word = 0;
 #pragma unroll 8
   for (int k = 0, j = w * 32; k < 32; ++k, ++j)
-    word |= static_cast<unsigned>(may_overlap(staged.box[j], staged.area[j], b, area_b, threshold)) << k;
+    if (may_overlap(staged.box[j], staged.area[j], b, area_b, threshold)) word |= 1u << k;
   word &= wanted;
   for (unsigned rest = word; rest != 0; rest &= rest - 1) {
     const int k = __ffs(rest) - 1, j = w * 32 + k;
