@@ -40,7 +40,6 @@
 #define __host__
 #define __device__
 #define __global__
-#define __constant__ static
 #define __shared__ static
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
@@ -61,14 +60,11 @@ struct dim3 {
 EMULATED_VECTOR(int, int, 8)
 EMULATED_VECTOR(unsigned, uint, 8)
 EMULATED_VECTOR(float, float, 8)
-EMULATED_VECTOR(double, double, 16)
-EMULATED_VECTOR(unsigned char, uchar, 2)
 #undef EMULATED_VECTOR
 
 using cudaStream_t = void*;
 using cudaError_t = int;
-enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   memset(p, value, bytes);
@@ -80,10 +76,6 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-template <class F>
-cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
 
 #undef STD_CUDA_CHECK
 #undef STD_CUDA_KERNEL_LAUNCH_CHECK
@@ -120,7 +112,7 @@ __attribute__((naked, noinline)) static void switch_stack(void** save, void* loa
 struct Barrier {
   unsigned arrived = 0;
   uint64_t generation = 0;
-  int count[2] = {}, any[2] = {}, all[2] = {1, 1};  // of __syncthreads_count, _or, _and, for either parity
+  int count[2] = {}, any[2] = {};  // of __syncthreads_count and _or, for either parity
 };
 struct WarpSlot {  // one for each mask that a warp has used
   unsigned mask;
@@ -174,7 +166,7 @@ inline void release(Barrier& b) {
   b.arrived = 0;
   ++b.generation;
   const uint64_t next = b.generation & 1;  // whoever read its last votes has arrived here since
-  b.count[next] = 0, b.any[next] = 0, b.all[next] = 1;
+  b.count[next] = 0, b.any[next] = 0;
 }
 inline void wait(Barrier& b, unsigned expected) {
   Block& block_ = block();
@@ -298,10 +290,6 @@ inline int __syncthreads_or(int p) {
   auto& b = emulated::block().barrier;
   return emulated_vote([&](int i) { b.any[i] |= p != 0; }, [&](int i) { return b.any[i]; });
 }
-inline int __syncthreads_and(int p) {
-  auto& b = emulated::block().barrier;
-  return emulated_vote([&](int i) { b.all[i] &= p != 0; }, [&](int i) { return b.all[i]; });
-}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulated::gather(mask, 0); }
 inline unsigned __ballot_sync(unsigned mask, int p) {
@@ -311,7 +299,6 @@ inline unsigned __ballot_sync(unsigned mask, int p) {
   return bits;
 }
 inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
-inline int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }
 template <class T>
 T __shfl_sync(unsigned mask, T v, int source, int width = 32) {
   return emulated::pick(mask, v, (emulated::lane() & ~(width - 1)) | (source & (width - 1)));
@@ -341,40 +328,13 @@ T emulated_reduce(unsigned mask, T v, F f) {
   return result;
 }
 inline unsigned __reduce_max_sync(unsigned m, unsigned v) { return emulated_reduce(m, v, [](auto a, auto b) { return a < b ? b : a; }); }
-inline unsigned __reduce_min_sync(unsigned m, unsigned v) { return emulated_reduce(m, v, [](auto a, auto b) { return b < a ? b : a; }); }
 inline int __reduce_max_sync(unsigned m, int v) { return emulated_reduce(m, v, [](auto a, auto b) { return a < b ? b : a; }); }
-inline int __reduce_min_sync(unsigned m, int v) { return emulated_reduce(m, v, [](auto a, auto b) { return b < a ? b : a; }); }
-inline unsigned __reduce_or_sync(unsigned m, unsigned v) { return emulated_reduce(m, v, [](auto a, auto b) { return a | b; }); }
-inline unsigned __reduce_and_sync(unsigned m, unsigned v) { return emulated_reduce(m, v, [](auto a, auto b) { return a & b; }); }
-template <class T>
-T __reduce_add_sync(unsigned m, T v) {
-  const auto all = emulated::gather(m, v);
-  T sum = 0;
-  for (int i = 0; i < 32; ++i)
-    if (m >> i & 1) sum += all[i];
-  return sum;
-}
-template <class T>
-unsigned __match_any_sync(unsigned mask, T v) {
-  const auto all = emulated::gather(mask, v);
-  unsigned bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>((mask >> i & 1) && all[i] == v) << i;
-  return bits;
-}
 
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) {}
 template <class T>
 T __ldg(const T* p) { return *p; }
 template <class T>
-T __ldcg(const T* p) { return *p; }
-template <class T>
-T __ldcs(const T* p) { return *p; }
-template <class T>
 void __stcs(T* p, T v) { *p = v; }
-template <class T>
-void __stcg(T* p, T v) { *p = v; }
 
 template <class T, class F>
 T emulated_atomic(T* p, F f) {
@@ -385,32 +345,15 @@ T emulated_atomic(T* p, F f) {
 template <class T, class U>
 T atomicAdd(T* p, U v) { return emulated_atomic(p, [&](T old) { return static_cast<T>(old + v); }); }
 template <class T, class U>
-T atomicSub(T* p, U v) { return emulated_atomic(p, [&](T old) { return static_cast<T>(old - v); }); }
-template <class T, class U>
 T atomicMax(T* p, U v) { return emulated_atomic(p, [&](T old) { return old < static_cast<T>(v) ? static_cast<T>(v) : old; }); }
 template <class T, class U>
-T atomicMin(T* p, U v) { return emulated_atomic(p, [&](T old) { return static_cast<T>(v) < old ? static_cast<T>(v) : old; }); }
-template <class T, class U>
 T atomicOr(T* p, U v) { return emulated_atomic(p, [&](T old) { return static_cast<T>(old | v); }); }
-template <class T, class U>
-T atomicAnd(T* p, U v) { return emulated_atomic(p, [&](T old) { return static_cast<T>(old & v); }); }
-template <class T, class U>
-T atomicExch(T* p, U v) { return emulated_atomic(p, [&](T) { return static_cast<T>(v); }); }
-template <class T, class U, class V>
-T atomicCAS(T* p, U expected, V v) {
-  return emulated_atomic(p, [&](T old) { return old == static_cast<T>(expected) ? static_cast<T>(v) : old; });
-}
 
 inline int __popc(unsigned v) { return std::popcount(v); }
-inline int __popcll(unsigned long long v) { return std::popcount(v); }
 inline int __clz(int v) { return std::countl_zero(static_cast<unsigned>(v)); }
-inline int __clzll(long long v) { return std::countl_zero(static_cast<unsigned long long>(v)); }
 inline int __ffs(int v) { return v == 0 ? 0 : std::countr_zero(static_cast<unsigned>(v)) + 1; }
-inline int __ffsll(long long v) { return v == 0 ? 0 : std::countr_zero(static_cast<unsigned long long>(v)) + 1; }
 inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
-inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
 inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
-inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
 inline long long __double_as_longlong(double v) { return std::bit_cast<long long>(v); }
 inline double __longlong_as_double(long long v) { return std::bit_cast<double>(v); }
 using std::max;
