@@ -35,4 +35,23 @@ HOST_DEVICE T decayed(T score, const Box<T>& best, T best_area, const Box<T>& b,
   return left >= rules.min_score ? left : -std::numeric_limits<T>::infinity();
 }
 
+// Checks the arguments and calls run(boxes, scores, groups, SoftRules<T>) on contiguous ones; groups may be absent.
+template <class Run>
+std::tuple<Tensor, Tensor> soft_nms_in(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> groups,
+                                       double iou_threshold, double sigma, double min_score, const std::string& method,
+                                       Run run) {
+  const int64_t n = boxes.size(0);
+  CHECK_SHAPE(boxes, n, 4);
+  CHECK_SHAPE(scores, n);
+  if (groups) {
+    CHECK_SHAPE(*groups, n);
+    groups = contiguous_as(*groups, ScalarType::Long);
+  }
+  const ScalarType dtype = coordinate_type(boxes);
+  const Tensor b = contiguous_as(boxes, dtype), s = contiguous_as(scores, dtype);
+  if (dtype == ScalarType::Double)
+    return run(b, s, groups, make_soft_rules<double>(iou_threshold, sigma, min_score, method));
+  return run(b, s, groups, make_soft_rules<float>(iou_threshold, sigma, min_score, method));
+}
+
 }  // namespace fastrcnn

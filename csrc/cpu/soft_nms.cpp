@@ -106,19 +106,10 @@ std::tuple<Tensor, Tensor> run(const Tensor& boxes, const Tensor& scores, const 
 std::tuple<Tensor, Tensor> any(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> groups,
                                double iou_threshold, double sigma, double min_score, const std::string& method,
                                int64_t max_output) {
-  const int64_t n = boxes.size(0);
-  CHECK_SHAPE(boxes, n, 4);
-  CHECK_SHAPE(scores, n);
-  if (groups) {
-    CHECK_SHAPE(*groups, n);
-    groups = contiguous_as(*groups, ScalarType::Long);
-  }
-  const ScalarType dtype = coordinate_type(boxes);
-  const Tensor b = contiguous_as(boxes, dtype), s = contiguous_as(scores, dtype);
-  const int64_t* g = groups ? groups->const_data_ptr<int64_t>() : nullptr;
-  return dtype == ScalarType::Double
-             ? run(b, s, g, make_soft_rules<double>(iou_threshold, sigma, min_score, method), max_output)
-             : run(b, s, g, make_soft_rules<float>(iou_threshold, sigma, min_score, method), max_output);
+  return soft_nms_in(boxes, scores, groups, iou_threshold, sigma, min_score, method,
+                     [&](const Tensor& b, const Tensor& s, const std::optional<Tensor>& g, auto rules) {
+                       return run(b, s, g ? g->const_data_ptr<int64_t>() : nullptr, rules, max_output);
+                     });
 }
 
 std::tuple<Tensor, Tensor> soft_nms(const Tensor& boxes, const Tensor& scores, double iou_threshold, double sigma,

@@ -8,6 +8,7 @@
 // box with their survivors only. Within a tile all boxes are decided in rounds: one whose earlier neighbours are all gone
 // stays, one with a neighbour that stays goes. That is the greedy result, in as many rounds as the longest such chain.
 #include "box_math.h"
+#include "scan.cuh"
 #include "sort.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -256,28 +257,17 @@ __global__ void __launch_bounds__(kTile) nms_kernel(Problem<T> p) {
 // One block an image: the first max_output kept ranks, as rows, in order.
 template <class T>
 __global__ void __launch_bounds__(kCompactThreads) compact_kernel(Problem<T> p, int64_t* indices, int64_t* num_kept) {
-  __shared__ int sums[kCompactThreads / 32];
-  const int image = blockIdx.x, i = threadIdx.x, lane = i % 32, warp = i / 32;
+  const int image = blockIdx.x, i = threadIdx.x;
   const unsigned* keep = p.keep + static_cast<int64_t>(image) * p.words;
   int64_t* out = indices + image * p.max_output;
   int64_t done = 0;
   for (int begin = 0; begin < p.words && done < p.max_output; begin += kCompactThreads) {
     unsigned bits = begin + i < p.words ? keep[begin + i] : 0;
-    int sum = __popc(bits);  // becomes the sum over the lanes up to this one
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, sum, step);
-      sum += lane >= step ? other : 0;
-    }
-    if (lane == 31) sums[warp] = sum;
-    __syncthreads();
-    int64_t at = done + sum - __popc(bits);
-    for (int w = 0; w < kCompactThreads / 32; ++w) {
-      at += w < warp ? sums[w] : 0;
-      done += sums[w];
-    }
+    const Sums sums = block_sums<kCompactThreads>(__popc(bits));
+    int64_t at = done + sums.before;
+    done += sums.all;
     for (; bits != 0 && at < p.max_output; bits &= bits - 1, ++at)
       out[at] = p.order[p.row(image) + (begin + i) * 32 + __ffs(bits) - 1];
-    __syncthreads();
   }
   const int64_t total = done < p.max_output ? done : p.max_output;
   for (int64_t k = total + i; k < p.max_output; k += kCompactThreads) out[k] = -1;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "decode_proposals.h"
+#include "scan.cuh"
 
 #include <torch/csrc/stable/macros.h>
 
@@ -62,31 +63,6 @@ __device__ Place locate(const Shape& shape, const int* start) {
   p.part -= start[p.level];
   p.segment = p.image * shape.levels + p.level;
   return p;
-}
-
-struct Sums {
-  int before, all;  // of the threads before this one, of the block
-};
-template <int kThreads>
-__device__ Sums block_sums(int value) {
-  constexpr int kWarps = kThreads / kWarp;
-  __shared__ int warp_sum[kWarps];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int sum = value;
-  for (int d = 1; d < kWarp; d *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, sum, d);
-    if (lane >= d) sum += other;
-  }
-  if (lane == kWarp - 1) warp_sum[warp] = sum;
-  __syncthreads();
-  Sums s{sum - value, 0};
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) s.before += warp_sum[w];
-    s.all += warp_sum[w];
-  }
-  __syncthreads();  // warp_sum is free again
-  return s;
 }
 
 // The threshold after kPass digits: each block finds the bin in the histogram of the last of them by itself.

@@ -177,22 +177,14 @@ std::tuple<Tensor, Tensor> any(const Tensor& boxes, const Tensor& scores, std::o
                                int64_t max_output) {
   const torch::stable::accelerator::DeviceGuard guard(boxes.get_device_index());
   const int64_t n = boxes.size(0);
-  CHECK_SHAPE(boxes, n, 4);
-  CHECK_SHAPE(scores, n);
   STD_TORCH_CHECK(n < int64_t{1} << 31, "boxes: more than 2^31 rows");
-  if (groups) {
-    CHECK_SHAPE(*groups, n);
-    groups = contiguous_as(*groups, ScalarType::Long);
-  }
-  const ScalarType dtype = coordinate_type(boxes);
-  const Tensor b = contiguous_as(boxes, dtype), s = contiguous_as(scores, dtype);
-  Tensor dets = empty_like_device(boxes, {n, 5}, dtype), indices = empty_like_device(boxes, {n}, ScalarType::Long);
-  const int64_t found =
-      dtype == ScalarType::Double
-          ? run(b, s, groups, make_soft_rules<double>(iou_threshold, sigma, min_score, method), dets, indices)
-          : run(b, s, groups, make_soft_rules<float>(iou_threshold, sigma, min_score, method), dets, indices);
-  const int64_t k = std::min(found, max_output);
-  return {torch::stable::narrow(dets, 0, 0, k), torch::stable::narrow(indices, 0, 0, k)};
+  return soft_nms_in(boxes, scores, groups, iou_threshold, sigma, min_score, method,
+                     [&](const Tensor& b, const Tensor& s, const std::optional<Tensor>& g, auto rules) {
+                       Tensor dets = empty_like_device(b, {n, 5}, b.scalar_type());
+                       Tensor indices = empty_like_device(b, {n}, ScalarType::Long);
+                       const int64_t k = std::min<int64_t>(run(b, s, g, rules, dets, indices), max_output);
+                       return std::tuple(torch::stable::narrow(dets, 0, 0, k), torch::stable::narrow(indices, 0, 0, k));
+                     });
 }
 
 std::tuple<Tensor, Tensor> soft_nms(const Tensor& boxes, const Tensor& scores, double iou_threshold, double sigma,
