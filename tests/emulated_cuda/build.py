@@ -62,20 +62,25 @@ def translate(text: str) -> str:
     return re.sub(r"STABLE_TORCH_LIBRARY_IMPL\((\w+), CUDA,", r"STABLE_TORCH_LIBRARY_IMPL(\1, CPU,", text)
 
 
+def _compiler(*arguments) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # a sanitiser's runtime is not for g++
+    subprocess.run(["g++", *arguments], check=True, env=environment)
+
+
 def _compile_device(output: Path, sanitised: bool) -> None:
     tsan = ["-DEMULATED_CUDA_TSAN"] if sanitised else []
-    subprocess.run(["g++", *FLAGS, *tsan, "-c", HERE / "device.cpp", "-o", output], check=True)
+    _compiler(*FLAGS, *tsan, "-c", HERE / "device.cpp", "-o", output)
 
 
 def _compile_kernels(source: Path, output: Path, prelude: str, sanitised: bool) -> None:
     """`prelude` makes the source CUDA: emulated_torch.h, or emulated_cuda.h alone."""
     tsan = ["-g1", "-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"] if sanitised else []
-    subprocess.run(["g++", *KERNELS, *tsan, "-include", prelude, "-c", source, "-o", output], check=True)
+    _compiler(*KERNELS, *tsan, "-include", prelude, "-c", source, "-o", output)
 
 
 def _link(objects: Sequence[Path], output: Path, flags: Sequence[str], sanitised: bool) -> None:
     tsan = ["-fsanitize=thread"] if sanitised else []
-    subprocess.run(["g++", *tsan, *objects, *flags, "-o", output], check=True)
+    _compiler(*tsan, *objects, *flags, "-o", output)
 
 
 def build(
