@@ -1,6 +1,8 @@
 // The device: blocks run at the same time, each on a thread of the CPU, and every thread of a block is a fiber. Barriers and
-// warp operations wait for exactly the threads that CUDA would wait for. This file is never instrumented: a sanitiser sees
-// what kernels do, and through tsan.h what orders it.
+// warp operations wait for exactly the threads that CUDA would wait for. EMULATED_CUDA_BLOCKS (4) are resident at a time,
+// started in an order that EMULATED_CUDA_SEED (1) shuffles; EMULATED_CUDA_ORDER=forward or =reverse fixes the order of the
+// threads within them, which is else the seed's too. This file is never instrumented: a sanitiser sees what kernels do, and
+// through tsan.h what orders it.
 #include "device.h"
 
 #include "tsan.h"
@@ -85,7 +87,7 @@ struct Block {  // the place of a resident block: one block after another uses i
 };
 constinit thread_local Block* resident = nullptr;
 
-// A launch ends in an error when no block can go on: each has polled in vain since the last one that got anywhere.
+// Tells a deadlock between blocks from waiting: each of them has polled in vain since the last time that any got on.
 class Watch {
  public:
   explicit Watch(size_t workers) : stuck_(workers) {}
@@ -178,7 +180,7 @@ void start(Block& b) {
 }
 
 // Rounds over the threads, each from the first to the last or the other way: what comes out wrong in one of the two lacks
-// a barrier. EMULATED_CUDA_ORDER=forward or =reverse takes one of them for all rounds.
+// a barrier.
 void run(Block& b, unsigned seed, Watch& watch, size_t worker) {
   static const char* const fixed = getenv("EMULATED_CUDA_ORDER");
   std::minstd_rand random(seed);
