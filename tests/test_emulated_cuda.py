@@ -29,12 +29,10 @@ __global__ void block_sum(const int* values, int* sums) {
   if (i == 0) sums[blockIdx.x] = of_warp[0] + of_warp[1] + of_warp[2] + of_warp[3] + 1000 * voters;
 }
 template <int V>
-__global__ void early_read(int* out) {
+__global__ void early_read(int* out, bool barrier) {
   __shared__ int word;
   if (threadIdx.x == 0) word = V;
-#if BARRIER
-  __syncthreads();
-#endif
+  if (barrier) __syncthreads();
   if (threadIdx.x == 127) out[blockIdx.x] = word;
 }
 __global__ void half_way() {
@@ -48,36 +46,28 @@ struct Chain {
   volatile int flag[64];
   int number[64];
 };
-__global__ void chain(Chain* c) {
-  __shared__ unsigned drawn;
-  if (threadIdx.x == 0) {
-#if TICKET
-    drawn = atomicAdd(&c->ticket, 1u);
-#else
-    drawn = blockIdx.x;
-#endif
-    unsigned before = 0;
-    if (drawn > 0) {
-#if ONE_WORD
-      unsigned long long word;
-      while ((word = c->word[drawn - 1]) >> 32 == 0) __nanosleep(20);
-      before = word;
-#else
-      while (c->flag[drawn - 1] == 0) __nanosleep(20);
-      before = c->number[drawn - 1];
-#endif
-    }
-#if ONE_WORD
+__global__ void chain(Chain* c, bool ticket, bool one_word) {
+  if (threadIdx.x > 0) return;
+  const unsigned drawn = ticket ? atomicAdd(&c->ticket, 1u) : blockIdx.x;
+  unsigned before = 0;
+  if (drawn > 0 && one_word) {
+    unsigned long long word;
+    while ((word = c->word[drawn - 1]) >> 32 == 0) __nanosleep(20);
+    before = word;
+  } else if (drawn > 0) {
+    while (c->flag[drawn - 1] == 0) __nanosleep(20);
+    before = c->number[drawn - 1];
+  }
+  if (one_word) {
     c->word[drawn] = 1ull << 32 | (before + 1);
-#else
+  } else {
     c->number[drawn] = before + 1;
     c->flag[drawn] = 1;
-#endif
-    if (drawn == gridDim.x - 1) c->number[drawn] = before + 1;
   }
+  if (drawn == gridDim.x - 1) c->number[drawn] = before + 1;
 }
 int main(int, char** arguments) {
-  const char what = arguments[1][0];
+  const char what = arguments[1][0], fault = arguments[2][0];
   int values[256], sums[2], seen[8] = {};
   for (int i = 0; i < 256; ++i) values[i] = i;
   if (what == 'd') half_way<<<1, 64>>>();
@@ -86,12 +76,12 @@ int main(int, char** arguments) {
     printf("%d %d", sums[0], sums[1]);
   }
   if (what == 'e') {
-    early_read<7><<<8, 128>>>(seen);
+    early_read<7><<<8, 128>>>(seen, fault != 'b');
     for (int word : seen) printf("%d ", word);
   }
   if (what == 'c') {
     static Chain c;
-    chain<<<64, 32>>>(&c);
+    chain<<<64, 32>>>(&c, fault != 't', fault != 'w');
     printf("%d", c.number[63]);
   }
 }
@@ -105,48 +95,51 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """program(BARRIER=0) is KERNELS' program with that fault, built once; sanitised=True: by ThreadSanitizer."""
-    folder = tmp_path_factory.mktemp("kernels")
-
-    def built(sanitised: bool = False, **faults: int) -> Path:
-        path = folder / f"{'tsan' if sanitised else 'plain'}{''.join(f'_{k}_{v}' for k, v in faults.items())}"
-        if not path.exists():
-            switches = {"BARRIER": 1, "TICKET": 1, "ONE_WORD": 1, **faults}
-            defines = "".join(f"#define {name} {value}\n" for name, value in switches.items())
-            build_program(defines + translate(KERNELS), path, sanitised)
-        return path
-
-    return built
+def program(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("kernels") / "program"
+    build_program(translate(KERNELS), path)
+    return path
 
 
-def run(program: Path, what: str, seed: int = 1, order: str | None = None) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def sanitised(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sanitised") / "program"
+    build_program(translate(KERNELS), path, sanitised=True)
+    return path
+
+
+def run(
+    program: Path, what: str, fault: str = "none", seed: int = 1, order: str | None = None
+) -> subprocess.CompletedProcess:
     environment = {**os.environ, "EMULATED_CUDA_SEED": str(seed), "TSAN_OPTIONS": "exitcode=66"}
     environment.pop("EMULATED_CUDA_ORDER", None)
     if order:
         environment["EMULATED_CUDA_ORDER"] = order
-    no_random_addresses = ["setarch", "-R"] if shutil.which("setarch") else []  # ThreadSanitizer wants fixed ones
-    return subprocess.run(
-        [*no_random_addresses, program, what], env=environment, capture_output=True, text=True, timeout=60
-    )
+    command = [
+        *(["setarch", "-R"] if shutil.which("setarch") else []),
+        program,
+        what,
+        fault,
+    ]  # as ThreadSanitizer wants it
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_shuffles_votes_and_dynamic_shared_memory(program):
-    assert run(program(), "sums").stdout.split() == [str(sum(range(128)) + 4000), str(sum(range(128, 256)) + 4000)]
+    assert run(program, "sums").stdout.split() == [str(sum(range(128)) + 4000), str(sum(range(128, 256)) + 4000)]
 
 
 def test_one_of_the_two_orders_shows_a_missing_barrier(program):
-    right, wrong = ["7"] * 8, program(BARRIER=0)
+    right = ["7"] * 8
     for how in ({"order": "forward"}, {"order": "reverse"}, {"seed": 1}, {"seed": 2}):
-        assert run(program(), "early", **how).stdout.split() == right
-    assert run(wrong, "early", order="forward").stdout.split() == right
-    assert str(UNDEFINED) in run(wrong, "early", order="reverse").stdout.split()
+        assert run(program, "early", **how).stdout.split() == right
+    assert run(program, "early", "barrier", order="forward").stdout.split() == right
+    assert str(UNDEFINED) in run(program, "early", "barrier", order="reverse").stdout.split()
     for seed in (1, 2):  # each block goes its own way
-        assert run(wrong, "early", seed).stdout.split() != right
+        assert run(program, "early", "barrier", seed).stdout.split() != right
 
 
 def test_an_operation_that_not_all_lanes_reach_is_an_error_not_a_hang(program):
-    result = run(program(), "deadlock")
+    result = run(program, "deadlock")
     assert result.returncode != 0
     assert "deadlock" in result.stderr
     assert re.search(r"block \(0, 0, 0\)", result.stderr)
@@ -154,18 +147,17 @@ def test_an_operation_that_not_all_lanes_reach_is_an_error_not_a_hang(program):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_chain_of_blocks_needs_tickets(program, seed):
-    assert run(program(), "chain", seed).stdout == "64"
-    result = run(program(TICKET=0), "chain", seed)
+    assert run(program, "chain", seed=seed).stdout == "64"
+    result = run(program, "chain", "ticket", seed)
     assert result.returncode != 0
     assert "every resident block waits" in result.stderr
 
 
-@pytest.mark.parametrize("fault", ["ONE_WORD", "BARRIER"])
-def test_thread_sanitizer_sees_memory_that_nothing_orders(program, fault):
-    what = "early" if fault == "BARRIER" else "chain"
-    clean = run(program(sanitised=True), what)
+@pytest.mark.parametrize("what, fault", [("chain", "word in two"), ("early", "barrier")])
+def test_thread_sanitizer_sees_memory_that_nothing_orders(sanitised, what, fault):
+    clean = run(sanitised, what)
     assert clean.returncode == 0, clean.stderr
-    wrong = run(program(sanitised=True, **{fault: 0}), what)
+    wrong = run(sanitised, what, fault)
     assert wrong.returncode == 66
     assert "data race" in wrong.stderr
 
