@@ -3,12 +3,13 @@ import torch
 from torch import nn
 
 from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.inference.augment import View, aug_test, aug_test_rpn, det_tta, flip_boxes
 from fastrcnn.models import RPN, FasterRCNN, StandardRoIHead, faster_rcnn
-from fastrcnn.models.aug_test import View, aug_test, aug_test_rpn, det_tta, flip_boxes
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder
+from fastrcnn.models.build import merge
 from fastrcnn.models.profiles import PROFILES
 from fastrcnn.models.retinanet import RetinaNet
-from fastrcnn.models.zoo import merge, model_config, retinanet_config
+from fastrcnn.zoo.recipes import model_config, retinanet_config
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
 SMALL = dict(backbone=dict(base_channels=16), neck=dict(in_channels=[16, 32, 64, 128], out_channels=32))

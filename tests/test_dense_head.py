@@ -11,7 +11,7 @@ from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder
 from fastrcnn.models.dense_head import flat_levels
 from fastrcnn.models.losses import GIoULoss, SmoothL1Loss
 from fastrcnn.models.profiles import PROFILES
-from fastrcnn.models.zoo import retinanet_config
+from fastrcnn.zoo.recipes import retinanet_config
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
 SQUARES = dict(type="AnchorGenerator", strides=[32], ratios=[1.0], scales=[1])

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
 
+from fastrcnn.checkpoints import torchvision as torchvision_weights
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import faster_rcnn
 from fastrcnn.models.profiles import PROFILES
-from fastrcnn.weights import torchvision as torchvision_weights
 
 CLASSES = 10
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")

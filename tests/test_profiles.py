@@ -56,7 +56,7 @@ from fastrcnn.models import RPNHead, StandardRoIHead, faster_rcnn
 from fastrcnn.models.matching import assign
 from fastrcnn.models.post_process import finish
 from fastrcnn.models.profiles import PROFILES, get_profile
-from fastrcnn.models.zoo import model_config
+from fastrcnn.zoo.recipes import model_config
 
 NAMES = ("mmdet", "torchvision", "detectron2")
 SMALL = dict(

@@ -14,8 +14,9 @@ from fastrcnn.layers import fold_batch_norm
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.preprocess import resized_size
 from fastrcnn.models.rpn import RPN
-from fastrcnn.models.zoo import NAMES, RPNS, named_model
 from fastrcnn.weights import coco_address, infer_model
+from fastrcnn.weights.named import named_model
+from fastrcnn.zoo.recipes import NAMES, RPNS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READERS = 2  # threads that decode ahead of the model

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastrcnn.checkpoints.pretrained import pretrained_state
 from fastrcnn.models.build import build
 from fastrcnn.models.fpn import FPN
 from fastrcnn.models.preprocess import DataPreprocessor
@@ -58,10 +59,12 @@ class BaseDetector(nn.Module):
 
     def init_weights(self) -> None:
         """Fresh weights everywhere, and the pretrained ones that the backbone or a shared head names, as MMDetection's
-        `init_weights` does. Building alone reads no file. Raises what `load_pretrained` raises."""
-        for m in self.children():
-            if hasattr(m, "init_weights"):
-                m.init_weights()
+        `init_weights` does. Building alone reads no file. Raises what `pretrained_state` raises, and ValueError where the
+        file does not fit."""
+        states = {m: pretrained_state(*m.pretrained) for m in self.modules() if getattr(m, "pretrained", None)}
+        for child in self.children():
+            if hasattr(child, "init_weights"):
+                child.init_weights(*[states[m] for m in child.modules() if m in states])
 
     def set_profile(self, name: str) -> None:
         """Takes over every default of a peer, those that are constructor arguments in MMDetection included."""

@@ -7,7 +7,7 @@ from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.build import build, settings
 from fastrcnn.models.fcos_head import FCOSHead
 from fastrcnn.models.roi_head import StandardRoIHead
-from fastrcnn.models.rpn import RPNHead, check_proposal_cfg
+from fastrcnn.models.rpn_head import RPNHead, check_proposal_cfg
 
 
 class FasterRCNN(BaseDetector):

@@ -12,7 +12,7 @@ from fastrcnn.models.dense_head import flat_levels
 from fastrcnn.models.losses import EPS, GIoULoss, IoULoss, build_loss
 from fastrcnn.models.post_process import nms_limit
 from fastrcnn.models.profiles import Profile, get_profile
-from fastrcnn.models.rpn import check_proposal_cfg
+from fastrcnn.models.rpn_head import check_proposal_cfg
 from fastrcnn.ops import nms_padded
 from fastrcnn.ops._checks import coordinates
 
