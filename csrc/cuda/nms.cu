@@ -1,5 +1,14 @@
-// NMS on CUDA: boxes are put in order by group and score, the survivors found (nms_tiles.cuh) and listed by score. Nothing
-// waits for the host, and memory is O(N).
+// Exact greedy NMS in one pass over tiles of 256 boxes, without host synchronisation and with O(N) memory.
+//
+// Boxes are sorted by (group, score). One kernel, over all the device, finds which boxes of a tile overlap which of the same
+// tile and of the two before it, as bit masks. In a second one a block takes the next tile, drops its boxes that survivors
+// of earlier tiles overlap, settles the rest among themselves and publishes which it kept; later tiles wait for that and
+// for nothing else (blocks draw tickets, so whoever is waited for is running already). What bounds the time is this chain,
+// so as little as possible is left for it: of the two tiles just before it takes masks and 256 bits each; tiles further
+// back have long been compared, box by box, with their survivors. Groups that begin in a tile wait for nobody and are
+// published first, so that each group is a chain of its own. Within a tile all boxes are decided in rounds: one whose
+// earlier neighbours are all gone stays, one with a neighbour that stays goes. That is the greedy result, in as many
+// rounds as the longest such chain.
 #include "nms_tiles.cuh"
 #include "rank_runs.cuh"
 
@@ -64,6 +73,119 @@ struct RowsInOrder {  // place and row are one
     PlaceByGroup<T>{p}(image, i, rank);
   }
 };
+
+template <class T>
+__global__ void __launch_bounds__(kTile) nms_kernel(Problem<T> p) {
+  __shared__ Staged<T, kTile> staged;
+  __shared__ Votes votes;
+  __shared__ unsigned drawn;
+  const int i = threadIdx.x, lane = i % 32, warp = i / 32;
+  if (i == 0) drawn = atomicAdd(p.ticket, 1u);
+  __syncthreads();
+  // Images take turns, so that the first tiles of all of them start first.
+  const int image = static_cast<int>(drawn % p.batch), tile = static_cast<int>(drawn / p.batch), begin = tile * kTile;
+  const int size = min(kTile, p.valid(image) - begin);
+  if (size <= 0) return;  // the same for the whole block, and nobody waits for this tile
+  const AlignedBox<T>* boxes = p.sorted + p.row(image);
+  const int64_t* groups = p.groups == nullptr ? nullptr : p.sorted_group + p.row(image);
+  const auto published = [&](int t, int begun_there) {
+    return p.published + ((static_cast<int64_t>(image) * p.tiles + t) * 2 + begun_there) * kWords;
+  };
+
+  int start = 0;  // where the group of the tile's first box begins in the image
+  if (groups != nullptr) {
+    int before = 0;  // tiles that end in the group: they lie just before this one
+    for (int t = i; t - i < tile; t += kTile)
+      before += __syncthreads_count(t < tile && groups[t * kTile + kTile - 1] == groups[begin]);
+    start = begin;
+    if (before > 0) {
+      const int oldest = (tile - before) * kTile;
+      start = oldest + kTile - __syncthreads_count(groups[oldest + i] == groups[begin]);
+    }
+  }
+  const int start_tile = start / kTile;
+  const bool continues = start < begin && i < size && (groups == nullptr || groups[begin + i] == groups[begin]);
+
+  const auto load_masks = [&](int back, unsigned (&mask)[kWords]) {
+    const int rows = p.mask_words * 32;
+    const unsigned* from = p.masks_of(image, tile, back) + i;
+    const bool there = tile - back >= start_tile && i < rows;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) mask[w] = there && w < p.mask_words ? from[w * rows] : 0;
+  };
+  unsigned within[kWords], kept[kWords] = {};
+  load_masks(0, within);
+  const auto publish = [&](int begun_here) {
+    unsigned word = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) word = w == i ? kept[w] : word;
+    if (i < kWords)
+      Published(published(tile, begun_here)[i]).store(uint64_t{1} << 32 | word, cuda::memory_order_relaxed);
+  };
+  if (__syncthreads_or(i < size && !continues)) {
+    settle(i < size && !continues, within, kept, votes);
+    publish(1);
+  }
+  if (start < begin) {
+    const AlignedBox<T> mine = i < size ? boxes[begin + i] : AlignedBox<T>{};
+    const T share = p.bound.share(mine);
+    bool alive = continues, any = true;
+    int64_t kept_before = 0;
+    unsigned words[kWords];
+    const auto wait_for_tile = [&](int t) {  // all warps wait by themselves: no barrier
+      const unsigned own = lane < kWords ? wait_for(published(t, t == start_tile) + lane) : 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w)
+        words[w] = __shfl_sync(~0u, own, w) & bit_range(start - t * kTile - w * 32, 32);
+    };
+    for (int t = start_tile; t < tile - kBack && any; ++t) {
+      wait_for_tile(t);
+      int total = 0, slot = 0;
+      unsigned mine_there = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        slot += w < warp ? __popc(words[w]) : 0;
+        total += __popc(words[w]);
+        mine_there = w == warp ? words[w] : mine_there;
+      }
+      if (mine_there >> lane & 1) {
+        slot += __popc(mine_there & bit_range(0, lane));
+        staged.set(slot, boxes[t * kTile + i], p.bound);
+      }
+      __syncthreads();
+      for (int w = 0; w * 32 < total && alive; ++w)
+        alive = overlap_word(staged, w * 32, bit_range(0, total - w * 32), mine, share, p.bound) == 0;
+      kept_before += total;
+      if (kept_before >= p.max_output) alive = false;  // the group has given all that can be asked of it
+      any = __syncthreads_or(alive);
+    }
+    unsigned earlier[kBack + 1][kWords];
+#pragma unroll
+    for (int back = kBack; back > 0; --back) load_masks(back, earlier[back]);
+#pragma unroll
+    for (int back = kBack; back > 0; --back) {
+      if (tile - back < start_tile || !any) continue;
+      wait_for_tile(tile - back);
+      unsigned hit = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) hit |= earlier[back][w] & words[w];
+      alive = alive && hit == 0;
+    }
+    settle(alive, within, kept, votes);
+    publish(0);
+  }
+
+  unsigned my_word = 0;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) my_word = w == warp ? kept[w] : my_word;
+  unsigned* keep = p.keep + static_cast<int64_t>(image) * p.words;
+  if (p.members == nullptr) {
+    if (lane == 0 && warp * 32 < size) keep[tile * kWords + warp] = my_word;
+  } else if (my_word >> lane & 1) {
+    const int rank = p.members[p.row(image) + begin + i];
+    atomicOr(keep + rank / 32, 1u << rank % 32);
+  }
+}
 
 // One block an image: the first max_output kept ranks, as rows, in order, over the -1 that stand there.
 template <class T>
