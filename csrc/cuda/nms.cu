@@ -1,14 +1,14 @@
 // Exact greedy NMS in one pass over tiles of 256 boxes, without host synchronisation and with O(N) memory.
 //
-// Boxes are sorted by (group, score). One kernel, over all the device, finds which boxes of a tile overlap which of the same
-// tile and of the two before it, as bit masks. In a second one a block takes the next tile, drops its boxes that survivors
-// of earlier tiles overlap, settles the rest among themselves and publishes which it kept; later tiles wait for that and
-// for nothing else (blocks draw tickets, so whoever is waited for is running already). What bounds the time is this chain,
-// so as little as possible is left for it: of the two tiles just before it takes masks and 256 bits each; tiles further
-// back have long been compared, box by box, with their survivors. Groups that begin in a tile wait for nobody and are
-// published first, so that each group is a chain of its own. Within a tile all boxes are decided in rounds: one whose
-// earlier neighbours are all gone stays, one with a neighbour that stays goes. That is the greedy result, in as many
-// rounds as the longest such chain.
+// Boxes are sorted by (group, score). One kernel, over all the device, finds which boxes of a tile overlap which of the
+// same tile and of the two before it, as bit masks. In a second one a block takes the next tile, drops its boxes that
+// survivors of earlier tiles overlap, settles the rest among themselves and publishes which it kept; later tiles wait for
+// that and for nothing else (blocks draw tickets, so whoever is waited for is running already). What bounds the time is
+// this chain, so as little as possible is left for it: of the two tiles just before it takes masks and 256 bits each;
+// tiles further back have long been compared, box by box, with their survivors. Groups that begin in a tile wait for
+// nobody and are published first, so that each group is a chain of its own. Within a tile all boxes are decided in rounds:
+// one whose earlier neighbours are all gone stays, one with a neighbour that stays goes. That is the greedy result, in as
+// many rounds as the longest such chain.
 #include "nms_tiles.cuh"
 #include "rank_runs.cuh"
 

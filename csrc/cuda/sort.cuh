@@ -1,5 +1,6 @@
-// Stable ascending sort of a batch of lists, as the kernels that rank boxes need it: the keys, of 32 or 64 bits, come from
-// a functor and each element's place goes to another, so that neither keys nor permutations are passed through memory twice.
+// Stable ascending sort of a batch of lists, as the kernels that rank boxes need it: the keys, of 32 or 64 bits, come
+// from a functor and each element's place goes to another, so that neither keys nor permutations pass through memory
+// twice.
 //
 // torch.sort takes 29 us for 1,000 keys on an H100 and 60 us for 10,000, most of it launches. Lists of up to kSortAtMost
 // are therefore sorted here in two launches (one up to kSortChunk): every block sorts a chunk in shared memory, then every
@@ -24,7 +25,9 @@ struct Sortable {
   uint32_t low;
   __device__ static Sortable of(uint64_t key, uint32_t index) { return {key, index}; }
   __device__ uint32_t index() const { return low; }
-  __device__ bool before(const Sortable& o) const { return high < o.high || (high == o.high && low < o.low); }
+  __device__ bool before(const Sortable& o) const {
+    return high < o.high | (high == o.high & low < o.low);  // without a branch
+  }
   __device__ void take(bool wanted, const Sortable& o) { high = wanted ? o.high : high, low = wanted ? o.low : low; }
   __device__ Sortable of_lane(int stride) const {
     return {__shfl_xor_sync(0xffffffffu, static_cast<unsigned long long>(high), stride),
