@@ -144,7 +144,7 @@ def test_groups_of_any_size_and_place(device, need_kernel, group_size):
     assert torch.equal(batched_nms(boxes, scores, idxs, 0.3), batched_nms_reference(boxes, scores, idxs, 0.3))
 
 
-@pytest.mark.parametrize("groups, spoiled", [(5, None), (16, None), (17, None), (5, "scores"), (5, "groups")])
+@pytest.mark.parametrize("groups, spoiled", [(5, None), (16, None), (60, None), (5, "scores"), (5, "groups")])
 def test_rows_that_come_sorted_by_group_and_score(device, need_kernel, groups, spoiled):
     """As decode_proposals leaves them, or all but the last row of the second image."""
     need_kernel("nms_padded", device)
@@ -167,6 +167,8 @@ def test_areas_that_underflow_or_overflow(device, need_kernel, scale):
     need_kernel("nms", device)
     boxes, scores = (random_boxes(300, 200, 200) * scale).to(device), scores_with_ties(300).to(device)
     assert torch.equal(nms(boxes, scores, 0.3), nms_reference(boxes, scores, 0.3))
+    smallest = torch.tensor([[0.0, 0, 2**-74, 2**-74]] * 2, device=device)  # areas of two units in the last place
+    assert nms(smallest, scores[:2], 0.9).numel() == 1
 
 
 @pytest.mark.parametrize("grouped", [False, True])
