@@ -7,7 +7,7 @@
 
 namespace fastrcnn {
 
-struct Level {
+struct FeatureMap {
   void* data;
   int64_t stride_n, stride_c;
   int height, width;
@@ -21,7 +21,7 @@ struct Problem {
   int64_t channels, batch;
   double finest_scale;
   LevelRule rule;
-  std::vector<Level> levels;
+  std::vector<FeatureMap> levels;
 };
 
 // The layout rule shared with the fake kernel in fastrcnn/ops/roi_align.py.

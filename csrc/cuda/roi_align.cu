@@ -117,7 +117,7 @@ __device__ __forceinline__ void walk_lists(const F* map, int64_t stride_h, const
 
 // The same sample by sample, for a RoI some bin of which has more pixels than its list holds.
 template <class T, class F, int V>
-__device__ __forceinline__ void walk_samples(const F* map, const Level& level, const Place<T>& place, int pooled_h,
+__device__ __forceinline__ void walk_samples(const F* map, const FeatureMap& level, const Place<T>& place, int pooled_h,
                                              int pw, F* out, int64_t out_step) {
   const SampleRange columns = samples_within(place.x, pw, T(-1), static_cast<T>(level.width));
   for (int ph = 0; ph < pooled_h; ++ph, out += out_step) {
@@ -157,7 +157,7 @@ forward_kernel(const __grid_constant__ Pyramid p, const T* rois, int capacity, F
   bool overflown = false;
   if (static_cast<int>(threadIdx.x) < num_lists) {
     const Place<T> place = place_roi(rois + static_cast<int64_t>(blockIdx.x) * 5, p);
-    const Level& level = p.level[max(place.level, 0)];
+    const FeatureMap& level = p.level[max(place.level, 0)];
     if (threadIdx.x == 0) shared_place = place;
     for (int b = threadIdx.x; b < num_lists; b += blockDim.x) {
       ListBuilder<T> list{entries + b * capacity, capacity, 0, {}, {}};
@@ -175,7 +175,7 @@ forward_kernel(const __grid_constant__ Pyramid p, const T* rois, int capacity, F
   const bool listed = !__syncthreads_or(overflown);
 
   const Place<T>& place = shared_place;
-  const Level& level = p.level[max(place.level, 0)];
+  const FeatureMap& level = p.level[max(place.level, 0)];
   const F* image = static_cast<const F*>(level.data) + place.image * level.stride_n;
   F* roi_out = out + static_cast<int64_t>(blockIdx.x) * bins * p.channels;
   const int packs = p.channels / V, items = packs * p.pooled_w;
@@ -214,7 +214,7 @@ std::vector<Tensor> usable(std::vector<Tensor> maps, bool channels_last) {
 bool packs_fit(const Pyramid& p, int V, int64_t element_size) {
   bool fit = p.channels_last && p.channels % V == 0;
   for (int i = 0; i < p.num_levels; ++i) {
-    const Level& l = p.level[i];
+    const FeatureMap& l = p.level[i];
     const bool strides = (p.batch == 1 || l.stride_n % V == 0) && (l.height == 1 || l.stride_h % V == 0) &&
                          (l.width == 1 || l.stride_w % V == 0);
     fit = fit && strides && reinterpret_cast<uintptr_t>(l.data) % (V * element_size) == 0;

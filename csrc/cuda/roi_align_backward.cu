@@ -330,7 +330,7 @@ std::vector<Tensor> multilevel_roi_align_backward(const Tensor& grad, std::vecto
   Tiles tiles{};
   int64_t num_tiles = 0;
   for (int l = 0; l < p.num_levels; ++l) {
-    const Level& level = p.level[l];
+    const FeatureMap& level = p.level[l];
     grads.push_back(empty_like_device(features[l], {p.batch, p.channels, level.height, level.width}, dtype,
                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
     tiles.across[l] = (level.width + kTileW - 1) / kTileW;
