@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
+import torch
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -24,3 +26,16 @@ def bind(function: Callable[Concatenate[Callable, P], R], op: Callable, name: st
     bound.__name__ = bound.__qualname__ = name
     bound.__module__, bound.__doc__ = function.__module__, function.__doc__
     return bound
+
+
+_LIBRARY = torch.library.Library("fastrcnn", "FRAGMENT")
+
+
+def declare(name: str, reference: Callable, fake: Callable) -> None:
+    """fastrcnn::<name>, an operator without a gradient: `reference` answers where no kernel is registered. What
+    torch.library.custom_op does, without its step through Python at every call, which is there for gradients alone.
+    """
+    _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"fastrcnn::{name}", fake, lib=_LIBRARY)

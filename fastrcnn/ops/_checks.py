@@ -11,6 +11,7 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 LARGEST = 2**31 - 1  # what the kernels' int holds
+ANY_COUNT = 2**63 - 1  # of what is only a limit
 
 
 def check_tensor(name: str, value, shape: str, *, floating: bool = True, last: int | None = None) -> None:
@@ -128,11 +129,3 @@ def check_coder(means, stds, wh_ratio_clip) -> tuple[list[float], list[float], f
         check_numbers("stds", stds, 4),
         check_positive("wh_ratio_clip", wh_ratio_clip),
     )
-
-
-def check_unit(name: str, value: float) -> None:
-    check_number(name, value, 0.0, 1.0)
-
-
-def check_max_output(max_output: int) -> None:
-    check_int("max_output", max_output, 0, 2**63 - 1)
