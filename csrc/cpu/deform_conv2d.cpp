@@ -95,8 +95,8 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
 
 ScalarType deform_cpu_dtype(ScalarType input) {
   if (input == ScalarType::Double || input == ScalarType::Float) return input;
-  STD_TORCH_CHECK(input == ScalarType::BFloat16 || input == ScalarType::Half,
-                  "input must be float64, float32, float16 or bfloat16");
+  CHECK_ARGUMENT(input == ScalarType::BFloat16 || input == ScalarType::Half,
+                 "input must be float64, float32, float16 or bfloat16");
   static const bool bfloat16 = multiplies("mkldnn::_is_mkldnn_bf16_supported");
   static const bool half = multiplies("mkldnn::_is_mkldnn_fp16_supported");
   return (input == ScalarType::Half ? half : bfloat16) ? input : ScalarType::Float;

@@ -51,12 +51,11 @@ struct RoiTaps {
   // roi: (batch index, x1, y1, x2, y2)
   void build(const T* roi, const Problem& p) {
     level = nullptr;
-    image = static_cast<int64_t>(roi[0]);
     if (!(roi[0] >= T(0))) return;
+    image = static_cast<int64_t>(roi[0]);
     const int num_levels = static_cast<int>(p.levels.size());
     level = &p.levels[num_levels == 1 ? 0
-                                      : roi_level(roi[1], roi[2], roi[3], roi[4], static_cast<T>(p.finest_scale),
-                                                  num_levels, p.rule)];
+                                      : roi_level(roi[1], roi[2], roi[3], roi[4], p.rule, num_levels)];
     const T s = static_cast<T>(level->scale);
     const auto x = roi_grid(roi[1], roi[3], s, p.pooled_w, p.sampling_ratio, p.aligned);
     const auto y = roi_grid(roi[2], roi[4], s, p.pooled_h, p.sampling_ratio, p.aligned);
@@ -101,8 +100,8 @@ template <class T>
 const T* checked_rois(const Tensor& rois, const Problem& p) {
   const T* r = rois.const_data_ptr<T>();
   for (int64_t k = 0; k < rois.size(0); ++k)
-    STD_TORCH_CHECK(!(r[k * 5] >= static_cast<T>(p.batch)), "rois: row ", k, " has batch index ", r[k * 5],
-                    ", features have ", p.batch, " images");
+    CHECK_ARGUMENT(!(r[k * 5] >= static_cast<T>(p.batch)), "rois: row ", k, " has image index ", r[k * 5], ", of ",
+                   p.batch, " images");
   return r;
 }
 

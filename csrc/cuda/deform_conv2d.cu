@@ -175,7 +175,7 @@ void col2im(const DeformConv& p, int64_t first, int64_t count, const Tensor& col
 
   const int64_t first_image = first / s.positions(), images = (first + count - 1) / s.positions() - first_image + 1;
   const int64_t num_buckets = images * s.offset_groups * s.pixels();
-  STD_TORCH_CHECK(num_buckets < (int64_t{1} << 31), "input: too many pixels for one pass");
+  CHECK_ARGUMENT(num_buckets < (int64_t{1} << 31), "input: too many pixels for one pass");
   if (num_buckets == 0) return;
   Tensor bucket = empty_like_device(columns, {points * 4}, ScalarType::Int);
   Tensor weight = empty_like_device(columns, {points * 4}, p.acc);

@@ -155,7 +155,7 @@ void launch(const MatchBatch<T>& batch, int64_t images, const Tensor& boxes) {
   if (images * batch.n == 0) return;
   const cudaStream_t stream = current_stream(boxes);
   const int64_t blocks_per_image = (batch.n + kThreads - 1) / kThreads, blocks = blocks_per_image * images;
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too many boxes");
+  CHECK_ARGUMENT(blocks <= std::numeric_limits<int>::max(), "too many boxes");
   Tensor memory = boxes;
   Bits<T>* gt_best = nullptr;
   if (batch.rules.match_low_quality && batch.m > 0) {

@@ -204,7 +204,7 @@ std::vector<Tensor> usable(std::vector<Tensor> maps, bool channels_last) {
     if (fits(m)) continue;
     Tensor copy = empty_like_device(m, {m.size(0), m.size(1), m.size(2), m.size(3)}, m.scalar_type(),
                                     channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-    STD_TORCH_CHECK(fits(copy), "features: more than 2^31 bytes in one row of a map");
+    CHECK_ARGUMENT(fits(copy), "features: more than 2^31 bytes in one row of a map");
     m = torch::stable::copy_(copy, m);
   }
   return maps;
@@ -240,15 +240,15 @@ void launch(const Pyramid& p, const Tensor& rois, Tensor& out) {
 }
 
 Tensor multilevel_roi_align(std::vector<Tensor> features, const Tensor& rois, int64_t pooled_h, int64_t pooled_w,
-                            std::vector<double> scales, int64_t sampling_ratio, bool aligned, double finest_scale,
-                            std::string profile) {
-  STD_TORCH_CHECK(!features.empty(), "features and strides must have the same length");
+                            std::vector<double> scales, int64_t sampling_ratio, bool aligned,
+                            std::vector<double> level_rule) {
+  CHECK_ARGUMENT(!features.empty(), "features and strides must have the same length");
   const torch::stable::accelerator::DeviceGuard guard(features[0].get_device_index());
   const ScalarType dtype = features[0].scalar_type();
   const bool channels_last = all_channels_last(features);
   const std::vector<Tensor> maps = usable(features, channels_last);
   const Problem problem =
-      make_problem(maps, rois, scales, pooled_h, pooled_w, sampling_ratio, aligned, finest_scale, profile);
+      make_problem(maps, rois, scales, pooled_h, pooled_w, sampling_ratio, aligned, level_rule);
   const Pyramid p = make_pyramid(problem, rois.size(0), channels_last);
   Tensor out = empty_like_device(rois, {rois.size(0), p.channels, pooled_h, pooled_w}, dtype,
                                  channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -269,8 +269,7 @@ Tensor multilevel_roi_align(std::vector<Tensor> features, const Tensor& rois, in
 
 Tensor roi_align(const Tensor& input, const Tensor& rois, int64_t pooled_h, int64_t pooled_w, double spatial_scale,
                  int64_t sampling_ratio, bool aligned) {
-  return multilevel_roi_align({input}, rois, pooled_h, pooled_w, {spatial_scale}, sampling_ratio, aligned, 56.0,
-                              "mmdet");
+  return multilevel_roi_align({input}, rois, pooled_h, pooled_w, {spatial_scale}, sampling_ratio, aligned, kAnyLevel);
 }
 
 }  // namespace

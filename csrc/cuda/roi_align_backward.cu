@@ -346,7 +346,7 @@ void launch(const Pyramid& p, const Tiles& tiles, int64_t num_tiles, const Tenso
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 
   const int chunks = (p.channels / V + kWarp - 1) / kWarp;
-  STD_TORCH_CHECK(num_tiles <= kMaxInt && chunks < 65536, "features: too many tiles or channels for one launch");
+  CHECK_ARGUMENT(num_tiles <= kMaxInt && chunks < 65536, "features: too many tiles or channels for one launch");
   const int roi_bytes = (p.pooled_h * kTileH + p.pooled_w * kTileW) * static_cast<int>(sizeof(T)) +
                         kRanges * static_cast<int>(sizeof(SampleRange));
   const int most = std::max(1, kThreads / (p.pooled_h + p.pooled_w));  // one bin a thread
@@ -361,17 +361,17 @@ void launch(const Pyramid& p, const Tiles& tiles, int64_t num_tiles, const Tenso
 
 std::vector<Tensor> multilevel_roi_align_backward(const Tensor& grad, std::vector<Tensor> features, const Tensor& rois,
                                                   std::vector<double> scales, int64_t sampling_ratio, bool aligned,
-                                                  double finest_scale, std::string profile) {
-  STD_TORCH_CHECK(!features.empty() && grad.dim() == 4, "grad must have shape [K, C, pooled_h, pooled_w]");
+                                                  std::vector<double> level_rule) {
+  CHECK_ARGUMENT(!features.empty() && grad.dim() == 4, "grad must have shape [K, C, pooled_h, pooled_w]");
   const torch::stable::accelerator::DeviceGuard guard(features[0].get_device_index());
   const int64_t pooled_h = grad.size(2), pooled_w = grad.size(3);
   const ScalarType dtype = features[0].scalar_type();
   const bool channels_last = all_channels_last(features);
   const Problem problem =
-      make_problem(features, rois, scales, pooled_h, pooled_w, sampling_ratio, aligned, finest_scale, profile);
+      make_problem(features, rois, scales, pooled_h, pooled_w, sampling_ratio, aligned, level_rule);
   const Pyramid p = make_pyramid(problem, rois.size(0), channels_last);
   CHECK_SHAPE(grad, rois.size(0), p.channels, pooled_h, pooled_w);
-  STD_TORCH_CHECK(int64_t{p.num_levels} * p.batch < kMaxInt, "features: more than 2^31 images");
+  CHECK_ARGUMENT(int64_t{p.num_levels} * p.batch < kMaxInt, "features: more than 2^31 images");
   std::vector<Tensor> grads;
   Tiles tiles{};
   int64_t num_tiles = 0;
@@ -401,7 +401,7 @@ std::vector<Tensor> multilevel_roi_align_backward(const Tensor& grad, std::vecto
 
 Tensor roi_align_backward(const Tensor& grad, const Tensor& input, const Tensor& rois, double spatial_scale,
                           int64_t sampling_ratio, bool aligned) {
-  return multilevel_roi_align_backward(grad, {input}, rois, {spatial_scale}, sampling_ratio, aligned, 56.0, "mmdet")[0];
+  return multilevel_roi_align_backward(grad, {input}, rois, {spatial_scale}, sampling_ratio, aligned, kAnyLevel)[0];
 }
 
 }  // namespace
