@@ -10,8 +10,13 @@ namespace fastrcnn {
 namespace {
 
 constexpr int kThreads = 224;        // at most: 7 warps, which share 7 or 14 columns of bins evenly
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // 1,024 threads a multiprocessor
+constexpr int kFloatBlocks = 4;
+#else
+constexpr int kFloatBlocks = 5;
+#endif
 template <class T>
-constexpr int kBlocksAtOnce = sizeof(T) == 8 ? 4 : 5;  // 72 or 56 registers a thread
+constexpr int kBlocksAtOnce = sizeof(T) == 8 ? 4 : kFloatBlocks;  // 72 or 56 registers a thread
 constexpr int kEnoughBlocks = 1056;  // with fewer RoIs several blocks share one
 constexpr int kUnroll = 4;           // loads of one thread in flight
 constexpr int kListEntries = 512;    // of all bins together, where the samples are adaptive
