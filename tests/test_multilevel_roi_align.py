@@ -203,20 +203,6 @@ def test_maps_without_pixels_images_or_channels_on_cuda(request, device, need_ke
         assert grad.shape == shape
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("height, width", [(0, 5), (5, 0), (0, 0)])
-def test_kernels_read_nothing_of_a_map_without_pixels(device, need_kernel, height, width, channels_last):
-    """Called past the Python check, which refuses such maps."""
-    need_kernel("roi_align", device)
-    x = layout(torch.zeros(2, 4, height, width), channels_last).to(device)
-    rois = torch.tensor([[0.0, -2, 0, 2, 9], [1, 0, 0, 4, 4], [0, 0, 0, 0, 0], [-1, 0, 0, 4, 4]], device=device)
-    for ratio in (0, 2):
-        rules = 1.0, ratio, True
-        assert torch.equal(torch.ops.fastrcnn.roi_align(x, rois, 3, 3, *rules), torch.zeros(4, 4, 3, 3, device=device))
-        grad = torch.ops.fastrcnn.roi_align_backward(torch.ones(4, 4, 3, 3, device=device), x, rois, *rules)
-        assert grad.shape == x.shape
-
-
 def test_many_rois_of_a_large_map_equal_some_at_a_time(device, need_kernel):
     """On CUDA they run in the order of their places from 1,057 RoIs on maps of more than 32 MiB on."""
     need_kernel("roi_align", device)

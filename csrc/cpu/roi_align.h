@@ -43,7 +43,7 @@ struct AxisTaps {
 
 template <class T>
 struct RoiTaps {
-  const FeatureMap* level = nullptr;  // null: nowhere, its bins are 0 (padding, no samples, no pixels)
+  const FeatureMap* level = nullptr;  // null: nowhere, its bins are 0 (padding, no samples)
   int64_t image = 0;
   AxisTaps<T> rows, columns;
   T scale = T(0);  // 1 / number of samples in a bin
@@ -59,8 +59,7 @@ struct RoiTaps {
     const T s = static_cast<T>(level->scale);
     const auto x = roi_grid(roi[1], roi[3], s, p.pooled_w, p.sampling_ratio, p.aligned);
     const auto y = roi_grid(roi[2], roi[4], s, p.pooled_h, p.sampling_ratio, p.aligned);
-    const bool has_pixels = level->height > 0 && level->width > 0;
-    const int64_t samples = has_pixels ? static_cast<int64_t>(x.samples) * y.samples : 0;
+    const int64_t samples = static_cast<int64_t>(x.samples) * y.samples;
     scale = T(1) / static_cast<T>(samples > 1 ? samples : 1);
     rows.build(y, samples > 0 ? p.pooled_h : 0, level->height);
     columns.build(x, samples > 0 ? p.pooled_w : 0, level->width);
