@@ -106,6 +106,14 @@ def test_non_finite_and_degenerate_input_equals_reference(device, need_kernel):
             torch.testing.assert_close(decode_boxes(*args), decode_boxes_reference(*args), equal_nan=True)
 
 
+@pytest.mark.parametrize("function", [decode_boxes, decode_boxes_reference])
+def test_a_limit_that_is_no_number_leaves_none(device, function):
+    box, none = torch.tensor([[1.0, 2, 30, 40]], device=device), torch.zeros(1, 4, device=device)
+    for limit, expected in (([NAN, 20], [1, NAN, 20, NAN]), ([20, INF], [1, 2, 30, 20]), ([-5, 9], [1, -5, 9, -5])):
+        clipped = function(box, none, torch.tensor(limit, device=device))
+        torch.testing.assert_close(clipped.cpu(), torch.tensor([expected]).float(), equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("delta_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes_follow_the_anchors_and_low_precision_runs_in_float32(device, need_kernel, dtype, delta_dtype):

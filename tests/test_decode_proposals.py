@@ -290,6 +290,13 @@ def test_infinities_and_nan_are_ranked_below_numbers(device, function):
     assert boxes[0, :, 2].tolist() == [45, 35, 15, 25, 5]  # -inf counts as the lowest number
 
 
+@pytest.mark.parametrize("function", [decode_proposals, decode_proposals_reference])
+def test_an_image_of_no_size_has_no_proposals(device, function):
+    args = *one_level(device, [[1.0, 2]]), [10]
+    for size, count in (([99.0, 99], 2), ([NAN, 99], 0), ([99, NAN], 0), ([INF, INF], 2), ([-9, 99], 0)):
+        assert function(*args, torch.tensor([size], device=device), 0)[3].tolist() == [count]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("nms_pre", [1000, 5000, 0])
 def test_dtypes_and_layouts_of_large_maps_equal_reference(device, need_kernel, dtype, nms_pre):
@@ -318,5 +325,5 @@ def test_proposals_carry_no_gradient(device):
 @pytest.mark.gpu
 def test_cuda_has_a_limit_of_eight_levels(need_kernel):
     need_kernel("decode_proposals", "cuda")
-    with pytest.raises(RuntimeError, match="at most 8 levels"):
+    with pytest.raises(ValueError, match="at most 8 levels"):
         decode_proposals(*maps("cuda", 1, [(1, 2, 2)] * 9), [8] * 9, sizes("cuda", 1), 5)

@@ -223,6 +223,19 @@ def test_offsets_and_mask_of_another_dtype(device, need_kernel, dtype):
         torch.testing.assert_close(a.to(wide), b.to(wide), rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
+@pytest.mark.parametrize("function", [deform_conv2d, deform_conv2d_reference])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_pixel_of_weight_0_is_not_read(device, function, value):
+    x = torch.ones(1, 1, 3, 3, device=device)
+    x[0, 0, 1, 1] = value
+    offset, weight = torch.zeros(1, 2, 3, 3, device=device), torch.ones(1, 1, 1, 1, device=device)
+    mask = torch.ones(1, 1, 3, 3, device=device)
+    assert (~function(x, offset, weight).isfinite()).flatten().nonzero().tolist() == [[4]]  # whole pixels
+    assert (~function(x, offset + 0.5, weight).isfinite()).flatten().nonzero().tolist() == [[0], [1], [3], [4]]
+    mask[0, 0, 1, 1] = 0
+    assert function(x, offset, weight, mask=mask)[0, 0, 1, 1] == 0
+
+
 def test_repeats_bit_by_bit(device, need_kernel):
     need_kernel("deform_conv2d_backward", device)
     case = Case(channels=48, size=(40, 50), masked=True)

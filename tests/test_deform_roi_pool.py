@@ -187,6 +187,20 @@ def test_padding_and_non_finite_rois_give_zeros(device, need_kernel, channels_la
         assert (out[7] != 0).any()
 
 
+@pytest.mark.parametrize("function", [deform_roi_pool, deform_roi_pool_reference])
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_pixel_of_weight_0_is_not_read(device, function, value, channels_last):
+    """2 x 2 bins of one sample, each on a pixel centre; the next pixel has weight 0."""
+    x = layout(torch.arange(32.0).view(1, 2, 4, 4), channels_last).to(device)
+    rois, offset = torch.tensor([[0.0, 1, 1, 3, 3]], device=device), torch.zeros(1, 2, 2, 2, device=device)
+    x[0, :, 3, 3] = value
+    assert function(x, rois, offset, 2, sampling_ratio=1)[0, 0].tolist() == [[5, 6], [9, 10]]
+    x[0, :, 2, 1] = value
+    out = function(x, rois, offset, 2, sampling_ratio=1)
+    assert (~out.isfinite())[0, 0].tolist() == [[False, False], [True, False]]
+
+
 @pytest.mark.parametrize("index", [2, 100, INF])
 def test_image_index_out_of_range_raises(index):
     x, rois, offset = MAP, random_rois(4), OFFSET

@@ -146,6 +146,34 @@ def test_nan_infinite_and_degenerate_input_equals_reference(device, need_kernel,
     assert not {30, 31} & set(indices.tolist())
 
 
+@pytest.mark.parametrize("function", [soft_nms, soft_nms_reference])
+@pytest.mark.parametrize("sigma", [1e-30, 1e-50, 5e-324])  # float32 rounds the last two to 0
+def test_a_tiny_sigma_takes_all_from_what_overlaps_and_nothing_from_the_rest(device, function, sigma):
+    boxes, scores = torch.tensor(THREE, device=device), torch.tensor([0.9, 0.8, 0.7], device=device)
+    dets, indices = function(boxes, scores, sigma=sigma, method="gaussian")
+    assert indices.tolist() == [0, 2]
+    assert torch.equal(dets[:, 4], scores[[0, 2]])
+
+
+@pytest.mark.parametrize("argument", ["iou_threshold", "sigma", "min_score"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_rules_are_finite(argument, value):
+    with pytest.raises(ValueError, match=f"^{argument}: expected a finite number"):
+        soft_nms(torch.zeros(1, 4), torch.ones(1), **{argument: value})
+
+
+def test_equals_the_reference_bit_for_bit_where_scores_tie(device, need_kernel):
+    """Whole coordinates and few scores: what decays alike stays alike, and goes by index."""
+    need_kernel("soft_nms", device)
+    boxes = random_boxes(400, width=60, height=60, largest=40).round().to(device)
+    scores = spread_scores(400).mul(8).round().div(8).to(device)
+    for method in METHODS:
+        for a, b in zip(
+            soft_nms(boxes, scores, 0.2, 0.5, 1e-6, method), soft_nms_reference(boxes, scores, 0.2, 0.5, 1e-6, method)
+        ):
+            assert torch.equal(a, b)
+
+
 def test_only_nan_scores_leave_nothing(device):
     dets, indices = soft_nms(torch.tensor(THREE, device=device), torch.full((3,), NAN, device=device))
     assert dets.shape == (0, 5)
