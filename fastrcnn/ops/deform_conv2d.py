@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrcnn.ops._bind import bind
-from fastrcnn.ops._checks import LARGEST, check_pair, check_same_device, check_tensor, coordinates
+from fastrcnn.ops._checks import check_map, check_pair, check_same_device, check_tensor, coordinates
 from fastrcnn.ops.roi_align import _layout
 
 
@@ -35,7 +35,8 @@ def _points(input: Tensor, offset: Tensor, kernel: Sequence[int], stride, paddin
     """y and x [B, G, taps, OH, OW] that the taps read, in pixels."""
     size = offset.shape[2:]
     offset = offset.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
-    offset = offset.reshape(len(input), -1, kernel[0] * kernel[1], 2, *size)
+    taps = kernel[0] * kernel[1]
+    offset = offset.reshape(len(input), offset.shape[1] // (2 * taps), taps, 2, *size)
     axes = []
     for axis in range(2):
         tap = torch.arange(kernel[axis], device=input.device) * dilation[axis] - padding[axis]
@@ -64,13 +65,14 @@ def _corners(y: Tensor, x: Tensor, height: int, width: int):
 def _gather(maps: Tensor, pixel: Tensor) -> Tensor:
     """maps [B, G, C, H * W] at pixel [B, G, taps, OH, OW] -> [B, G, C, taps, OH, OW]."""
     batch, groups, channels = maps.shape[:3]
-    index = pixel.reshape(batch, groups, 1, -1).expand(-1, -1, channels, -1)
+    index = pixel.flatten(2)[:, :, None].expand(-1, -1, channels, -1)
     return maps.gather(3, index).view(batch, groups, channels, *pixel.shape[2:])
 
 
 def _times(weight: Tensor, values: Tensor) -> Tensor:
-    """weight [B, G, taps, OH, OW] times values [B, G, C, taps, OH, OW], 0 where the weight is."""
-    return torch.where((weight != 0)[:, :, None], weight[:, :, None] * values, 0)
+    """weight [B, G, taps, OH, OW] times values [B, G, C, taps, OH, OW], also 0 for 0 times what is not finite."""
+    weight = weight[:, :, None]
+    return torch.where((weight == 0) & ~values.isfinite(), 0, weight * values)
 
 
 def _columns(maps: Tensor, y: Tensor, x: Tensor, scale: Tensor | None, size: Sequence[int]) -> Tensor:
@@ -86,8 +88,10 @@ def _split(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     """The maps [B, offset groups, C, H * W] and the weight [groups, O, C * taps], and the number of groups."""
     batch, channels = input.shape[:2]
     groups, taps = channels // weight.shape[1], weight.shape[2] * weight.shape[3]
-    maps = coordinates(input).reshape(batch, offset.shape[1] // (2 * taps), -1, input.shape[2] * input.shape[3])
-    return maps, coordinates(weight).reshape(groups, weight.shape[0] // groups, -1), groups
+    offset_groups = offset.shape[1] // (2 * taps)
+    maps = coordinates(input).reshape(batch, offset_groups, channels // offset_groups, input.shape[2] * input.shape[3])
+    filters = coordinates(weight).reshape(groups, weight.shape[0] // groups, weight.shape[1] * taps)
+    return maps, filters, groups
 
 
 def _forward(
@@ -129,18 +133,18 @@ def _backward(
     maps, filters, groups = _split(input, offset, weight)
     y, x = _points(input, offset, weight.shape[2:], stride, padding, dilation)
     batch, (height, width) = len(input), input.shape[2:]
-    grad = coordinates(grad).reshape(batch, groups, filters.shape[1], -1)
+    grad = coordinates(grad).reshape(batch, groups, filters.shape[1], grad.shape[2] * grad.shape[3])
     grad_columns = (filters.mT @ grad).reshape(*maps.shape[:3], *y.shape[2:])
     scale = None if mask is None else mask.to(maps.dtype).reshape(y.shape)
     grad_maps, value = torch.zeros_like(maps), torch.zeros_like(y)
     along_y, along_x = torch.zeros_like(y), torch.zeros_like(x)
     for pixel, inside, w, slope_y, slope_x in _corners(y, x, height, width):
-        index = pixel.reshape(*maps.shape[:2], 1, -1).expand_as(grad_columns.flatten(3))
+        index = pixel.flatten(2)[:, :, None].expand_as(grad_columns.flatten(3))
         share = _times(torch.where(inside, w if scale is None else w * scale, 0), grad_columns)
         grad_maps.scatter_add_(3, index, share.flatten(3))
         dot = torch.where(inside, (grad_columns * _gather(maps, pixel)).sum(2), 0)
         value, along_y, along_x = value + w * dot, along_y + slope_y * dot, along_x + slope_x * dot
-    columns = _columns(maps, y, x, scale, (height, width)).reshape(batch, groups, filters.shape[2], -1)
+    columns = _columns(maps, y, x, scale, (height, width)).reshape(batch, groups, filters.shape[2], grad.shape[3])
     slopes = torch.stack([along_y, along_x], 3)
     if scale is not None:
         within = (y >= -1) & (y < height) & (x >= -1) & (x < width)
@@ -202,15 +206,13 @@ def _deform_conv2d(
     pixels and mask [B, G * kh * kw, OH, OW] of any floating dtype, used in float32 (float64 beside a float64 input).
     The shapes give the number of groups and of offset groups G. Raises TypeError or ValueError naming the argument.
     """
-    check_tensor("input", input, "B, C, H, W")
+    check_map("input", input)
     check_tensor("weight", weight, "O, C / groups, kh, kw")
     channels, (filters, share, *kernel) = input.shape[1], weight.shape
     if share < 1 or min(kernel) < 1 or channels < 1 or channels % share or filters % (channels // share):
         raise ValueError(f"weight: expected [O, C / groups, kh, kw] with groups dividing O and C = {channels}, "
                          f"got {list(weight.shape)}")  # fmt: skip
     where = check_pair("stride", stride, 1), check_pair("padding", padding, 0), check_pair("dilation", dilation, 1)
-    if max(n + 2 * p for n, p in zip(input.shape[2:], where[1])) > LARGEST:
-        raise ValueError(f"padding: expected at most {LARGEST} pixels with it, got {padding} on {list(input.shape)}")
     size, taps = _out_size(input, weight, *where), kernel[0] * kernel[1]
     if min(size) < 1:
         raise ValueError(f"input: {list(input.shape)} is smaller than the kernel {kernel}")

@@ -62,7 +62,8 @@ def _bin_axis(low: Tensor, high: Tensor, step: Tensor, offset: Tensor | None, bi
 
     moved = moves.to(low.dtype)
     read = spread(torch.ones_like(moved), ((frac > 0) | moves).to(low.dtype))
-    return spread(1 - frac, frac), spread(-moved, moved) * (gamma * length), read
+    slopes = spread(-moved, moved)
+    return spread(1 - frac, frac), torch.where(slopes == 0, 0, slopes * (gamma * length)), read
 
 
 def _bins(rois: Tensor, offset: Tensor | None, maps: Tensor, pooled_h: int, pooled_w: int, rules):
