@@ -99,7 +99,7 @@ struct DeltaCoder {
 template <class T>
 inline DeltaCoder<T> make_coder(const std::vector<double>& means, const std::vector<double>& stds, double wh_ratio_clip,
                                 bool symmetric_clip) {
-  STD_TORCH_CHECK(means.size() == 4 && stds.size() == 4, "means and stds must hold four numbers each");
+  CHECK_ARGUMENT(means.size() == 4 && stds.size() == 4, "means and stds must hold four numbers each");
   DeltaCoder<T> coder;
   for (int i = 0; i < 4; ++i) {
     coder.means[i] = static_cast<T>(means[i]);
@@ -123,10 +123,14 @@ HOST_DEVICE Box<T> decode(const Box<T>& a, T dx, T dy, T dw, T dh, const DeltaCo
   return {x - half_w, y - half_h, x + half_w, y + half_h};
 }
 
+// v in [0, limit]; NaN where either is, so that a size that is no number shows.
+template <class T>
+HOST_DEVICE T clip(T v, T limit) {
+  return limit == limit ? min_(max_(v, T(0)), limit) : limit;
+}
 template <class T>
 HOST_DEVICE Box<T> clip(const Box<T>& b, T height, T width) {
-  return {min_(max_(b.x1, T(0)), width), min_(max_(b.y1, T(0)), height), min_(max_(b.x2, T(0)), width),
-          min_(max_(b.y2, T(0)), height)};
+  return {clip(b.x1, width), clip(b.y1, height), clip(b.x2, width), clip(b.y2, height)};
 }
 
 }  // namespace fastrcnn

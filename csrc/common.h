@@ -11,6 +11,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -43,19 +45,37 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A wrong argument is a ValueError in Python, in the words of the check and without its place in the sources.
+template <class... Parts>
+[[noreturn]] inline void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+#define CHECK_ARGUMENT(condition, ...)                 \
+  do {                                                 \
+    if (!(condition)) ::fastrcnn::refuse(__VA_ARGS__); \
+  } while (false)
+
 // Each check prints the expected shape from its own text: CHECK_SHAPE(boxes, n, 4).
 template <class... Dims>
 inline void check_shape(const Tensor& t, const char* name, const char* expected, Dims... dims) {
   const int64_t want[] = {static_cast<int64_t>(dims)...};
   bool ok = t.dim() == static_cast<int64_t>(sizeof...(dims));
   for (int64_t i = 0; ok && i < t.dim(); ++i) ok = t.size(i) == want[i];
-  STD_TORCH_CHECK(ok, name, " must have shape [", expected, "]");
+  CHECK_ARGUMENT(ok, name, " must have shape [", expected, "]");
 }
 #define CHECK_SHAPE(t, ...) ::fastrcnn::check_shape(t, #t, #__VA_ARGS__, __VA_ARGS__)
 
 // Box and score arithmetic runs in double for double tensors and in float for every other dtype.
 inline ScalarType coordinate_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// `n` as the int that kernels count in.
+inline int as_int(const char* name, int64_t n) {
+  CHECK_ARGUMENT(n == static_cast<int>(n), name, " must fit 32 bits, got ", n);
+  return static_cast<int>(n);
 }
 
 inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
@@ -73,7 +93,7 @@ void dispatch_features(ScalarType dtype, Run run) {
   if (dtype == ScalarType::Double) return run(double(), double());
   if (dtype == ScalarType::Float) return run(float(), float());
   if (dtype == ScalarType::BFloat16) return run(float(), BFloat16());
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "input must be float64, float32, float16 or bfloat16");
+  CHECK_ARGUMENT(dtype == ScalarType::Half, "input must be float64, float32, float16 or bfloat16");
   run(float(), Half());
 }
 

@@ -17,7 +17,7 @@ inline void check_decode_boxes(const Tensor& anchors, const Tensor& deltas, cons
   const int64_t batch = anchors.size(0), n = anchors.size(1), columns = deltas.size(2);
   CHECK_SHAPE(anchors, batch, n, 4);
   CHECK_SHAPE(deltas, batch, n, columns);
-  STD_TORCH_CHECK(columns % 4 == 0, "deltas must have 4 columns a class, got ", columns);
+  CHECK_ARGUMENT(columns % 4 == 0, "deltas must have 4 columns a class, got ", columns);
   if (max_shape) CHECK_SHAPE(*max_shape, batch, 2);
 }
 

@@ -71,9 +71,9 @@ inline ProposalInputs make_proposal_inputs(const std::vector<Tensor>& cls_logits
                                            const std::vector<Tensor>& base_anchors, const std::vector<double>& strides,
                                            const Tensor& image_sizes, int64_t nms_pre, bool convert) {
   const size_t levels = cls_logits.size();
-  STD_TORCH_CHECK(levels > 0 && bbox_deltas.size() == levels && base_anchors.size() == levels &&
-                      strides.size() == 2 * levels,
-                  "cls_logits, bbox_deltas, base_anchors and strides must have one entry a level");
+  CHECK_ARGUMENT(levels > 0 && bbox_deltas.size() == levels && base_anchors.size() == levels &&
+                     strides.size() == 2 * levels,
+                 "cls_logits, bbox_deltas, base_anchors and strides must have one entry a level");
   const int64_t batch = cls_logits[0].size(0);
   CHECK_SHAPE(image_sizes, batch, 2);
   const ScalarType dtype = coordinate_type(cls_logits[0]), own = cls_logits[0].scalar_type();
@@ -89,7 +89,7 @@ inline ProposalInputs make_proposal_inputs(const std::vector<Tensor>& cls_logits
     CHECK_SHAPE(cls_logits[i], batch, a, h, w);
     CHECK_SHAPE(bbox_deltas[i], batch, 4 * a, h, w);
     CHECK_SHAPE(base_anchors[i], a, 4);
-    STD_TORCH_CHECK(n < int64_t{1} << 31, "cls_logits: a level must have fewer than 2^31 anchors");
+    CHECK_ARGUMENT(n < int64_t{1} << 31, "cls_logits: a level must have fewer than 2^31 anchors");
     in.logits.push_back(cast(cls_logits[i]));
     in.deltas.push_back(cast(bbox_deltas[i]));
     in.bases.push_back(contiguous_as(base_anchors[i], dtype));

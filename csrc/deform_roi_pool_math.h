@@ -4,6 +4,8 @@
 
 #include "roi_align_math.h"
 
+#include <algorithm>
+
 namespace fastrcnn {
 
 struct DeformPool {
@@ -45,16 +47,17 @@ inline DeformPool make_deform_pool(const Tensor& input, const Tensor& rois, cons
                                    int64_t pooled_h, int64_t pooled_w, double spatial_scale, int64_t sampling_ratio,
                                    double gamma) {
   const int64_t num_rois = rois.size(0);
-  STD_TORCH_CHECK(input.dim() == 4, "input must have shape [B, C, H, W]");
-  STD_TORCH_CHECK(num_rois == 0 || (input.size(2) > 0 && input.size(3) > 0), "input must have at least one pixel");
-  STD_TORCH_CHECK(pooled_h > 0 && pooled_w > 0, "output_size must be positive");
+  CHECK_ARGUMENT(input.dim() == 4, "input must have shape [B, C, H, W]");
+  CHECK_ARGUMENT(num_rois == 0 || (input.size(2) > 0 && input.size(3) > 0), "input must have at least one pixel");
+  CHECK_ARGUMENT(pooled_h > 0 && pooled_w > 0, "output_size must be positive");
   CHECK_SHAPE(rois, num_rois, 5);
   if (offset) check_shape(*offset, "offset", "num_rois, 2, pooled_h, pooled_w", num_rois, 2, pooled_h, pooled_w);
-  const int64_t channels = input.size(1), most = int64_t{1} << 31;
-  STD_TORCH_CHECK(channels * pooled_h * pooled_w < most && channels * input.size(2) * input.size(3) < most,
-                  "input: the map of one image, or the features of one RoI, has more than 2^31 elements");
+  const int64_t channels = input.size(1), most = (int64_t{1} << 31) / std::max<int64_t>(channels, 1);
+  const int64_t bins = int64_t{as_int("output_size", pooled_h)} * as_int("output_size", pooled_w);
+  CHECK_ARGUMENT(bins < most && int64_t{as_int("input", input.size(2))} * as_int("input", input.size(3)) < most,
+                 "input: the map of one image, or the features of one RoI, has more than 2^31 elements");
   return {input.size(0), channels, num_rois, static_cast<int>(input.size(2)), static_cast<int>(input.size(3)),
-          static_cast<int>(pooled_h), static_cast<int>(pooled_w), static_cast<int>(sampling_ratio), spatial_scale,
+          static_cast<int>(pooled_h), static_cast<int>(pooled_w), as_int("sampling_ratio", sampling_ratio), spatial_scale,
           gamma, channels > 1 && input.stride(1) == 1};
 }
 

@@ -86,8 +86,8 @@ std::tuple<Tensor, Tensor> match_batch(const Tensor& boxes, const Tensor& gt_box
   CHECK_SHAPE(gt_boxes, batch, m, 4);
   CHECK_SHAPE(boxes, boxes.size(0), n, 4);
   CHECK_SHAPE(gt_counts, batch);
-  STD_TORCH_CHECK(boxes.size(0) == 1 || boxes.size(0) == batch, "boxes must have batch size 1 or that of gt_boxes");
-  STD_TORCH_CHECK(ignore_boxes.has_value() == ignore_counts.has_value(), "ignore_boxes and ignore_counts go together");
+  CHECK_ARGUMENT(boxes.size(0) == 1 || boxes.size(0) == batch, "boxes must have batch size 1 or that of gt_boxes");
+  CHECK_ARGUMENT(ignore_boxes.has_value() == ignore_counts.has_value(), "ignore_boxes and ignore_counts go together");
   const ScalarType dtype = coordinate_type(boxes);
   const Tensor b = contiguous_as(boxes, dtype), g = contiguous_as(gt_boxes, dtype);
   const Tensor counts = contiguous_as(gt_counts, ScalarType::Long);

@@ -29,23 +29,23 @@ inline Resize check_preprocess(const std::vector<Tensor>& images, const std::vec
                                int64_t width, const std::vector<double>& mean, const std::vector<double>& std,
                                const std::string& resize) {
   constexpr int64_t kMost = int64_t{1} << 24;  // pixels of a side, so that a float holds every coordinate
-  STD_TORCH_CHECK(!images.empty() && sizes.size() == 2 * images.size(), "sizes must have two numbers an image");
-  STD_TORCH_CHECK(mean.size() == 3 && std.size() == 3, "mean and std must have three numbers each");
-  STD_TORCH_CHECK(height < kMost && width < kMost, "batch_size is too large");
+  CHECK_ARGUMENT(!images.empty() && sizes.size() == 2 * images.size(), "sizes must have two numbers an image");
+  CHECK_ARGUMENT(mean.size() == 3 && std.size() == 3, "mean and std must have three numbers each");
+  CHECK_ARGUMENT(height < kMost && width < kMost, "batch_size is too large");
   const Resize rule = resize == "opencv"        ? Resize::kOpencv
                       : resize == "interpolate" ? Resize::kInterpolate
                                                 : Resize::kPillow;
-  STD_TORCH_CHECK(rule != Resize::kPillow || resize == "pillow", "unknown resize rule ", resize);
+  CHECK_ARGUMENT(rule != Resize::kPillow || resize == "pillow", "unknown resize rule ", resize);
   for (size_t i = 0; i < images.size(); ++i) {
     const int64_t h = images[i].size(1), w = images[i].size(2);
     CHECK_SHAPE(images[i], 3, h, w);
-    STD_TORCH_CHECK(h > 0 && w > 0 && h < kMost && w < kMost, "images must have from 1 to 2^24 rows and columns");
-    STD_TORCH_CHECK(sizes[2 * i] > 0 && sizes[2 * i + 1] > 0 && sizes[2 * i] <= height && sizes[2 * i + 1] <= width,
-                    "sizes must be positive and fit batch_size");
+    CHECK_ARGUMENT(h > 0 && w > 0 && h < kMost && w < kMost, "images must have from 1 to 2^24 rows and columns");
+    CHECK_ARGUMENT(sizes[2 * i] > 0 && sizes[2 * i + 1] > 0 && sizes[2 * i] <= height && sizes[2 * i + 1] <= width,
+                   "sizes must be positive and fit batch_size");
     const ScalarType t = images[i].scalar_type();
-    STD_TORCH_CHECK(t == ScalarType::Byte || t == ScalarType::Float ||
-                        (t == ScalarType::Double && rule == Resize::kInterpolate),
-                    "images must be uint8 or float32, or float64 where they are interpolated");
+    CHECK_ARGUMENT(t == ScalarType::Byte || t == ScalarType::Float ||
+                       (t == ScalarType::Double && rule == Resize::kInterpolate),
+                   "images must be uint8 or float32, or float64 where they are interpolated");
   }
   return rule;
 }
@@ -74,7 +74,7 @@ void run_images(const std::vector<Tensor>& images, ScalarType type, const std::v
   if (dtype == ScalarType::Double) return run(Kind<T, double, R>(), pictures, n, out);
   if (dtype == ScalarType::Float) return run(Kind<T, float, R>(), pictures, n, out);
   if (dtype == ScalarType::BFloat16) return run(Kind<T, BFloat16, R>(), pictures, n, out);
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "dtype must be float64, float32, float16 or bfloat16");
+  CHECK_ARGUMENT(dtype == ScalarType::Half, "dtype must be float64, float32, float16 or bfloat16");
   run(Kind<T, Half, R>(), pictures, n, out);
 }
 

@@ -11,13 +11,16 @@
 
 namespace fastrcnn {
 
+constexpr int kMostSamples = 1 << 16;  // of a bin along an axis
+
 template <class T>
 struct RoiGrid {
   T start, bin;   // first edge and bin size along one axis, in feature pixels
   int samples;    // sampling points a bin along this axis
 };
 
-// Points along one axis of a RoI [low, high] (image pixels). sampling_ratio <= 0 takes ceil(size / pooled) points.
+// Points along one axis of a RoI [low, high] (image pixels). sampling_ratio <= 0 takes ceil(size / pooled) points,
+// kMostSamples at most.
 // A RoI with a NaN or infinite edge gets no points: its bins are 0.
 template <class T>
 HOST_DEVICE RoiGrid<T> roi_grid(T low, T high, T scale, int pooled, int sampling_ratio, bool aligned) {
@@ -28,7 +31,7 @@ HOST_DEVICE RoiGrid<T> roi_grid(T low, T high, T scale, int pooled, int sampling
   const T bin = size / static_cast<T>(pooled);
   if (!(bin - bin == T(0)) || !(start - start == T(0))) return {T(0), T(0), 0};
   const T adaptive = std::ceil(bin);
-  const T most = T(1 << 20);  // keeps the conversion to int defined
+  const T most = T(kMostSamples);  // keeps the conversion to int defined
   const int samples = sampling_ratio > 0 ? sampling_ratio
                                          : (adaptive < T(0) ? 0 : static_cast<int>(adaptive < most ? adaptive : most));
   return {start, bin, samples};
@@ -58,28 +61,22 @@ HOST_DEVICE Tap<T> axis_tap(const RoiGrid<T>& g, int p, int i, int size) {
   return {low, low + 1, T(1) - frac, frac};
 }
 
-enum class LevelRule { mmdet, torchvision, detectron2 };
+// Pyramid level of a RoI (Lin et al., FPN, 2017, eq. 1): floor(first + log2(size / scale + inside) + outside) - lowest.
+struct LevelRule {
+  double scale, first, inside, outside, lowest;
+};
 
-inline LevelRule level_rule(const std::string& profile) {
-  if (profile == "mmdet") return LevelRule::mmdet;
-  if (profile == "torchvision") return LevelRule::torchvision;
-  STD_TORCH_CHECK(profile == "detectron2", "profile must be mmdet, torchvision or detectron2");
-  return LevelRule::detectron2;
+inline LevelRule make_level_rule(const std::vector<double>& rule) {
+  CHECK_ARGUMENT(rule.size() == 5, "level_rule must hold five numbers, got ", rule.size());
+  return {rule[0], rule[1], rule[2], rule[3], rule[4]};
 }
 
-// Pyramid level of a RoI (Lin et al., FPN, 2017, eq. 1): RoIs up to 2 * finest_scale pixels go to level 0. The three
-// rules differ in where the epsilon stands, which moves RoIs that lie exactly on a boundary.
 template <class T>
-HOST_DEVICE int roi_level(T x1, T y1, T x2, T y2, T finest_scale, int num_levels, LevelRule rule) {
+HOST_DEVICE int roi_level(T x1, T y1, T x2, T y2, const LevelRule& rule, int num_levels) {
   const T size = std::sqrt((x2 - x1) * (y2 - y1));
-  T level;
-  if (rule == LevelRule::mmdet) {
-    level = std::floor(std::log2(size / finest_scale + T(1e-6)));
-  } else if (rule == LevelRule::torchvision) {
-    level = std::floor(T(4) + std::log2(size / (T(4) * finest_scale)) + T(1e-6)) - T(2);
-  } else {
-    level = std::floor(T(4) + std::log2(size / (T(4) * finest_scale) + T(1e-8))) - T(2);
-  }
+  const T octave = std::log2(size / static_cast<T>(rule.scale) + static_cast<T>(rule.inside));
+  const T level = std::floor(static_cast<T>(rule.first) + octave + static_cast<T>(rule.outside)) -
+                  static_cast<T>(rule.lowest);
   if (!(level > T(0))) return 0;  // also NaN and -inf
   return level < static_cast<T>(num_levels - 1) ? static_cast<int>(level) : num_levels - 1;
 }

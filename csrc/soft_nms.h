@@ -15,14 +15,14 @@ struct SoftRules {
 
 template <class T>
 SoftRules<T> make_soft_rules(double iou_threshold, double sigma, double min_score, const std::string& method) {
-  STD_TORCH_CHECK(method == "naive" || method == "linear" || method == "gaussian",
-                  "method must be naive, linear or gaussian, got ", method);
+  CHECK_ARGUMENT(method == "naive" || method == "linear" || method == "gaussian",
+                 "method must be naive, linear or gaussian, got ", method);
   const Decay decay = method == "naive" ? Decay::naive : (method == "linear" ? Decay::linear : Decay::gaussian);
-  return {static_cast<T>(iou_threshold), static_cast<T>(sigma), static_cast<T>(min_score), decay};
+  const double least = std::numeric_limits<T>::min();  // a sigma that T rounds to 0 is still above 0
+  return {static_cast<T>(iou_threshold), static_cast<T>(sigma < least ? least : sigma), static_cast<T>(min_score), decay};
 }
 
-// The score of `b` after `best` was taken; -inf where that is below min_score, or where the box was taken already
-// (0 * -inf is NaN, which fails the comparison as well).
+// The score of `b` after `best` was taken; -inf where that is below min_score, or where the box was taken already.
 template <class T>
 HOST_DEVICE T decayed(T score, const Box<T>& best, T best_area, const Box<T>& b, T area_b, const SoftRules<T>& rules) {
   const T overlap = iou(best, best_area, b, area_b);
@@ -32,7 +32,8 @@ HOST_DEVICE T decayed(T score, const Box<T>& best, T best_area, const Box<T>& b,
   const T gaussian = overlap == overlap ? exp_(-(overlap * overlap) / rules.sigma) : T(1);
   const T weight = rules.method == Decay::naive ? naive : (rules.method == Decay::linear ? linear : gaussian);
   const T left = score * weight;
-  return left >= rules.min_score ? left : -std::numeric_limits<T>::infinity();
+  constexpr T kTaken = -std::numeric_limits<T>::infinity();
+  return score > kTaken && left >= rules.min_score ? left : kTaken;
 }
 
 // Checks the arguments and calls run(boxes, scores, groups, SoftRules<T>) on contiguous ones; groups may be absent.

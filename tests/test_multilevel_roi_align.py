@@ -1,5 +1,7 @@
 """RoIAlign where tiles, lists and packs of channels end, its bits on every run, and what only a GPU shows."""
 
+import importlib
+
 import pytest
 import torch
 from conftest import assert_within_twice
@@ -15,6 +17,7 @@ from test_roi_align import (
 )
 
 from fastrcnn.ops import multilevel_roi_align, multilevel_roi_align_reference, roi_align, roi_align_reference
+from fastrcnn.ops.roi_align import level_rule
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (5, 7), (6, 8), (7, 9), (12, 16), (13, 17), (8, 1), (1, 24)])
@@ -130,7 +133,7 @@ def test_gradient_is_the_same_bits_with_padding_between_and_beside_other_images(
     more[::3], more_grad[::3] = rois, grad
     more[1::3] = rois * torch.tensor([0.0, 1, 1, 1, 1]) + torch.tensor([1.0, 0, 0, 0, 0])
     twice = [torch.cat([m, m]) for m in maps]
-    rules = [1 / s for s in STRIDES], 0, True, 14.0, "mmdet"
+    rules = [1 / s for s in STRIDES], 0, True, level_rule(14.0, "mmdet")
     op = torch.ops.fastrcnn.multilevel_roi_align_backward
     alone = op(grad.to(device), maps, rois.to(device), *rules)
     beside = op(more_grad.to(device), twice, more.to(device), *rules)
@@ -152,10 +155,25 @@ def test_values_that_are_not_finite_stay_in_their_bin(device, need_kernel, chann
     touched = torch.zeros(20, 20, dtype=torch.bool)
     touched[5:8, 8:11] = True  # samples lie on pixel centres
     assert torch.equal((~gradient.isfinite()).cpu(), touched.expand(1, 8, 20, 20))
+    reference = importlib.import_module("fastrcnn.ops.roi_align")._one_backward(grad, x, rois, 1.0, 0, True)
+    torch.testing.assert_close(gradient, reference, equal_nan=True)
     x[:, :, 6, 9] = value
     bins = torch.zeros(4, 4, dtype=torch.bool)
     bins[1, 2] = True
-    assert torch.equal((~roi_align(x, rois, 4).isfinite()).cpu(), bins.expand(1, 8, 4, 4))
+    out = roi_align(x, rois, 4)
+    assert torch.equal((~out.isfinite()).cpu(), bins.expand(1, 8, 4, 4))
+    torch.testing.assert_close(out, roi_align_reference(x, rois, 4), equal_nan=True)
+    beside = roi_align(x, rois, 4, sampling_ratio=1)  # samples on (6, 9) alone have weights for it: the bin's middle
+    torch.testing.assert_close(beside, roi_align_reference(x, rois, 4, sampling_ratio=1), equal_nan=True)
+
+
+@pytest.mark.parametrize("far", [1e9, 1e30, INF, NAN])
+def test_rois_beyond_any_map_equal_the_reference(device, need_kernel, far):
+    """A bin has at most 65,536 samples along an axis."""
+    need_kernel("roi_align", device)
+    x = torch.randn(1, 4, 9, 11, device=device)
+    rois = torch.tensor([[0.0, -far, 1, far, 8], [0, 2, -far, 9, far], [0, far, far, 1, 1]], device=device)
+    torch.testing.assert_close(roi_align(x, rois, 2), roi_align_reference(x, rois, 2))
 
 
 def cuda_rule(request, device):
@@ -186,21 +204,33 @@ def test_up_to_eight_levels_on_cuda(request, device, need_kernel):
     maps, strides, rois = [m.to(device) for m in maps], [2**i for i in range(9)], random_rois(9, size=40).to(device)
     args = {"finest_scale": 3.0}
     assert_equals(multilevel_roi_align, multilevel_roi_align_reference, maps[:8], rois, 3, strides[:8], **args)
-    with pytest.raises(RuntimeError, match="at most 8 levels"):
+    with pytest.raises(ValueError, match="at most 8 levels"):
         multilevel_roi_align(maps, rois, 3, strides)
-    with pytest.raises(RuntimeError, match="output_size"):
+    with pytest.raises(ValueError, match="output_size"):
         multilevel_roi_align(maps[:2], rois, (500, 13), strides[:2])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_maps_without_pixels_images_or_channels_on_cuda(request, device, need_kernel, channels_last):
+def test_no_images_or_channels_on_cuda(request, device, need_kernel, channels_last):
     cuda_rule(request, device)
     need_kernel("roi_align", device)
     rois = torch.tensor([[0.0, 0, 0, 4, 4], [0, 0, 0, 0, 0], [-1, 0, 0, 4, 4]], device=device)
-    for shape in ((2, 4, 0, 5), (2, 4, 5, 0), (0, 4, 5, 5), (2, 0, 5, 5)):
+    for shape in ((0, 4, 5, 5), (2, 0, 5, 5)):
         out, (grad,) = forward_and_gradients(roi_align, layout(torch.zeros(shape), channels_last).to(device), rois, 3)
         assert torch.equal(out, torch.zeros(3, shape[1], 3, 3, device=device))
         assert grad.shape == shape
+
+
+def test_many_rois_of_a_large_map_equal_some_at_a_time(device, need_kernel):
+    """On CUDA they run in the order of their places from 1,057 RoIs on maps of more than 32 MiB on."""
+    need_kernel("roi_align", device)
+    x = torch.randn(2, 1, 512, 600, device=device).expand(
+        -1, 16, -1, -1
+    )  # 37.5 MiB, were it not one map for all channels
+    rois = random_rois(1100, size=500, largest=20).to(device)
+    rois[::50, 0] = -1
+    parts = [roi_align(x, part, 1, sampling_ratio=1) for part in rois.split(500)]
+    assert torch.equal(roi_align(x, rois, 1, sampling_ratio=1), torch.cat(parts))
 
 
 # What follows needs a GPU.

@@ -101,6 +101,7 @@ Outputs run(const ProposalInputs& in, const ProposalRules<T>& rules) {
     for (int64_t i = 0; i < levels; ++i) {
       const Rows<T> to = rows_at(image, row), from = rows_at(image, in.start[i]);
       const int64_t n = found[i * batch + image];
+      if (n == 0) continue;
       memmove(to.boxes, from.boxes, n * 4 * sizeof(T));
       memmove(to.scores, from.scores, n * sizeof(T));
       memmove(to.levels, from.levels, n * sizeof(int64_t));

@@ -75,8 +75,8 @@ template <class T>
 const T* checked_deform_rois(const Tensor& rois, const DeformPool& p) {
   const T* r = rois.const_data_ptr<T>();
   for (int64_t k = 0; k < p.num_rois; ++k)
-    STD_TORCH_CHECK(!(r[k * 5] >= static_cast<T>(p.batch)), "rois: row ", k, " has batch index ", r[k * 5],
-                    ", input has ", p.batch, " images");
+    CHECK_ARGUMENT(!(r[k * 5] >= static_cast<T>(p.batch)), "rois: row ", k, " has image index ", r[k * 5], ", of ",
+                   p.batch, " images");
   return r;
 }
 

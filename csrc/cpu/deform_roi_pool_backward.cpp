@@ -20,8 +20,10 @@ HOST_DEVICE void backward_body(const BinTaps<T>& t, const F* image, const F* gra
       for (int64_t k = t.begin[b]; k < t.begin[b + 1]; ++k) {
         const auto tap = t.taps[k];
         T* into = grad_image + tap.at + c * stride;
+        if (tap.weight != T(0)) {
 #pragma omp simd
-        for (int64_t u = 0; u < n; ++u) into[u * stride] += tap.weight * g[u];
+          for (int64_t u = 0; u < n; ++u) into[u * stride] += tap.weight * g[u];
+        }
         if (grad_offset == nullptr) continue;
         const F* at = image + tap.at + c * stride;
 #pragma omp simd

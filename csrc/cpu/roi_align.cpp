@@ -80,7 +80,7 @@ void forward(const Problem& p, const T* rois, int64_t num_rois, bool channels_la
         std::fill_n(dst, out_size, static_cast<F>(0.0f));
         continue;
       }
-      const Level& level = *taps.level;
+      const FeatureMap& level = *taps.level;
       const F* map = static_cast<const F*>(level.data) + taps.image * level.stride_n;
       if (!channels_last) {
         planes.build(taps, p.pooled_h, p.pooled_w);
@@ -101,10 +101,9 @@ void forward(const Problem& p, const T* rois, int64_t num_rois, bool channels_la
 }
 
 Tensor multilevel_roi_align(std::vector<Tensor> features, const Tensor& rois, int64_t pooled_h, int64_t pooled_w,
-                            std::vector<double> scales, int64_t sampling_ratio, bool aligned, double finest_scale,
-                            std::string profile) {
-  const Problem p =
-      make_problem(features, rois, scales, pooled_h, pooled_w, sampling_ratio, aligned, finest_scale, profile);
+                            std::vector<double> scales, int64_t sampling_ratio, bool aligned,
+                            std::vector<double> level_rule) {
+  const Problem p = make_problem(features, rois, scales, pooled_h, pooled_w, sampling_ratio, aligned, level_rule);
   const ScalarType dtype = features[0].scalar_type();
   const Tensor r = contiguous_as(rois, coordinate_type(features[0]));
   const bool channels_last = all_channels_last(features);
@@ -118,7 +117,7 @@ Tensor multilevel_roi_align(std::vector<Tensor> features, const Tensor& rois, in
   } else if (dtype == ScalarType::BFloat16) {
     forward(p, checked_rois<float>(r, p), num_rois, channels_last, out.mutable_data_ptr<BFloat16>());
   } else {
-    STD_TORCH_CHECK(dtype == ScalarType::Half, "features must be float64, float32, float16 or bfloat16");
+    CHECK_ARGUMENT(dtype == ScalarType::Half, "features must be float64, float32, float16 or bfloat16");
     forward(p, checked_rois<float>(r, p), num_rois, channels_last, out.mutable_data_ptr<Half>());
   }
   return out;
@@ -126,8 +125,7 @@ Tensor multilevel_roi_align(std::vector<Tensor> features, const Tensor& rois, in
 
 Tensor roi_align(const Tensor& input, const Tensor& rois, int64_t pooled_h, int64_t pooled_w, double spatial_scale,
                  int64_t sampling_ratio, bool aligned) {
-  return multilevel_roi_align({input}, rois, pooled_h, pooled_w, {spatial_scale}, sampling_ratio, aligned, 56.0,
-                              "mmdet");
+  return multilevel_roi_align({input}, rois, pooled_h, pooled_w, {spatial_scale}, sampling_ratio, aligned, kAnyLevel);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ struct AxisTaps {
 
 template <class T>
 struct RoiTaps {
-  const Level* level = nullptr;  // null: a padding RoI (batch index < 0)
+  const FeatureMap* level = nullptr;  // null: nowhere, its bins are 0 (padding, no samples)
   int64_t image = 0;
   AxisTaps<T> rows, columns;
   T scale = T(0);  // 1 / number of samples in a bin
@@ -51,12 +51,11 @@ struct RoiTaps {
   // roi: (batch index, x1, y1, x2, y2)
   void build(const T* roi, const Problem& p) {
     level = nullptr;
-    image = static_cast<int64_t>(roi[0]);
     if (!(roi[0] >= T(0))) return;
+    image = static_cast<int64_t>(roi[0]);
     const int num_levels = static_cast<int>(p.levels.size());
     level = &p.levels[num_levels == 1 ? 0
-                                      : roi_level(roi[1], roi[2], roi[3], roi[4], static_cast<T>(p.finest_scale),
-                                                  num_levels, p.rule)];
+                                      : roi_level(roi[1], roi[2], roi[3], roi[4], p.rule, num_levels)];
     const T s = static_cast<T>(level->scale);
     const auto x = roi_grid(roi[1], roi[3], s, p.pooled_w, p.sampling_ratio, p.aligned);
     const auto y = roi_grid(roi[2], roi[4], s, p.pooled_h, p.sampling_ratio, p.aligned);
@@ -81,7 +80,7 @@ struct PlaneTaps {
     offset.clear();
     weight.clear();
     begin.assign(1, 0);
-    const Level& level = *taps.level;
+    const FeatureMap& level = *taps.level;
     for (int ph = 0; ph < pooled_h; ++ph) {
       for (int pw = 0; pw < pooled_w; ++pw) {
         for (int r = taps.rows.begin[ph]; r < taps.rows.begin[ph + 1]; ++r) {
@@ -101,8 +100,8 @@ template <class T>
 const T* checked_rois(const Tensor& rois, const Problem& p) {
   const T* r = rois.const_data_ptr<T>();
   for (int64_t k = 0; k < rois.size(0); ++k)
-    STD_TORCH_CHECK(!(r[k * 5] >= static_cast<T>(p.batch)), "rois: row ", k, " has batch index ", r[k * 5],
-                    ", features have ", p.batch, " images");
+    CHECK_ARGUMENT(!(r[k * 5] >= static_cast<T>(p.batch)), "rois: row ", k, " has image index ", r[k * 5], ", of ",
+                   p.batch, " images");
   return r;
 }
 

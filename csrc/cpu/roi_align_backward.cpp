@@ -73,7 +73,7 @@ void backward(const Problem& p, const T* rois, int64_t num_rois, bool channels_l
     for (int64_t k = 0; k < num_rois; ++k) {
       taps.build(rois + k * 5, p);
       if (taps.level == nullptr) continue;
-      const Level& level = *taps.level;
+      const FeatureMap& level = *taps.level;
       T* map = static_cast<T*>(level.data) + taps.image * level.stride_n + c0 * level.stride_c;
       const F* g = grad + k * grad_n + c0 * grad_c;
       if (!channels_last) {
@@ -97,7 +97,7 @@ void backward(const Problem& p, const T* rois, int64_t num_rois, bool channels_l
 
 std::vector<Tensor> multilevel_roi_align_backward(const Tensor& grad, std::vector<Tensor> features, const Tensor& rois,
                                                   std::vector<double> scales, int64_t sampling_ratio, bool aligned,
-                                                  double finest_scale, std::string profile) {
+                                                  std::vector<double> level_rule) {
   const int64_t pooled_h = grad.size(2), pooled_w = grad.size(3), num_rois = rois.size(0);
   const ScalarType dtype = features[0].scalar_type(), acc = coordinate_type(features[0]);
   const bool channels_last = all_channels_last(features);
@@ -107,7 +107,7 @@ std::vector<Tensor> multilevel_roi_align_backward(const Tensor& grad, std::vecto
                                  channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     grads.push_back(torch::stable::zero_(g));
   }
-  const Problem p = make_problem(grads, rois, scales, pooled_h, pooled_w, sampling_ratio, aligned, finest_scale, profile);
+  const Problem p = make_problem(grads, rois, scales, pooled_h, pooled_w, sampling_ratio, aligned, level_rule);
   CHECK_SHAPE(grad, num_rois, p.channels, pooled_h, pooled_w);
   CHECK_SHAPE(rois, num_rois, 5);
   const Tensor r = contiguous_as(rois, acc);
@@ -127,7 +127,7 @@ std::vector<Tensor> multilevel_roi_align_backward(const Tensor& grad, std::vecto
   } else if (dtype == ScalarType::BFloat16) {
     backward(p, checked_rois<float>(r, p), num_rois, channels_last, g.const_data_ptr<BFloat16>(), gn, gc, gb);
   } else {
-    STD_TORCH_CHECK(dtype == ScalarType::Half, "features must be float64, float32, float16 or bfloat16");
+    CHECK_ARGUMENT(dtype == ScalarType::Half, "features must be float64, float32, float16 or bfloat16");
     backward(p, checked_rois<float>(r, p), num_rois, channels_last, g.const_data_ptr<Half>(), gn, gc, gb);
   }
   if (dtype != acc)
@@ -137,7 +137,7 @@ std::vector<Tensor> multilevel_roi_align_backward(const Tensor& grad, std::vecto
 
 Tensor roi_align_backward(const Tensor& grad, const Tensor& input, const Tensor& rois, double spatial_scale,
                           int64_t sampling_ratio, bool aligned) {
-  return multilevel_roi_align_backward(grad, {input}, rois, {spatial_scale}, sampling_ratio, aligned, 56.0, "mmdet")[0];
+  return multilevel_roi_align_backward(grad, {input}, rois, {spatial_scale}, sampling_ratio, aligned, kAnyLevel)[0];
 }
 
 }  // namespace

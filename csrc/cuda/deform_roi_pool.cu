@@ -47,6 +47,12 @@ __device__ __forceinline__ Bin<T> make_bin(const T* roi, const T* offset, int b,
           b % p.pooled_w, y.reach, x.reach, samples > T(0) ? T(1) / samples : T(0)};
 }
 
+// What has weight 0 does not count, be it NaN.
+template <class T>
+__device__ __forceinline__ T times(T weight, T value) {
+  return weight != T(0) ? weight * value : T(0);
+}
+
 template <class T, class F>
 __global__ void __launch_bounds__(kForwardThreads)
 forward_kernel(const F* input, const T* rois, const T* offset, DeformPool p, F* out) {
@@ -75,8 +81,8 @@ forward_kernel(const F* input, const T* rois, const T* offset, DeformPool p, F* 
         const Tap<T> tx = axis_tap(bin.x, bin.pw, ix, p.width);
         if (tx.w_low == T(0) && tx.w_high == T(0)) continue;
         const int left = tx.low * pixel, right = tx.high * pixel;
-        sum += ty.w_low * (tx.w_low * static_cast<T>(low[left]) + tx.w_high * static_cast<T>(low[right])) +
-               ty.w_high * (tx.w_low * static_cast<T>(high[left]) + tx.w_high * static_cast<T>(high[right]));
+        sum += times(ty.w_low, times(tx.w_low, static_cast<T>(low[left])) + times(tx.w_high, static_cast<T>(low[right]))) +
+               times(ty.w_high, times(tx.w_low, static_cast<T>(high[left])) + times(tx.w_high, static_cast<T>(high[right])));
       }
     }
     dst[e] = static_cast<F>(sum * bin.mean);
@@ -85,8 +91,8 @@ forward_kernel(const F* input, const T* rois, const T* offset, DeformPool p, F* 
 
 // A weight of 0 is a pixel outside, or exactly on a sample's other neighbour: nothing to add.
 template <class T>
-__device__ __forceinline__ void add(T* at, T value) {
-  if (value != T(0)) atomicAdd(at, value);  // true for NaN, which must arrive
+__device__ __forceinline__ void add(T* at, T weight, T value) {
+  if (weight != T(0)) atomicAdd(at, weight * value);
 }
 
 // The sum over the block, in thread 0. All threads of the block take part.
@@ -127,20 +133,22 @@ backward_kernel(const F* grad, const F* input, const T* rois, const T* offset, D
         const Tap<T> ty = axis_tap(bin.y, bin.ph, iy, p.height);
         if (ty.w_low == T(0) && ty.w_high == T(0)) continue;
         const T slope_y = axis_slope(bin.y, bin.ph, iy, p.height);
-        const int low = ty.low * line, high = ty.high * line;
+        // A neighbour without weight and slope is not read.
+        const int low = ty.low * line, high = (ty.w_high != T(0) || slope_y != T(0) ? ty.high : ty.low) * line;
         for (int ix = 0; ix < bin.x.samples; ++ix) {
           const Tap<T> tx = axis_tap(bin.x, bin.pw, ix, p.width);
           if (tx.w_low == T(0) && tx.w_high == T(0)) continue;
-          const int left = tx.low * pixel, right = tx.high * pixel;
-          add(into + low + left, ty.w_low * tx.w_low * from);
-          add(into + low + right, ty.w_low * tx.w_high * from);
-          add(into + high + left, ty.w_high * tx.w_low * from);
-          add(into + high + right, ty.w_high * tx.w_high * from);
+          const T slope_x = axis_slope(bin.x, bin.pw, ix, p.width);
+          const int left = tx.low * pixel, right = (tx.w_high != T(0) || slope_x != T(0) ? tx.high : tx.low) * pixel;
+          add(into + low + left, ty.w_low * tx.w_low, from);
+          add(into + low + right, ty.w_low * tx.w_high, from);
+          add(into + high + left, ty.w_high * tx.w_low, from);
+          add(into + high + right, ty.w_high * tx.w_high, from);
           if (offset == nullptr) continue;
           const T ll = static_cast<T>(map[low + left]), lr = static_cast<T>(map[low + right]);
           const T hl = static_cast<T>(map[high + left]), hr = static_cast<T>(map[high + right]);
           by_y += slope_y * (tx.w_low * (hl - ll) + tx.w_high * (hr - lr));
-          by_x += axis_slope(bin.x, bin.pw, ix, p.width) * (ty.w_low * (lr - ll) + ty.w_high * (hr - hl));
+          by_x += slope_x * (ty.w_low * (lr - ll) + ty.w_high * (hr - hl));
         }
       }
       sum_y += by_y * from * bin.reach_y;
@@ -189,7 +197,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad, const Te
   const int64_t pooled_h = grad.size(2), pooled_w = grad.size(3), bins = pooled_h * pooled_w;
   const DeformPool p = make_deform_pool(input, rois, offset, pooled_h, pooled_w, spatial_scale, sampling_ratio, gamma);
   CHECK_SHAPE(grad, p.num_rois, p.channels, pooled_h, pooled_w);
-  STD_TORCH_CHECK(p.num_rois * bins < int64_t{1} << 31, "rois: more than 2^31 bins");
+  CHECK_ARGUMENT(p.num_rois * bins < int64_t{1} << 31, "rois: more than 2^31 bins");
   const ScalarType dtype = input.scalar_type(), acc = coordinate_type(input);
   Tensor grad_input = empty_like_device(input, {p.batch, p.channels, p.height, p.width}, acc, deform_format(p));
   torch::stable::zero_(grad_input);

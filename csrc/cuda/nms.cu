@@ -209,7 +209,7 @@ template <class T>
 void run(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups,
          const std::optional<Tensor>& counts, double iou_threshold, Tensor& indices, Tensor& num_kept) {
   const int64_t batch = boxes.size(0), n = boxes.size(1), tiles = (n + kTile - 1) / kTile, words = (n + 31) / 32;
-  STD_TORCH_CHECK(batch * n < int64_t{1} << 31, "boxes: more than 2^31 rows");
+  CHECK_ARGUMENT(batch * n < int64_t{1} << 31, "boxes: more than 2^31 rows");
   const cudaStream_t stream = current_stream(boxes);
   auto* out = indices.mutable_data_ptr<int64_t>();
   auto* kept = num_kept.mutable_data_ptr<int64_t>();

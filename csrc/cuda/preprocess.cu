@@ -29,7 +29,7 @@ struct Job {
 static_assert(sizeof(Job<double, double>) <= 4000, "a kernel takes 4096 bytes of parameters");
 
 template <class V, Resize R>
-using Place = std::conditional_t<R == Resize::kPillow, Window, Tap<std::conditional_t<R == Resize::kOpencv, int, V>>>;
+using Place = std::conditional_t<R == Resize::kPillow, Window, ResizeTap<std::conditional_t<R == Resize::kOpencv, int, V>>>;
 
 template <class V, Resize R>
 __device__ Place<V, R> place(int i, int size, double scale, bool columns) {
@@ -180,7 +180,7 @@ void launch(const std::vector<Picture<T>>& pictures, Normalization<Value<T, R>> 
   job.strips = (job.width + kColumns - 1) / kColumns;
   job.wide = job.width * 3 * sizeof(O) % 16 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   const int64_t tiles = int64_t{job.strips} * ((job.height + kRows - 1) / kRows);
-  STD_TORCH_CHECK(tiles < int64_t{1} << 31, "batch_size is too large");
+  CHECK_ARGUMENT(tiles < int64_t{1} << 31, "batch_size is too large");
   for (size_t first = 0; first < pictures.size(); first += kImages) {
     const size_t count = std::min<size_t>(kImages, pictures.size() - first);
     bool packed = true;

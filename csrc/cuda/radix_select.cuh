@@ -223,7 +223,7 @@ Shape make_shape(const ProposalInputs& in) {
     s.count[l] = static_cast<int>(in.start[l + 1] - in.start[l]);
     chunks += (int64_t{s.size[l]} + kChunk - 1) / kChunk;
     groups += (int64_t{s.count[l]} + kGroup - 1) / kGroup;
-    STD_TORCH_CHECK(in.start[l + 1] < int64_t{1} << 31 && batch * chunks < int64_t{1} << 31,
+    CHECK_ARGUMENT(in.start[l + 1] < int64_t{1} << 31 && batch * chunks < int64_t{1} << 31,
                     "cls_logits: too many anchors for one call");
     s.chunk[l + 1] = static_cast<int>(chunks), s.group[l + 1] = static_cast<int>(groups);
     s.row[l + 1] = static_cast<int>(in.start[l + 1]);

@@ -19,23 +19,21 @@ constexpr int64_t kMaxInt = (int64_t{1} << 31) - 1024;  // leaves room to step b
 
 // Problem as a kernel argument.
 struct Pyramid {
-  Level level[kMaxLevels];
+  FeatureMap level[kMaxLevels];
   int num_levels, pooled_h, pooled_w, sampling_ratio, channels, batch;
   bool aligned, channels_last;
   LevelRule rule;
-  double finest_scale;
 };
 
 inline Pyramid make_pyramid(const Problem& p, int64_t num_rois, bool channels_last) {
   const int64_t num_levels = static_cast<int64_t>(p.levels.size());
-  STD_TORCH_CHECK(num_levels <= kMaxLevels, "features: at most ", kMaxLevels, " levels on CUDA, got ", num_levels);
-  STD_TORCH_CHECK(p.pooled_h <= kMaxBins && p.pooled_w <= kMaxBins && p.pooled_h + p.pooled_w <= kMaxBins,
+  CHECK_ARGUMENT(num_levels <= kMaxLevels, "features: at most ", kMaxLevels, " levels on CUDA, got ", num_levels);
+  CHECK_ARGUMENT(p.pooled_h <= kMaxBins && p.pooled_w <= kMaxBins && p.pooled_h + p.pooled_w <= kMaxBins,
                   "output_size: at most ", kMaxBins, " bins along both axes together on CUDA");
-  STD_TORCH_CHECK(num_rois <= kMaxInt && p.batch <= kMaxInt && p.channels * p.pooled_h * p.pooled_w <= kMaxInt,
+  CHECK_ARGUMENT(num_rois <= kMaxInt && p.batch <= kMaxInt && p.channels * p.pooled_h * p.pooled_w <= kMaxInt,
                   "rois: more than 2^31 of them, or of output elements for each");
   Pyramid pyramid{{}, static_cast<int>(num_levels), p.pooled_h, p.pooled_w, p.sampling_ratio,
-                  static_cast<int>(p.channels), static_cast<int>(p.batch), p.aligned, channels_last, p.rule,
-                  p.finest_scale};
+                  static_cast<int>(p.channels), static_cast<int>(p.batch), p.aligned, channels_last, p.rule};
   std::copy(p.levels.begin(), p.levels.end(), pyramid.level);
   return pyramid;
 }
@@ -62,9 +60,8 @@ __device__ __forceinline__ Place<T> place_roi(const T* roi, const Pyramid& p) {
   Place<T> place{-1, 0, {T(0), T(0), 0}, {T(0), T(0), 0}, T(0)};
   if (!(roi[0] >= T(0) && roi[0] < static_cast<T>(p.batch))) return place;
   place.image = static_cast<int>(roi[0]);
-  place.level =
-      roi_level(roi[1], roi[2], roi[3], roi[4], static_cast<T>(p.finest_scale), p.num_levels, p.rule);
-  const Level& level = p.level[place.level];
+  place.level = roi_level(roi[1], roi[2], roi[3], roi[4], p.rule, p.num_levels);
+  const FeatureMap& level = p.level[place.level];
   place_on_level(roi, p, place);
   if (place.x.samples == 0 || place.y.samples == 0 || level.height == 0 || level.width == 0) place.level = -1;
   return place;

@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor> any(const Tensor& boxes, const Tensor& scores, std::o
                                int64_t max_output) {
   const torch::stable::accelerator::DeviceGuard guard(boxes.get_device_index());
   const int64_t n = boxes.size(0);
-  STD_TORCH_CHECK(n < int64_t{1} << 31, "boxes: more than 2^31 rows");
+  CHECK_ARGUMENT(n < int64_t{1} << 31, "boxes: more than 2^31 rows");
   return soft_nms_in(boxes, scores, groups, iou_threshold, sigma, min_score, method,
                      [&](const Tensor& b, const Tensor& s, const std::optional<Tensor>& g, auto rules) {
                        Tensor dets = empty_like_device(b, {n, 5}, b.scalar_type());

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrcnn._extension import TAKES
 from fastrcnn.ops._checks import check_same_device, check_tensor
 
 
@@ -75,6 +76,7 @@ def _cpu(*args):
 
 if torch.backends.mkldnn.is_available():  # a torch without oneDNN keeps the reference, and `fastrcnn info` says so
     _conv_bn_relu.register_kernel("cpu")(_cpu)
+    TAKES["conv_bn_relu", "cpu"] = lambda dtype: dtype != torch.float64 and _onednn_takes(dtype)
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:

@@ -10,7 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrcnn.ops._checks import check_coder, check_same_device, check_tensor
+from fastrcnn.ops._bind import bind, declare
+from fastrcnn.ops._box_math import sigmoid
+from fastrcnn.ops._checks import (
+    ANY_COUNT,
+    check_choice,
+    check_coder,
+    check_flag,
+    check_int,
+    check_number,
+    check_positive,
+    check_same_device,
+    check_tensor,
+    check_tensors,
+)
 from fastrcnn.ops.decode_boxes import _op_reference as _decode_reference
 
 
@@ -42,16 +55,17 @@ def _op_reference(
         n = logits.shape[1:].numel()
         logits = logits.to(dtype).permute(0, 2, 3, 1).reshape(batch, n)
         deltas = deltas.to(dtype).permute(0, 2, 3, 1).reshape(batch, n, 4)
-        rank_by = (logits if topk_on_logits else logits.sigmoid()).nan_to_num(nan=-torch.inf, posinf=torch.inf)
+        rank_by = (logits if topk_on_logits else sigmoid(logits)).nan_to_num(nan=-torch.inf, posinf=torch.inf)
         count = min(nms_pre, logits.shape[1]) if nms_pre > 0 else logits.shape[1]
         top = torch.sort(rank_by, dim=1, descending=True, stable=True).indices[:, :count]  # [B, count]
         cell = top // num_anchors
-        shift = torch.stack([cell % width * strides[2 * level], cell // width * strides[2 * level + 1]], -1).to(dtype)
+        cell = torch.stack([cell % width, cell // width], -1).to(dtype)
+        shift = cell * cell.new_tensor(strides[2 * level : 2 * level + 2])
         anchors = base.to(dtype)[top % num_anchors] + shift.repeat(1, 1, 2)
         deltas = deltas.gather(1, top[..., None].expand(-1, -1, 4))
         boxes.append(_decode_reference(anchors, deltas, sizes, means, stds, wh_ratio_clip, symmetric_clip))
         logits = logits.gather(1, top)
-        scores.append(logits if return_logits else logits.sigmoid())
+        scores.append(logits if return_logits else sigmoid(logits))
         levels.append(torch.full((batch, count), level, dtype=torch.int64, device=device))
     boxes, scores, levels = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels, 1)
     size = boxes[..., 2:] - boxes[..., :2]
@@ -64,11 +78,7 @@ def _op_reference(
     return boxes, scores, levels, valid.sum(1)
 
 
-_decode_proposals = torch.library.custom_op("fastrcnn::decode_proposals", _op_reference, mutates_args=())
-
-
-@_decode_proposals.register_fake
-def _(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, *rules):
+def _fake(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, *rules):
     batch = image_sizes.shape[0]
     sizes = [x.shape[1] * x.shape[2] * x.shape[3] for x in cls_logits]
     total = sum(min(nms_pre, n) if nms_pre > 0 else n for n in sizes)
@@ -77,60 +87,30 @@ def _(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, *rul
     return out, out.new_empty(batch, total), levels, image_sizes.new_empty(batch, dtype=torch.int64)
 
 
-def _call(op, cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, means, stds, wh_ratio_clip,
-          symmetric_clip, min_size, topk_on, score):  # fmt: skip
-    cls_logits, bbox_deltas, base_anchors = list(cls_logits), list(bbox_deltas), list(base_anchors)
-    levels = len(cls_logits)
-    lengths = {"bbox_deltas": len(bbox_deltas), "base_anchors": len(base_anchors), "strides": len(strides)}
-    for name, length in lengths.items():
-        if length != levels or levels == 0:
-            raise ValueError(f"{name}: expected one entry for each of the {levels} levels of cls_logits, got {length}")
+declare("decode_proposals", _op_reference, _fake)
+
+
+def _check_levels(cls_logits: list, bbox_deltas: list, base_anchors: list, image_sizes) -> None:
     whole = isinstance(image_sizes, Tensor) and not image_sizes.is_floating_point()
     check_tensor("image_sizes", image_sizes, "B, 2", floating=not whole, last=2)
-    for i in range(levels):
-        check_tensor(f"cls_logits[{i}]", cls_logits[i], "B, A, H, W")
-        check_tensor(f"bbox_deltas[{i}]", bbox_deltas[i], "B, 4 * A, H, W")
-        check_tensor(f"base_anchors[{i}]", base_anchors[i], "A, 4", last=4)
-        b, a, h, w = cls_logits[i].shape
-        if bbox_deltas[i].shape != (b, 4 * a, h, w) or len(base_anchors[i]) != a or b != len(image_sizes):
-            got = [list(cls_logits[i].shape), list(bbox_deltas[i].shape), list(base_anchors[i].shape)]
-            raise ValueError(f"level {i}: expected cls_logits [B, A, H, W], bbox_deltas [B, 4 * A, H, W], base_anchors "
-                             f"[A, 4] and image_sizes [B, 2], got {got} and {list(image_sizes.shape)}")  # fmt: skip
-        check_same_device(**{"image_sizes": image_sizes, f"cls_logits[{i}]": cls_logits[i],
-                             f"bbox_deltas[{i}]": bbox_deltas[i], f"base_anchors[{i}]": base_anchors[i]})  # fmt: skip
-    check_coder(means, stds, wh_ratio_clip)
-    for name, value in (("topk_on", topk_on), ("score", score)):
-        if value not in ("sigmoid", "logits"):
-            raise ValueError(f'{name}: expected "sigmoid" or "logits", got {value!r}')
-    pairs = [tuple(s) if isinstance(s, Sequence) else (s, s) for s in strides]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"strides: expected a number or (x, y) for each level, got {list(strides)}")
-    pairs = [float(v) for pair in pairs for v in pair]
-    rules = list(map(float, means)), list(map(float, stds)), float(wh_ratio_clip), symmetric_clip, float(min_size)
-    flags = topk_on == "logits", score == "logits"
-    return op(cls_logits, bbox_deltas, base_anchors, pairs, image_sizes, int(nms_pre), *rules, *flags)
+    for i, (logits, deltas, base) in enumerate(zip(cls_logits, bbox_deltas, base_anchors)):
+        check_tensor(f"cls_logits[{i}]", logits, "B, A, H, W")
+        check_tensor(f"bbox_deltas[{i}]", deltas, "B, 4 * A, H, W")
+        check_tensor(f"base_anchors[{i}]", base, "A, 4", last=4)
+        b, a, h, w = logits.shape
+        if b != len(image_sizes):
+            raise ValueError(f"image_sizes: expected [{b}, 2] beside cls_logits[{i}] {list(logits.shape)}, "
+                             f"got {list(image_sizes.shape)}")  # fmt: skip
+        if deltas.shape != (b, 4 * a, h, w):
+            raise ValueError(f"bbox_deltas[{i}]: expected {[b, 4 * a, h, w]}, got {list(deltas.shape)}")
+        if len(base) != a:
+            raise ValueError(f"base_anchors[{i}]: expected [{a}, 4], got {list(base.shape)}")
+        check_same_device(**{"image_sizes": image_sizes, f"cls_logits[{i}]": logits, f"bbox_deltas[{i}]": deltas,
+                             f"base_anchors[{i}]": base})  # fmt: skip
 
 
-def decode_proposals_reference(
-    cls_logits: Sequence[Tensor],
-    bbox_deltas: Sequence[Tensor],
-    base_anchors: Sequence[Tensor],
-    strides: Sequence[float | tuple[float, float]],
-    image_sizes: Tensor,
-    nms_pre: int,
-    means: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
-    stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    wh_ratio_clip: float = 16 / 1000,
-    symmetric_clip: bool = True,
-    min_size: float = 0.0,
-    topk_on: str = "sigmoid",
-    score: str = "sigmoid",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _call(_op_reference, cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, means, stds,
-                 wh_ratio_clip, symmetric_clip, min_size, topk_on, score)  # fmt: skip
-
-
-def decode_proposals(
+def _decode_proposals(
+    op,
     cls_logits: Sequence[Tensor],
     bbox_deltas: Sequence[Tensor],
     base_anchors: Sequence[Tensor],
@@ -155,7 +135,27 @@ def decode_proposals(
     for float64 logits). Not differentiable: proposals are detached by definition.
     Raises TypeError or ValueError naming the argument.
     """
-    op = torch.ops.fastrcnn.decode_proposals
+    cls_logits, bbox_deltas = check_tensors("cls_logits", cls_logits), check_tensors("bbox_deltas", bbox_deltas)
+    base_anchors = check_tensors("base_anchors", base_anchors)
+    if not isinstance(strides, (list, tuple)):
+        raise TypeError(f"strides: expected a number or (x, y) for each level, got {type(strides).__name__}")
+    for name, given in (("bbox_deltas", bbox_deltas), ("base_anchors", base_anchors), ("strides", strides)):
+        if len(given) != len(cls_logits):
+            raise ValueError(f"{name}: expected one entry for each of the {len(cls_logits)} levels of cls_logits, "
+                             f"got {len(given)}")  # fmt: skip
+    _check_levels(cls_logits, bbox_deltas, base_anchors, image_sizes)
+    coder = check_coder(means, stds, wh_ratio_clip)
+    pairs = [s if isinstance(s, (list, tuple)) else (s, s) for s in strides]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"strides: expected a number or (x, y) for each level, got {list(strides)}")
+    pairs = [check_positive(f"strides[{i}]", v) for i, pair in enumerate(pairs) for v in pair]
+    rules = *coder, check_flag("symmetric_clip", symmetric_clip), check_number("min_size", min_size)
+    choices = ("topk_on", topk_on), ("score", score)
+    flags = [check_choice(name, value, ("sigmoid", "logits")) == "logits" for name, value in choices]
+    count = check_int("nms_pre", nms_pre, -ANY_COUNT, ANY_COUNT)
     with torch.no_grad():
-        return _call(op, cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, means, stds,
-                     wh_ratio_clip, symmetric_clip, min_size, topk_on, score)  # fmt: skip
+        return op(cls_logits, bbox_deltas, base_anchors, pairs, image_sizes, count, *rules, *flags)
+
+
+decode_proposals = bind(_decode_proposals, torch.ops.fastrcnn.decode_proposals.default, "decode_proposals")
+decode_proposals_reference = bind(_decode_proposals, _op_reference, "decode_proposals_reference")

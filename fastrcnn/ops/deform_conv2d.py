@@ -6,7 +6,8 @@ at = p * stride - padding + k * dilation + offset[k, p]
 The input is read bilinearly with zeros outside; v1 has no mask. Channels are split into offset groups, each with its own
 offsets and mask, and into the convolution's groups. Offsets are ordered as torchvision and mmcv have them: offset group,
 tap (row by row), then y and x, in input pixels. Where a point lies on whole pixels the slope is that towards the next pixel
-(torchvision's rule); mmcv has slope 0 for a point at exactly -1.
+(torchvision's rule); mmcv has slope 0 for a point at exactly -1. A pixel of weight 0 is not read: what is no finite number
+there does not spread.
 
 The kernels gather columns [rows, taps * C] for some rows (output positions) at a time and leave the product to torch's
 matmul, so that memory does not grow with the map. Channels-last maps are gathered as they lie; NCHW maps are copied once.
@@ -18,7 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrcnn.ops._checks import check_same_device, check_tensor, coordinates
+from fastrcnn.ops._bind import bind
+from fastrcnn.ops._checks import check_map, check_pair, check_same_device, check_tensor, coordinates
 from fastrcnn.ops.roi_align import _layout
 
 
@@ -33,7 +35,8 @@ def _points(input: Tensor, offset: Tensor, kernel: Sequence[int], stride, paddin
     """y and x [B, G, taps, OH, OW] that the taps read, in pixels."""
     size = offset.shape[2:]
     offset = offset.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
-    offset = offset.reshape(len(input), -1, kernel[0] * kernel[1], 2, *size)
+    taps = kernel[0] * kernel[1]
+    offset = offset.reshape(len(input), offset.shape[1] // (2 * taps), taps, 2, *size)
     axes = []
     for axis in range(2):
         tap = torch.arange(kernel[axis], device=input.device) * dilation[axis] - padding[axis]
@@ -59,20 +62,36 @@ def _corners(y: Tensor, x: Tensor, height: int, width: int):
             yield pixel, inside, wy * wx, (wx if i else -wx), (wy if j else -wy)
 
 
-def _gather(maps: Tensor, pixel: Tensor, inside: Tensor) -> Tensor:
-    """maps [B, G, C, H * W] at pixel [B, G, taps, OH, OW] -> [B, G, C, taps, OH, OW], zeros where outside."""
+def _gather(maps: Tensor, pixel: Tensor) -> Tensor:
+    """maps [B, G, C, H * W] at pixel [B, G, taps, OH, OW] -> [B, G, C, taps, OH, OW]."""
     batch, groups, channels = maps.shape[:3]
-    index = pixel.reshape(batch, groups, 1, -1).expand(-1, -1, channels, -1)
-    values = maps.gather(3, index).view(batch, groups, channels, *pixel.shape[2:])
-    return torch.where(inside[:, :, None], values, 0)
+    index = pixel.flatten(2)[:, :, None].expand(-1, -1, channels, -1)
+    return maps.gather(3, index).view(batch, groups, channels, *pixel.shape[2:])
+
+
+def _times(weight: Tensor, values: Tensor) -> Tensor:
+    """weight [B, G, taps, OH, OW] times values [B, G, C, taps, OH, OW], also 0 for 0 times what is not finite."""
+    weight = weight[:, :, None]
+    return torch.where((weight == 0) & ~values.isfinite(), 0, weight * values)
+
+
+def _columns(maps: Tensor, y: Tensor, x: Tensor, scale: Tensor | None, size: Sequence[int]) -> Tensor:
+    """What the taps read, [B, G, C, taps, OH, OW]."""
+    total = torch.zeros((), dtype=maps.dtype, device=maps.device)
+    for pixel, inside, w, _, _ in _corners(y, x, *size):
+        w = torch.where(inside, w if scale is None else w * scale, 0)
+        total = total + _times(w, _gather(maps, pixel))
+    return total
 
 
 def _split(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int]:
     """The maps [B, offset groups, C, H * W] and the weight [groups, O, C * taps], and the number of groups."""
     batch, channels = input.shape[:2]
     groups, taps = channels // weight.shape[1], weight.shape[2] * weight.shape[3]
-    maps = coordinates(input).reshape(batch, offset.shape[1] // (2 * taps), -1, input.shape[2] * input.shape[3])
-    return maps, coordinates(weight).reshape(groups, weight.shape[0] // groups, -1), groups
+    offset_groups = offset.shape[1] // (2 * taps)
+    maps = coordinates(input).reshape(batch, offset_groups, channels // offset_groups, input.shape[2] * input.shape[3])
+    filters = coordinates(weight).reshape(groups, weight.shape[0] // groups, weight.shape[1] * taps)
+    return maps, filters, groups
 
 
 def _forward(
@@ -87,11 +106,8 @@ def _forward(
     maps, filters, groups = _split(input, offset, weight)
     batch, size = len(input), _out_size(input, weight, stride, padding, dilation)
     y, x = _points(input, offset, weight.shape[2:], stride, padding, dilation)
-    columns = torch.zeros((), dtype=maps.dtype, device=maps.device)
-    for pixel, inside, w, _, _ in _corners(y, x, *input.shape[2:]):
-        columns = columns + w[:, :, None] * _gather(maps, pixel, inside)
-    if mask is not None:
-        columns = columns * mask.to(maps.dtype).reshape(y.shape)[:, :, None]
+    scale = None if mask is None else mask.to(maps.dtype).reshape(y.shape)
+    columns = _columns(maps, y, x, scale, input.shape[2:])
     columns = columns.reshape(batch, groups, filters.shape[2], size[0] * size[1])
     out = (filters @ columns).reshape(batch, weight.shape[0], *size).to(input.dtype)
     return _in_layout(out, input)
@@ -117,42 +133,41 @@ def _backward(
     maps, filters, groups = _split(input, offset, weight)
     y, x = _points(input, offset, weight.shape[2:], stride, padding, dilation)
     batch, (height, width) = len(input), input.shape[2:]
-    grad = coordinates(grad).reshape(batch, groups, filters.shape[1], -1)
+    grad = coordinates(grad).reshape(batch, groups, filters.shape[1], grad.shape[2] * grad.shape[3])
     grad_columns = (filters.mT @ grad).reshape(*maps.shape[:3], *y.shape[2:])
-    scale = 1 if mask is None else mask.to(maps.dtype).reshape(y.shape)
-    grad_maps, value = torch.zeros_like(maps), torch.zeros_like(grad_columns)
-    along_y, along_x, grad_mask = torch.zeros_like(y), torch.zeros_like(x), torch.zeros_like(y)
+    scale = None if mask is None else mask.to(maps.dtype).reshape(y.shape)
+    grad_maps, value = torch.zeros_like(maps), torch.zeros_like(y)
+    along_y, along_x = torch.zeros_like(y), torch.zeros_like(x)
     for pixel, inside, w, slope_y, slope_x in _corners(y, x, height, width):
-        index = pixel.reshape(*maps.shape[:2], 1, -1).expand_as(grad_columns.flatten(3))
-        share = grad_columns * torch.where(inside, w * scale, 0)[:, :, None]
+        index = pixel.flatten(2)[:, :, None].expand_as(grad_columns.flatten(3))
+        share = _times(torch.where(inside, w if scale is None else w * scale, 0), grad_columns)
         grad_maps.scatter_add_(3, index, share.flatten(3))
-        corner = _gather(maps, pixel, inside)
-        value += w[:, :, None] * corner
-        dot = (grad_columns * corner).sum(2)
-        along_y += slope_y * dot * scale
-        along_x += slope_x * dot * scale
-        grad_mask += w * dot
-    columns = value * (scale if mask is None else scale[:, :, None])
-    columns = columns.reshape(batch, groups, filters.shape[2], -1)
+        dot = torch.where(inside, (grad_columns * _gather(maps, pixel)).sum(2), 0)
+        value, along_y, along_x = value + w * dot, along_y + slope_y * dot, along_x + slope_x * dot
+    columns = _columns(maps, y, x, scale, (height, width)).reshape(batch, groups, filters.shape[2], grad.shape[3])
+    slopes = torch.stack([along_y, along_x], 3)
+    if scale is not None:
+        within = (y >= -1) & (y < height) & (x >= -1) & (x < width)
+        slopes = torch.where(within[:, :, :, None], slopes * scale[:, :, :, None], 0)
     return (
         _in_layout(grad_maps.reshape(input.shape).to(input.dtype), input),
-        torch.stack([along_y, along_x], 3).reshape(offset.shape).to(offset.dtype),
+        slopes.reshape(offset.shape).to(offset.dtype),
         (grad @ columns.mT).sum(0).reshape(weight.shape).to(weight.dtype),
-        maps.new_zeros(0) if mask is None else grad_mask.reshape(mask.shape).to(mask.dtype),
+        maps.new_zeros(0) if mask is None else value.reshape(mask.shape).to(mask.dtype),
     )
 
 
-_deform_conv2d = torch.library.custom_op("fastrcnn::deform_conv2d", _forward, mutates_args=())
-_deform_conv2d_backward = torch.library.custom_op("fastrcnn::deform_conv2d_backward", _backward, mutates_args=())
+_operator = torch.library.custom_op("fastrcnn::deform_conv2d", _forward, mutates_args=())
+_gradient = torch.library.custom_op("fastrcnn::deform_conv2d_backward", _backward, mutates_args=())
 
 
-@_deform_conv2d.register_fake
+@_operator.register_fake
 def _(input, offset, weight, mask, stride, padding, dilation):
     size = _out_size(input, weight, stride, padding, dilation)
     return _in_layout(input.new_empty(input.shape[0], weight.shape[0], *size), input)
 
 
-@_deform_conv2d_backward.register_fake
+@_gradient.register_fake
 def _(grad, input, offset, weight, mask, stride, padding, dilation):
     grad_mask = coordinates(input).new_empty(0) if mask is None else mask.new_empty(mask.shape)
     return _in_layout(input, input), offset.new_empty(offset.shape), weight.new_empty(weight.shape), grad_mask
@@ -170,24 +185,34 @@ def _gradients(ctx, grad):
     return *grads, grad_mask if ctx.has_mask else None, None, None, None
 
 
-_deform_conv2d.register_autograd(_gradients, setup_context=_setup_context)
+_operator.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name}: expected an int >= {least} or a pair of them, got {value!r}")
-    return pair
+def _deform_conv2d(
+    op,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = (1, 1),
+    padding: int | Sequence[int] = (0, 0),
+    dilation: int | Sequence[int] = (1, 1),
+    mask: Tensor | None = None,
+) -> Tensor:
+    """[B, O, OH, OW] in the dtype and memory format of `input`, as torchvision.ops.deform_conv2d gives it. Differentiable
+    in every tensor, once.
 
-
-def _call(op, input, offset, weight, bias, stride, padding, dilation, mask):
-    check_tensor("input", input, "B, C, H, W")
+    input [B, C, H, W], weight [O, C / groups, kh, kw] and bias [O] of one dtype; offset [B, 2 * G * kh * kw, OH, OW] in
+    pixels and mask [B, G * kh * kw, OH, OW] of any floating dtype, used in float32 (float64 beside a float64 input).
+    The shapes give the number of groups and of offset groups G. Raises TypeError or ValueError naming the argument.
+    """
+    check_map("input", input)
     check_tensor("weight", weight, "O, C / groups, kh, kw")
     channels, (filters, share, *kernel) = input.shape[1], weight.shape
     if share < 1 or min(kernel) < 1 or channels < 1 or channels % share or filters % (channels // share):
         raise ValueError(f"weight: expected [O, C / groups, kh, kw] with groups dividing O and C = {channels}, "
                          f"got {list(weight.shape)}")  # fmt: skip
-    where = [_pair(*a) for a in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))]
+    where = check_pair("stride", stride, 1), check_pair("padding", padding, 0), check_pair("dilation", dilation, 1)
     size, taps = _out_size(input, weight, *where), kernel[0] * kernel[1]
     if min(size) < 1:
         raise ValueError(f"input: {list(input.shape)} is smaller than the kernel {kernel}")
@@ -214,34 +239,5 @@ def _call(op, input, offset, weight, bias, stride, padding, dilation, mask):
     return out if bias is None else out + bias[:, None, None]
 
 
-def deform_conv2d_reference(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = (1, 1),
-    padding: int | Sequence[int] = (0, 0),
-    dilation: int | Sequence[int] = (1, 1),
-    mask: Tensor | None = None,
-) -> Tensor:
-    return _call(_forward, input, offset, weight, bias, stride, padding, dilation, mask)
-
-
-def deform_conv2d(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = (1, 1),
-    padding: int | Sequence[int] = (0, 0),
-    dilation: int | Sequence[int] = (1, 1),
-    mask: Tensor | None = None,
-) -> Tensor:
-    """[B, O, OH, OW] in the dtype and memory format of `input`, as torchvision.ops.deform_conv2d gives it. Differentiable
-    in every tensor, once.
-
-    input [B, C, H, W], weight [O, C / groups, kh, kw] and bias [O] of one dtype; offset [B, 2 * G * kh * kw, OH, OW] in
-    pixels and mask [B, G * kh * kw, OH, OW] of any floating dtype, used in float32 (float64 beside a float64 input).
-    The shapes give the number of groups and of offset groups G. Raises TypeError or ValueError naming the argument.
-    """
-    return _call(torch.ops.fastrcnn.deform_conv2d, input, offset, weight, bias, stride, padding, dilation, mask)
+deform_conv2d = bind(_deform_conv2d, torch.ops.fastrcnn.deform_conv2d.default, "deform_conv2d")
+deform_conv2d_reference = bind(_deform_conv2d, _forward, "deform_conv2d_reference")

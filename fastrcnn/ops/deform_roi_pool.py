@@ -20,12 +20,21 @@ import torch
 from torch import Tensor
 
 from fastrcnn._extension import has_kernel
-from fastrcnn.ops._checks import check_same_device, check_tensor
-from fastrcnn.ops.roi_align import _empty_output, _layout, _pair
+from fastrcnn.ops._bind import bind
+from fastrcnn.ops._checks import check_map, check_number, check_same_device, check_tensor
+from fastrcnn.ops.roi_align import (
+    MOST_SAMPLES,
+    _as_coordinates,
+    _empty_output,
+    _layout,
+    check_images,
+    check_sampling,
+    weighted_sum,
+)
 
 
 def _bin_axis(low: Tensor, high: Tensor, step: Tensor, offset: Tensor | None, bins: int, size: int, rules):
-    """Weights [p, q, size] of an axis' pixels in each bin, and their derivative in the bin's offset.
+    """Weights [p, q, size] of an axis' pixels in each bin, their derivative in the bin's offset, and which are read.
 
     low, high: the RoI's edges (scalars, image pixels); step: the bin's index along this axis, [p, 1] or [1, q];
     offset [p, q] or None.
@@ -34,27 +43,32 @@ def _bin_axis(low: Tensor, high: Tensor, step: Tensor, offset: Tensor | None, bi
     start = low * scale - 0.5
     length = high * scale - 0.5 - start
     bin_size = length / bins
-    shape = offset.shape if offset is not None else step.shape
-    samples = ratio if ratio > 0 else int(torch.ceil(bin_size).nan_to_num(0, 0, 0).clamp(min=0))
+    empty = start.new_zeros(*(offset if offset is not None else step).shape, size)
+    samples = ratio if ratio > 0 else int(torch.ceil(bin_size).nan_to_num(0, 0, 0).clamp(0, MOST_SAMPLES))
     if samples == 0 or not bool(torch.isfinite(bin_size) & torch.isfinite(start)):
-        return start.new_zeros(*shape, size), start.new_zeros(*shape, size)
+        return empty, empty, empty
     if offset is not None:
         start = start + gamma * length * offset[..., None]
     i = torch.arange(samples, device=low.device, dtype=low.dtype)
     at = start + step[..., None] * bin_size + (i + 0.5) * bin_size / samples  # [p, q, samples]
-    inside = ((at >= -1) & (at <= size))[..., None]
+    inside = (at >= -1) & (at <= size)
     moves = (at >= 0) & (at < size - 1)
-    at = torch.where(moves, at, at.detach().nan_to_num().clamp(0, size - 1))[..., None]
-    pixel, first = torch.arange(size, device=low.device), at.detach().long()
-    is_first, is_second = inside & (pixel == first), inside & (pixel == first + 1)
-    frac = at - first
-    weights = torch.where(is_first, 1 - frac, 0) + torch.where(is_second, frac, 0)
-    slopes = (is_second.to(low.dtype) - is_first.to(low.dtype)) * moves[..., None]
-    return weights.mean(2), slopes.mean(2) * (gamma * length)
+    at = torch.where(moves, at, at.detach().nan_to_num().clamp(0, size - 1))
+    first = at.detach().long()
+    second, frac = (first + 1).clamp(max=size - 1), at - first
+
+    def spread(on_first: Tensor, on_second: Tensor) -> Tensor:
+        return empty.scatter_add(2, first, on_first * inside).scatter_add(2, second, on_second * inside) / samples
+
+    moved = moves.to(low.dtype)
+    read = spread(torch.ones_like(moved), ((frac > 0) | moves).to(low.dtype))
+    slopes = spread(-moved, moved)
+    return spread(1 - frac, frac), torch.where(slopes == 0, 0, slopes * (gamma * length)), read
 
 
 def _bins(rois: Tensor, offset: Tensor | None, maps: Tensor, pooled_h: int, pooled_w: int, rules):
-    """Yields (k, image, (rows, slopes), (columns, slopes)) for every RoI that is not padding."""
+    """Yields (k, image, (rows, slopes, read), (columns, slopes, read)) for every RoI that is not padding."""
+    check_images(rois, len(maps))
     rows = torch.arange(pooled_h, device=rois.device, dtype=rois.dtype)[:, None]
     columns = torch.arange(pooled_w, device=rois.device, dtype=rois.dtype)[None, :]
     for k, roi in enumerate(rois):
@@ -78,10 +92,11 @@ def _forward(
     gamma: float,
 ) -> Tensor:
     out = _empty_output([input], len(rois), pooled_h, pooled_w).zero_()
-    rois = rois.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
     rules = spatial_scale, sampling_ratio, gamma
-    for k, image, (rows, _), (columns, _) in _bins(rois, offset, input, pooled_h, pooled_w, rules):
-        out[k] = torch.einsum("pqh,chw,pqw->cpq", rows, input[image].to(rows.dtype), columns).to(out.dtype)
+    for k, image, (rows, *_), (columns, *_) in _bins(
+        _as_coordinates(rois, [input]), offset, input, pooled_h, pooled_w, rules
+    ):
+        out[k] = weighted_sum("chw,pqh,pqw->cpq", input[image].to(rows.dtype), rows, columns).to(out.dtype)
     return out
 
 
@@ -95,30 +110,35 @@ def _backward(
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
     """(gradient in `input`, gradient in `offset` or an empty tensor where there is none)."""
-    rois = rois.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+    rois = _as_coordinates(rois, [input])
     grad_input = torch.zeros_like(input, dtype=rois.dtype, memory_format=_layout([input]))
     grad_offset = torch.zeros((0,) if offset is None else offset.shape, dtype=rois.dtype, device=input.device)
     rules = spatial_scale, sampling_ratio, gamma
-    for k, image, (rows, d_rows), (columns, d_columns) in _bins(rois, offset, input, *grad.shape[2:], rules):
+    for k, image, (rows, d_rows, *rows_read), (columns, d_columns, *columns_read) in _bins(
+        rois, offset, input, *grad.shape[2:], rules
+    ):
         g = grad[k].to(rois.dtype)
-        grad_input[image] += torch.einsum("cpq,pqh,pqw->chw", g, rows, columns)
+        grad_input[image] += weighted_sum("cpq,pqh,pqw->chw", g, rows, columns)
         if offset is not None:
-            at = input[image].to(rois.dtype)
-            grad_offset[k, 0] = torch.einsum("pqh,chw,pqw,cpq->pq", rows, at, d_columns, g)
-            grad_offset[k, 1] = torch.einsum("pqh,chw,pqw,cpq->pq", d_rows, at, columns, g)
+            maps = input[image].to(rois.dtype)
+            finite = torch.isfinite(maps)
+            odd = torch.einsum("chw,pqh,pqw->cpq", (~finite).to(rois.dtype), *rows_read, *columns_read) > 0
+            for axis, weights in enumerate(((rows, d_columns), (d_rows, columns))):
+                along = torch.einsum("chw,pqh,pqw->cpq", torch.where(finite, maps, 0), *weights)
+                grad_offset[k, axis] = (torch.where(odd, torch.nan, along) * g).sum(0)
     return grad_input.to(input.dtype), grad_offset.to(input.dtype if offset is None else offset.dtype)
 
 
-_deform_roi_pool = torch.library.custom_op("fastrcnn::deform_roi_pool", _forward, mutates_args=())
-_deform_roi_pool_backward = torch.library.custom_op("fastrcnn::deform_roi_pool_backward", _backward, mutates_args=())
+_operator = torch.library.custom_op("fastrcnn::deform_roi_pool", _forward, mutates_args=())
+_gradient = torch.library.custom_op("fastrcnn::deform_roi_pool_backward", _backward, mutates_args=())
 
 
-@_deform_roi_pool.register_fake
+@_operator.register_fake
 def _(input, rois, offset, pooled_h, pooled_w, spatial_scale, sampling_ratio, gamma):
     return _empty_output([input], rois.shape[0], pooled_h, pooled_w)
 
 
-@_deform_roi_pool_backward.register_fake
+@_gradient.register_fake
 def _(grad, input, rois, offset, spatial_scale, sampling_ratio, gamma):
     grad_offset = input.new_empty(0) if offset is None else offset.new_empty(offset.shape)
     return torch.empty_like(input, memory_format=_layout([input])), grad_offset
@@ -151,35 +171,11 @@ def _grad(ctx, grad):
     return grad_input, None, None if offset is None else grad_offset, None, None, None, None, None
 
 
-_deform_roi_pool.register_autograd(_grad, setup_context=_setup)
+_operator.register_autograd(_grad, setup_context=_setup)
 
 
-def _checked(op, input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma):
-    check_tensor("input", input, "B, C, H, W")
-    check_tensor("rois", rois, "K, 5", last=5)
-    pooled = _pair(output_size)
-    if offset is not None:
-        check_tensor("offset", offset, "K, 2, out_h, out_w")
-        if offset.shape != (rois.shape[0], 2, *pooled):
-            want = [rois.shape[0], 2, *pooled]
-            raise ValueError(f"offset: expected shape [K, 2, out_h, out_w] = {want}, got {list(offset.shape)}")
-    check_same_device(input=input, rois=rois, offset=offset)
-    return op(input, rois, offset, *pooled, float(spatial_scale), int(sampling_ratio), float(gamma))
-
-
-def deform_roi_pool_reference(
-    input: Tensor,
-    rois: Tensor,
-    offset: Tensor | None,
-    output_size: int | Sequence[int],
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = 0,
-    gamma: float = 0.1,
-) -> Tensor:
-    return _checked(_forward, input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma)
-
-
-def deform_roi_pool(
+def _deform_roi_pool(
+    op,
     input: Tensor,
     rois: Tensor,
     offset: Tensor | None,
@@ -193,8 +189,19 @@ def deform_roi_pool(
     input [B, C, H, W], NCHW or channels-last; rois [K, 5] = (image index, xyxy in image pixels), a negative index being
     padding that gives zeros; offset [K, 2, out_h, out_w] = (x, y) in RoI sizes / gamma, of any floating dtype, or None;
     sampling_ratio points an axis in each bin, 0 for as many as the bin has pixels. Backward is deterministic on the CPU.
-    Raises TypeError or ValueError naming the argument; RuntimeError for an image index beyond B (on CUDA: rows of NaN).
+    Raises TypeError or ValueError naming the argument, also for an image index beyond B (on CUDA: rows of NaN).
     """
-    return _checked(
-        torch.ops.fastrcnn.deform_roi_pool, input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma
-    )
+    check_map("input", input)
+    *pooled, ratio = check_sampling(rois, output_size, sampling_ratio)
+    if offset is not None:
+        check_tensor("offset", offset, "K, 2, out_h, out_w")
+        if offset.shape != (rois.shape[0], 2, *pooled):
+            want = [rois.shape[0], 2, *pooled]
+            raise ValueError(f"offset: expected shape [K, 2, out_h, out_w] = {want}, got {list(offset.shape)}")
+    check_same_device(input=input, rois=rois, offset=offset)
+    rules = check_number("spatial_scale", spatial_scale), ratio, check_number("gamma", gamma)
+    return op(input, rois, offset, *pooled, *rules)
+
+
+deform_roi_pool = bind(_deform_roi_pool, torch.ops.fastrcnn.deform_roi_pool.default, "deform_roi_pool")
+deform_roi_pool_reference = bind(_deform_roi_pool, _forward, "deform_roi_pool_reference")

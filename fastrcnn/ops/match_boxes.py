@@ -9,7 +9,16 @@ match_low_quality every box that attains a ground-truth box's own best IoU becom
 import torch
 from torch import Tensor
 
-from fastrcnn.ops._checks import check_same_device, check_same_length, check_tensor, coordinates
+from fastrcnn.ops._bind import bind, declare
+from fastrcnn.ops._checks import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_same_device,
+    check_same_length,
+    check_tensor,
+    coordinates,
+)
 
 BACKGROUND, IGNORED = -1, -2
 LOW_QUALITY = ("last_gt", "argmax")
@@ -83,72 +92,26 @@ def _op_reference(
     return torch.stack(matches), torch.stack(ious)
 
 
-_match_boxes = torch.library.custom_op("fastrcnn::match_boxes", _op_reference, mutates_args=())
-
-
-@_match_boxes.register_fake
-def _(boxes, gt_boxes, gt_counts, *rules):
+def _fake(boxes, gt_boxes, gt_counts, *rules):
     shape = gt_boxes.shape[0], boxes.shape[1]
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     return boxes.new_empty(shape, dtype=torch.int64), boxes.new_empty(shape, dtype=dtype)
 
 
-def _call(op, boxes, gt_boxes, gt_counts, ignore_boxes, ignore_counts, pos_iou_thr, neg_iou_thr, min_pos_iou,
-          match_low_quality, low_quality, ignore_iof_thr, iou_eps):  # fmt: skip
-    batched = isinstance(gt_boxes, Tensor) and gt_boxes.dim() == 3
-    check_tensor("gt_boxes", gt_boxes, "B, M, 4" if batched else "M, 4", last=4)
-    shared = isinstance(boxes, Tensor) and boxes.dim() == 2
-    check_tensor("boxes", boxes, "N, 4" if shared else "B, N, 4", last=4)
-    gts = gt_boxes if batched else gt_boxes[None]
-    if not shared and len(boxes) != len(gts):
-        raise ValueError(f"boxes: expected the batch size {len(gts)} of gt_boxes, got {len(boxes)}")
-    if (ignore_boxes is None) and ignore_counts is not None:
-        raise ValueError("ignore_counts: given without ignore_boxes")
-    if ignore_boxes is not None:
-        check_tensor("ignore_boxes", ignore_boxes, "B, R, 4" if batched else "R, 4", last=4)
-        ignore_boxes = ignore_boxes if batched else ignore_boxes[None]
-        check_same_length("ignore_boxes", ignore_boxes, "gt_boxes", gts)
-
-    def full(name, counts, like):
-        if counts is None:
-            return torch.full((len(like),), like.shape[1], dtype=torch.int64, device=like.device)
-        check_tensor(name, counts, "B", floating=False)
-        check_same_length(name, counts, "gt_boxes", gts)
-        return counts
-
-    gt_counts = full("gt_counts", gt_counts, gts)
-    if ignore_boxes is not None:
-        ignore_counts = full("ignore_counts", ignore_counts, ignore_boxes)
-    check_same_device(boxes=boxes, gt_boxes=gts, gt_counts=gt_counts, ignore_boxes=ignore_boxes,
-                      ignore_counts=ignore_counts)  # fmt: skip
-    if low_quality not in LOW_QUALITY:
-        raise ValueError(f"low_quality: expected one of {LOW_QUALITY}, got {low_quality!r}")
-    rules = float(pos_iou_thr), float(neg_iou_thr), float(min_pos_iou), bool(match_low_quality)
-    flags = low_quality == "last_gt", float(ignore_iof_thr), float(iou_eps)
-    b = boxes[None] if shared else boxes
-    matches, max_iou = op(b, gts, gt_counts, ignore_boxes, ignore_counts, *rules, *flags)
-    return (matches, max_iou) if batched else (matches[0], max_iou[0])
+declare("match_boxes", _op_reference, _fake)
 
 
-def match_boxes_reference(
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_counts: Tensor | None = None,
-    ignore_boxes: Tensor | None = None,
-    ignore_counts: Tensor | None = None,
-    pos_iou_thr: float = 0.7,
-    neg_iou_thr: float = 0.3,
-    min_pos_iou: float = 0.3,
-    match_low_quality: bool = True,
-    low_quality: str = "last_gt",
-    ignore_iof_thr: float = -1.0,
-    iou_eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    return _call(_op_reference, boxes, gt_boxes, gt_counts, ignore_boxes, ignore_counts, pos_iou_thr, neg_iou_thr,
-                 min_pos_iou, match_low_quality, low_quality, ignore_iof_thr, iou_eps)  # fmt: skip
+def _counts(name: str, counts: Tensor | None, of: Tensor) -> Tensor:
+    """How many of the rows `of` [B, M, 4] count: all where it isn't said."""
+    if counts is None:
+        return torch.full((len(of),), of.shape[1], dtype=torch.int64, device=of.device)
+    check_tensor(name, counts, "B", floating=False)
+    check_same_length(name, counts, "gt_boxes", of)
+    return counts
 
 
-def match_boxes(
+def _match_boxes(
+    op,
     boxes: Tensor,
     gt_boxes: Tensor,
     gt_counts: Tensor | None = None,
@@ -171,6 +134,33 @@ def match_boxes(
     Detectron2). iou_eps bounds the union from below (MMDetection 1e-6, the others 0). An image without ground truth is
     all background. Not differentiable. Raises TypeError or ValueError naming the argument.
     """
-    op = torch.ops.fastrcnn.match_boxes
-    return _call(op, boxes, gt_boxes, gt_counts, ignore_boxes, ignore_counts, pos_iou_thr, neg_iou_thr, min_pos_iou,
-                 match_low_quality, low_quality, ignore_iof_thr, iou_eps)  # fmt: skip
+    batched = isinstance(gt_boxes, Tensor) and gt_boxes.dim() == 3
+    check_tensor("gt_boxes", gt_boxes, "B, M, 4" if batched else "M, 4", last=4)
+    shared = isinstance(boxes, Tensor) and boxes.dim() == 2
+    check_tensor("boxes", boxes, "N, 4" if shared else "B, N, 4", last=4)
+    gts = gt_boxes if batched else gt_boxes[None]
+    if not shared and len(boxes) != len(gts):
+        raise ValueError(f"boxes: expected the batch size {len(gts)} of gt_boxes, got {len(boxes)}")
+    if ignore_boxes is None and ignore_counts is not None:
+        raise ValueError("ignore_counts: given without ignore_boxes")
+    gt_counts = _counts("gt_counts", gt_counts, gts)
+    if ignore_boxes is not None:
+        check_tensor("ignore_boxes", ignore_boxes, "B, R, 4" if batched else "R, 4", last=4)
+        ignore_boxes = ignore_boxes if batched else ignore_boxes[None]
+        check_same_length("ignore_boxes", ignore_boxes, "gt_boxes", gts)
+        ignore_counts = _counts("ignore_counts", ignore_counts, ignore_boxes)
+    check_same_device(boxes=boxes, gt_boxes=gts, gt_counts=gt_counts, ignore_boxes=ignore_boxes,
+                      ignore_counts=ignore_counts)  # fmt: skip
+    thresholds = ("pos_iou_thr", pos_iou_thr), ("neg_iou_thr", neg_iou_thr), ("min_pos_iou", min_pos_iou)
+    rules = [check_number(name, value) for name, value in thresholds]
+    last_gt = check_choice("low_quality", low_quality, LOW_QUALITY) == "last_gt"
+    rules += check_flag("match_low_quality", match_low_quality), last_gt
+    rules += check_number("ignore_iof_thr", ignore_iof_thr), check_number("iou_eps", iou_eps)
+    b = boxes[None] if shared else boxes
+    with torch.no_grad():
+        matches, max_iou = op(b, gts, gt_counts, ignore_boxes, ignore_counts, *rules)
+    return (matches, max_iou) if batched else (matches[0], max_iou[0])
+
+
+match_boxes = bind(_match_boxes, torch.ops.fastrcnn.match_boxes.default, "match_boxes")
+match_boxes_reference = bind(_match_boxes, _op_reference, "match_boxes_reference")

@@ -11,12 +11,14 @@ import math
 import torch
 from torch import Tensor
 
+from fastrcnn.ops._bind import bind, declare
 from fastrcnn.ops._checks import (
-    check_max_output,
+    ANY_COUNT,
+    check_int,
+    check_number,
     check_same_device,
     check_same_length,
     check_tensor,
-    check_unit,
     coordinates,
 )
 
@@ -68,17 +70,17 @@ def _greedy(
     return order[torch.tensor(kept, dtype=torch.int64, device=order.device)]
 
 
-def nms_reference(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def _plain_reference(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return _greedy(boxes, scores, None, iou_threshold, None)
 
 
-def batched_nms_reference(
+def _batched_reference(
     boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_output: int | None = None
 ) -> Tensor:
     return _greedy(boxes, scores, idxs, iou_threshold, max_output)
 
 
-def nms_padded_reference(
+def _padded_reference(
     boxes: Tensor,
     scores: Tensor,
     groups: Tensor | None,
@@ -98,28 +100,21 @@ def nms_padded_reference(
     return indices, num_kept
 
 
-_nms = torch.library.custom_op("fastrcnn::nms", nms_reference, mutates_args=())
-_batched_nms = torch.library.custom_op("fastrcnn::batched_nms", batched_nms_reference, mutates_args=())
-_nms_padded = torch.library.custom_op("fastrcnn::nms_padded", nms_padded_reference, mutates_args=())
-
-
-@_nms.register_fake
-def _(boxes, scores, iou_threshold):
+def _fake(boxes, scores, *_):
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-@_batched_nms.register_fake
-def _(boxes, scores, idxs, iou_threshold, max_output=None):
-    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
-
-
-@_nms_padded.register_fake
-def _(boxes, scores, groups, iou_threshold, max_output, counts=None):
+def _padded_fake(boxes, scores, groups, iou_threshold, max_output, counts=None):
     batch = boxes.shape[0]
     return boxes.new_empty(batch, max_output, dtype=torch.int64), boxes.new_empty(batch, dtype=torch.int64)
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+declare("nms", _plain_reference, _fake)
+declare("batched_nms", _batched_reference, _fake)
+declare("nms_padded", _padded_reference, _padded_fake)
+
+
+def _nms(op, boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Indices [K] int64 of the survivors, by descending score: those of torchvision.ops.nms, index for index.
 
     boxes [N, 4] xyxy pixels, scores [N], any floating dtype; iou_threshold in [0, 1].
@@ -129,12 +124,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     check_tensor("scores", scores, "N")
     check_same_length("scores", scores, "boxes", boxes)
     check_same_device(boxes=boxes, scores=scores)
-    check_unit("iou_threshold", iou_threshold)
-    return torch.ops.fastrcnn.nms(boxes, scores, float(iou_threshold))
+    return op(boxes, scores, check_number("iou_threshold", iou_threshold, 0, 1))
 
 
-def batched_nms(
-    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_output: int | None = None
+def _batched_nms(
+    op, boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_output: int | None = None
 ) -> Tensor:
     """NMS within each group: boxes suppress one another only where `idxs` (class, level, image...) are equal.
 
@@ -148,13 +142,13 @@ def batched_nms(
     check_same_length("scores", scores, "boxes", boxes)
     check_same_length("idxs", idxs, "boxes", boxes)
     check_same_device(boxes=boxes, scores=scores, idxs=idxs)
-    check_unit("iou_threshold", iou_threshold)
     if max_output is not None:
-        check_max_output(max_output)
-    return torch.ops.fastrcnn.batched_nms(boxes, scores, idxs, float(iou_threshold), max_output)
+        max_output = check_int("max_output", max_output, 0, ANY_COUNT)
+    return op(boxes, scores, idxs, check_number("iou_threshold", iou_threshold, 0, 1), max_output)
 
 
-def nms_padded(
+def _nms_padded(
+    op,
     boxes: Tensor,
     scores: Tensor,
     groups: Tensor | None,
@@ -179,6 +173,13 @@ def nms_padded(
         check_tensor("counts", counts, "B", floating=False)
         check_same_length("counts", counts, "boxes", boxes)
     check_same_device(boxes=boxes, scores=scores, groups=groups, counts=counts)
-    check_unit("iou_threshold", iou_threshold)
-    check_max_output(max_output)
-    return torch.ops.fastrcnn.nms_padded(boxes, scores, groups, float(iou_threshold), max_output, counts)
+    threshold, most = check_number("iou_threshold", iou_threshold, 0, 1), check_int("max_output", max_output, 0)
+    return op(boxes, scores, groups, threshold, most, counts)
+
+
+nms = bind(_nms, torch.ops.fastrcnn.nms.default, "nms")
+nms_reference = bind(_nms, _plain_reference, "nms_reference")
+batched_nms = bind(_batched_nms, torch.ops.fastrcnn.batched_nms.default, "batched_nms")
+batched_nms_reference = bind(_batched_nms, _batched_reference, "batched_nms_reference")
+nms_padded = bind(_nms_padded, torch.ops.fastrcnn.nms_padded.default, "nms_padded")
+nms_padded_reference = bind(_nms_padded, _padded_reference, "nms_padded_reference")

@@ -15,10 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrcnn.ops._checks import FLOATING, check_same_device
+from fastrcnn.ops._bind import bind, declare
+from fastrcnn.ops._checks import (
+    FLOATING,
+    check_choice,
+    check_flag,
+    check_int,
+    check_numbers,
+    check_same_device,
+    check_tensors,
+)
 
 RULES = ("opencv", "interpolate", "pillow")
 PILLOW_BITS = 22
+MOST = 2**24 - 1  # pixels of a side: a float32 holds every coordinate
 
 
 def _opencv_taps(size: int, new: int, device, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,67 +116,37 @@ def _op_reference(
     return batch
 
 
-_preprocess = torch.library.custom_op("fastrcnn::preprocess", _op_reference, mutates_args=())
-
-
-@_preprocess.register_fake
-def _(images, sizes, height, width, mean, std, resize, bgr, dtype):
+def _fake(images, sizes, height, width, mean, std, resize, bgr, dtype):
     return images[0].new_empty(len(images), height, width, 3, dtype=dtype).permute(0, 3, 1, 2)
+
+
+declare("preprocess", _op_reference, _fake)
 
 
 def check_images(images: Sequence[Tensor]) -> None:
     """[3, H, W] each, uint8 or floating point, on one device. Raises TypeError or ValueError naming the image."""
-    if len(images) == 0:
-        raise ValueError("images: expected at least one image, got none")
-    for i, image in enumerate(images):
-        if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-            got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"images[{i}]: expected a tensor [3, H, W], got {got}")
+    for i, image in enumerate(check_tensors("images", images)):
+        if image.layout != torch.strided:
+            raise TypeError(f"images[{i}]: expected a dense tensor, got {image.layout}")
+        if image.dim() != 3 or image.shape[0] != 3 or not all(1 <= n <= MOST for n in image.shape[1:]):
+            raise ValueError(f"images[{i}]: expected a tensor [3, H, W] of 1 to {MOST} rows and columns, "
+                             f"got {list(image.shape)}")  # fmt: skip
         if image.dtype != torch.uint8 and image.dtype not in FLOATING:
             raise TypeError(f"images[{i}]: expected float in 0..1 or uint8, got {image.dtype}")
     if any(image.device != images[0].device for image in images):
         check_same_device(**{f"images[{i}]": image for i, image in enumerate(images)})
 
 
-def _call(op, images, sizes, batch_size, mean, std, resize, bgr, dtype):
-    images = list(images)
-    check_images(images)
-    height, width = batch_size
-    if len(sizes) != len(images):
-        raise ValueError(f"sizes: expected one (height, width) for each of {len(images)} images, got {len(sizes)}")
-    for i, size in enumerate(sizes):
-        if len(size) != 2 or not (1 <= size[0] <= height and 1 <= size[1] <= width):
-            raise ValueError(f"sizes[{i}]: expected (height, width) from 1 to {(height, width)}, got {tuple(size)}")
-    if len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"mean, std: expected three numbers each, got {mean} and {std}")
-    if resize not in RULES:
-        raise ValueError(f"resize: expected one of {RULES}, got {resize!r}")
-    if dtype not in FLOATING:
-        raise TypeError(f"dtype: expected a floating point type, got {dtype}")
-    for i, image in enumerate(images):
-        if image.dtype in (torch.float16, torch.bfloat16):
-            images[i] = image.float()
-        elif image.dtype == torch.float64 and resize != "interpolate":
-            images[i] = _to_uint8(image)
-    numbers = list(map(float, mean)), list(map(float, std))
-    return op(images, [v for size in sizes for v in size], height, width, *numbers, resize, bgr, dtype)
+def _check_size(name: str, size, most: tuple[int, int]) -> list[int]:
+    if not isinstance(size, (list, tuple)):
+        raise TypeError(f"{name}: expected (height, width), got {type(size).__name__} {size!r}")
+    if len(size) != 2:
+        raise ValueError(f"{name}: expected (height, width), got {tuple(size)}")
+    return [check_int(f"{name}[{k}]", size[k], 1, most[k]) for k in range(2)]
 
 
-def preprocess_reference(
-    images: Sequence[Tensor],
-    sizes: Sequence[tuple[int, int]],
-    batch_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    resize: str = "opencv",
-    bgr: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    with torch.no_grad():
-        return _call(_op_reference, images, sizes, batch_size, mean, std, resize, bgr, dtype)
-
-
-def preprocess(
+def _preprocess(
+    op,
     images: Sequence[Tensor],
     sizes: Sequence[tuple[int, int]],
     batch_size: tuple[int, int],
@@ -183,6 +163,25 @@ def preprocess(
     the network's channel order and value range (0..1 for "interpolate", else 0..255); resize: "opencv", "interpolate" or
     "pillow"; bgr: the network wants blue first. Raises TypeError or ValueError naming the argument.
     """
-    op = torch.ops.fastrcnn.preprocess
+    check_images(images)
+    images = list(images)
+    height, width = _check_size("batch_size", batch_size, (MOST, MOST))
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != len(images):
+        got = len(sizes) if isinstance(sizes, (list, tuple)) else type(sizes).__name__
+        raise ValueError(f"sizes: expected a list with (height, width) of each of {len(images)} images, got {got}")
+    flat = [n for i, size in enumerate(sizes) for n in _check_size(f"sizes[{i}]", size, (height, width))]
+    numbers = check_numbers("mean", mean, 3), check_numbers("std", std, 3)
+    rules = check_choice("resize", resize, RULES), check_flag("bgr", bgr)
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype: expected a floating point type, got {dtype}")
+    for i, image in enumerate(images):
+        if image.dtype in (torch.float16, torch.bfloat16):
+            images[i] = image.float()
+        elif image.dtype == torch.float64 and resize != "interpolate":
+            images[i] = _to_uint8(image)
     with torch.no_grad():
-        return _call(op, images, sizes, batch_size, mean, std, resize, bgr, dtype)
+        return op(images, flat, height, width, *numbers, *rules, dtype)
+
+
+preprocess = bind(_preprocess, torch.ops.fastrcnn.preprocess.default, "preprocess")
+preprocess_reference = bind(_preprocess, _op_reference, "preprocess_reference")

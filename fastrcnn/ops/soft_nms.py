@@ -9,68 +9,73 @@ NMS). Scores below min_score leave the race. Equal scores go to the lower index.
 import torch
 from torch import Tensor
 
-from fastrcnn.ops._checks import check_max_output, check_same_device, check_same_length, check_tensor, coordinates
+from fastrcnn.ops._bind import bind, declare
+from fastrcnn.ops._box_math import exp
+from fastrcnn.ops._checks import (
+    ANY_COUNT,
+    check_choice,
+    check_int,
+    check_number,
+    check_positive,
+    check_same_device,
+    check_same_length,
+    check_tensor,
+    coordinates,
+)
 
 METHODS = ("naive", "linear", "gaussian")
 
 
-def soft_nms_reference(
-    boxes: Tensor,
-    scores: Tensor,
-    iou_threshold: float = 0.3,
-    sigma: float = 0.5,
-    min_score: float = 1e-3,
-    method: str = "linear",
+def _plain_reference(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, sigma: float, min_score: float, method: str
 ) -> tuple[Tensor, Tensor]:
     boxes = coordinates(boxes)
     scores = scores.to(boxes.dtype).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    sigma = max(sigma, torch.finfo(boxes.dtype).tiny)  # a sigma that the dtype rounds to 0 is still above 0
     dets, indices = [], []
     while len(scores) and bool((best_score := scores.max()) > -torch.inf):
         best = int((scores == best_score).nonzero()[0])
         dets.append(torch.cat([boxes[best], best_score[None]]))
         indices.append(best)
-        size = (torch.minimum(boxes[best, 2:], boxes[:, 2:]) - torch.maximum(boxes[best, :2], boxes[:, :2])).clamp(
-            min=0
-        )
+        low, high = torch.maximum(boxes[best, :2], boxes[:, :2]), torch.minimum(boxes[best, 2:], boxes[:, 2:])
+        size = (high - low).clamp(min=0)
         inter = size[:, 0] * size[:, 1]
         overlap = inter / (areas[best] + areas - inter)
         if method == "gaussian":
-            weight = torch.exp(-(overlap * overlap) / sigma).nan_to_num(nan=1.0)
+            weight = exp(-(overlap * overlap) / sigma).nan_to_num(nan=1.0)
         else:
             below = 1 - overlap if method == "linear" else torch.zeros_like(overlap)
             weight = torch.where(overlap >= iou_threshold, below, torch.ones_like(overlap))
         scores[best] = -torch.inf
         decayed = scores * weight
-        scores = torch.where(decayed >= min_score, decayed, torch.full_like(scores, -torch.inf))
+        scores = torch.where(
+            (scores > -torch.inf) & (decayed >= min_score), decayed, torch.full_like(scores, -torch.inf)
+        )
     if not dets:
         return boxes.new_empty(0, 5), torch.empty(0, dtype=torch.int64, device=boxes.device)
     return torch.stack(dets), torch.tensor(indices, dtype=torch.int64, device=boxes.device)
 
 
-def batched_soft_nms_reference(
+def _batched_reference(
     boxes: Tensor,
     scores: Tensor,
     idxs: Tensor,
-    iou_threshold: float = 0.3,
-    sigma: float = 0.5,
-    min_score: float = 1e-3,
-    method: str = "linear",
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: str,
     max_output: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     dets, indices = [coordinates(boxes).new_empty(0, 5)], [idxs.new_empty(0, dtype=torch.int64)]
     for group in idxs.unique():
         members = (idxs == group).nonzero()[:, 0]
-        d, kept = soft_nms_reference(boxes[members], scores[members], iou_threshold, sigma, min_score, method)
+        d, kept = _plain_reference(boxes[members], scores[members], iou_threshold, sigma, min_score, method)
         dets.append(d)
         indices.append(members[kept])
     dets, indices = torch.cat(dets), torch.cat(indices)
     best = dets[:, 4].sort(descending=True, stable=True).indices[:max_output]
     return dets[best], indices[best]
-
-
-_soft_nms = torch.library.custom_op("fastrcnn::soft_nms", soft_nms_reference, mutates_args=())
-_batched_soft_nms = torch.library.custom_op("fastrcnn::batched_soft_nms", batched_soft_nms_reference, mutates_args=())
 
 
 def _fake(boxes: Tensor, *_) -> tuple[Tensor, Tensor]:
@@ -79,22 +84,21 @@ def _fake(boxes: Tensor, *_) -> tuple[Tensor, Tensor]:
     return boxes.new_empty(n, 5, dtype=dtype), boxes.new_empty(n, dtype=torch.int64)
 
 
-_soft_nms.register_fake(_fake)
-_batched_soft_nms.register_fake(_fake)
+declare("soft_nms", _plain_reference, _fake)
+declare("batched_soft_nms", _batched_reference, _fake)
 
 
-def _check(boxes, scores, sigma: float, method: str, **others) -> None:
+def _check(boxes, scores, iou_threshold, sigma, min_score, method, **others) -> tuple[float, float, float, str]:
     check_tensor("boxes", boxes, "N, 4", last=4)
     check_tensor("scores", scores, "N")
     check_same_length("scores", scores, "boxes", boxes)
     check_same_device(boxes=boxes, scores=scores, **others)
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    if not sigma > 0:
-        raise ValueError(f"sigma: expected a number > 0, got {sigma}")
+    rules = check_number("iou_threshold", iou_threshold), check_positive("sigma", sigma)
+    return *rules, check_number("min_score", min_score), check_choice("method", method, METHODS)
 
 
-def soft_nms(
+def _soft_nms(
+    op,
     boxes: Tensor,
     scores: Tensor,
     iou_threshold: float = 0.3,
@@ -105,13 +109,15 @@ def soft_nms(
     """(dets [K, 5] = xyxy and the decayed score, indices [K] int64), in the order the boxes were taken.
 
     boxes [N, 4] xyxy pixels, scores [N]; sigma > 0 is the gaussian's variance. dets are float32 (float64 for float64).
-    Raises TypeError or ValueError naming the argument.
+    Not differentiable. Raises TypeError or ValueError naming the argument.
     """
-    _check(boxes, scores, sigma, method)
-    return torch.ops.fastrcnn.soft_nms(boxes, scores, float(iou_threshold), float(sigma), float(min_score), method)
+    rules = _check(boxes, scores, iou_threshold, sigma, min_score, method)
+    with torch.no_grad():
+        return op(boxes, scores, *rules)
 
 
-def batched_soft_nms(
+def _batched_soft_nms(
+    op,
     boxes: Tensor,
     scores: Tensor,
     idxs: Tensor,
@@ -128,9 +134,15 @@ def batched_soft_nms(
     Raises TypeError or ValueError naming the argument.
     """
     check_tensor("idxs", idxs, "N", floating=False)
-    _check(boxes, scores, sigma, method, idxs=idxs)
+    rules = _check(boxes, scores, iou_threshold, sigma, min_score, method, idxs=idxs)
     check_same_length("idxs", idxs, "boxes", boxes)
     if max_output is not None:
-        check_max_output(max_output)
-    rules = float(iou_threshold), float(sigma), float(min_score), method
-    return torch.ops.fastrcnn.batched_soft_nms(boxes, scores, idxs, *rules, max_output)
+        max_output = check_int("max_output", max_output, 0, ANY_COUNT)
+    with torch.no_grad():
+        return op(boxes, scores, idxs, *rules, max_output)
+
+
+soft_nms = bind(_soft_nms, torch.ops.fastrcnn.soft_nms.default, "soft_nms")
+soft_nms_reference = bind(_soft_nms, _plain_reference, "soft_nms_reference")
+batched_soft_nms = bind(_batched_soft_nms, torch.ops.fastrcnn.batched_soft_nms.default, "batched_soft_nms")
+batched_soft_nms_reference = bind(_batched_soft_nms, _batched_reference, "batched_soft_nms_reference")
