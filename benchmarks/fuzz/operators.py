@@ -101,7 +101,7 @@ def soft(s: Source, n: int) -> dict:
 
 def sampled(s: Source) -> dict:
     size = s.choice(s.pick.randint(1, 7), (s.pick.randint(1, 5), s.whole(s.pick.randint(1, 5))))
-    return dict(output_size=size, sampling_ratio=s.whole(s.pick.randint(0, 4), 65536, 1000))
+    return dict(output_size=size, sampling_ratio=s.whole(s.pick.randint(0, 4), 3000, 300))
 
 
 def coder(s: Source) -> dict:
