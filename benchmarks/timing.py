@@ -35,10 +35,12 @@ def arguments(description: str) -> argparse.Namespace:
     return args
 
 
-def require_kernel(op: str, device: str) -> None:
+def require_kernel(op: str, device: str, *dtypes: torch.dtype) -> None:
     """A reference must never be timed as if it were a kernel."""
-    if not has_kernel(op, torch.device(device).type):
-        raise SystemExit(f"{op} has no kernel for {device}, only the reference: nothing to time (see `fastrcnn info`)")
+    for dtype in dtypes or (torch.float32,):
+        if not has_kernel(op, torch.device(device).type, dtype):
+            raise SystemExit(f"{op} has no kernel for {dtype} on {device}, only the reference: nothing to time "
+                             "(see `fastrcnn info`)")  # fmt: skip
 
 
 @functools.cache

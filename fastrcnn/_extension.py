@@ -1,4 +1,4 @@
-"""Loads the compiled kernels and says, for every op and device, what answers it.
+"""Loads the compiled kernels and says, for every op, device and dtype, what answers it.
 
 The operators are declared in `fastrcnn.ops` with their reference as the default kernel. Loading `_C` (CPU) and `_C_cuda`
 (CUDA) registers faster kernels for their dispatch keys; where they are absent the reference runs, and `fastrcnn info`
@@ -7,26 +7,16 @@ shows why.
 
 import importlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-OPS = (
-    "nms",
-    "batched_nms",
-    "nms_padded",
-    "soft_nms",
-    "batched_soft_nms",
-    "roi_align",
-    "multilevel_roi_align",
-    "decode_boxes",
-    "decode_proposals",
-    "deform_conv2d",
-    "deform_roi_pool",
-    "match_boxes",
-    "conv_bn_relu",
-    "preprocess",
-)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# (operator, device) -> whether the kernel there takes a dtype, for those that hand some on to the reference. An operator's
+# file says it beside its kernel.
+TAKES: dict[tuple[str, str], Callable[[torch.dtype], bool]] = {}
 
 
 def _load(name: str) -> str:
@@ -52,14 +42,29 @@ CPU_REASON = _load("_C")
 CUDA_REASON = _cuda_reason()
 
 
-def has_kernel(op: str, device: str) -> bool:
-    """Whether a kernel, not the reference, answers `fastrcnn::<op>` on "cpu" or "cuda"."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrcnn::{op}", device.upper())
+def has_kernel(op: str, device: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a kernel, not the reference, answers `fastrcnn::<op>` in `dtype` on "cpu" or "cuda"."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrcnn::{op}", device.upper()):
+        return False
+    return (op, device) not in TAKES or TAKES[op, device](dtype)
 
 
-def kernel_table() -> dict[str, dict[str, str]]:
-    """{op: {"cpu": "kernel" | "reference", "cuda": ...}} of what is registered now."""
-    return {op: {d: "kernel" if has_kernel(op, d) else "reference" for d in ("cpu", "cuda")} for op in OPS}
+def operators() -> list[str]:
+    """The names of all operators, of what is registered; their gradients go with them."""
+    names = (name.removeprefix("fastrcnn::") for name in torch._C._dispatch_get_all_op_names() if "fastrcnn::" in name)
+    return sorted(name for name in names if not name.endswith("_backward"))
+
+
+def kernel_table(dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:
+    """{op: {"cpu": "kernel" | "reference", "cuda": ...}} of what answers now in `dtype`."""
+    return {
+        op: {d: "kernel" if has_kernel(op, d, dtype) else "reference" for d in ("cpu", "cuda")} for op in operators()
+    }
+
+
+def kernel_tables() -> dict[str, dict[str, dict[str, str]]]:
+    """{"float64": kernel_table(torch.float64), ...} for each dtype that operators take."""
+    return {str(dtype).removeprefix("torch."): kernel_table(dtype) for dtype in DTYPES}
 
 
 def reasons() -> dict[str, str]:

@@ -151,6 +151,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable"
         built_with_torch=_extension.built_with_torch(),
         devices=devices,
         ops=_extension.kernel_table(),
+        dtypes=_extension.kernel_tables(),
         reasons=_extension.reasons(),
     )
     if as_json:
@@ -161,7 +162,12 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable"
     console.print(f"{'devices':17} {', '.join(devices)}")
     table = Table("op", "cpu", "cuda")
     for op, row in facts["ops"].items():
-        table.add_row(op, *(f"[green]{v}[/]" if v == "kernel" else v for v in (row["cpu"], row["cuda"])))
+        cells = []
+        for device, answer in row.items():
+            others = [name for name, ops in facts["dtypes"].items() if ops[op][device] != answer]
+            cell = f"[green]{answer}[/]" if answer == "kernel" else answer
+            cells.append(cell + (f", {', '.join(others)}: reference" if others else ""))
+        table.add_row(op, *cells)
     console.print(table)
     for name, reason in facts["reasons"].items():
         if reason:

@@ -54,15 +54,14 @@ def full_precision():
 
 @pytest.fixture
 def need_kernel():
-    """need_kernel("nms", device): skips on CUDA, and fails on the CPU, where no kernel answers, since the test would
-    compare the reference with itself."""
+    """need_kernel("nms", device, dtype): skips where that dtype has no kernel on the device, since the test would compare
+    the reference with itself; fails on the CPU where the operator has none at all."""
 
-    def check(op: str, device: str) -> None:
-        if has_kernel(op, device):
-            return
-        if device == "cuda":
-            pytest.skip(f"no CUDA kernel for {op}: the reference would be compared with itself")
-        pytest.fail(f"no CPU kernel for {op}: build the package first")
+    def check(op: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+        if device == "cpu" and not has_kernel(op, device):
+            pytest.fail(f"no CPU kernel for {op}: build the package first")
+        if not has_kernel(op, device, dtype):
+            pytest.skip(f"no kernel for {op} in {dtype} on {device}: the reference would be compared with itself")
 
     return check
 

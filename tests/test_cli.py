@@ -208,6 +208,8 @@ def test_info_tells_versions_devices_and_operators():
     assert {"nms", "roi_align", "conv_bn_relu"} <= set(facts["ops"])
     for row in facts["ops"].values():
         assert set(row) == {"cpu", "cuda"} and set(row.values()) <= {"kernel", "reference"}
+    assert facts["dtypes"]["float32"] == facts["ops"] and set(facts["dtypes"]["float64"]) == set(facts["ops"])
+    assert facts["dtypes"]["float64"]["conv_bn_relu"]["cpu"] == "reference"  # oneDNN has no double
     assert set(facts["reasons"]) == {"cpu", "cuda"}
     printed = run("info")
     assert all(op in printed for op in facts["ops"]) and torch.__version__ in printed

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastrcnn import ops
 from fastrcnn._extension import has_kernel
 from fastrcnn.ops.preprocess import RULES
+from fastrcnn.ops.roi_align import level_rule
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +48,7 @@ def proposals(nms_pre: int) -> Callable:
 
 
 def pooled(sampling_ratio: int) -> Callable:
-    rules = [1 / s for s in STRIDES], sampling_ratio, True, 56.0, "mmdet"
+    rules = [1 / s for s in STRIDES], sampling_ratio, True, level_rule(56.0, "mmdet")
 
     def call(rois, *maps):
         out = OPS.multilevel_roi_align(list(maps), rois, 7, 7, *rules)

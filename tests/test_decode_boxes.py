@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from conftest import assert_within_twice, random_boxes
-from torch import nn
 from torchvision.models.detection._utils import BoxCoder
 
 from fastrcnn.ops import decode_boxes, decode_boxes_reference
@@ -175,65 +174,3 @@ def test_gradients_keep_the_dtype_and_shape_of_the_input(device, n):
     for t in (anchors, deltas):
         assert t.grad.dtype == t.dtype
         assert t.grad.shape == t.shape
-
-
-@pytest.mark.parametrize("limited", [False, True])
-def test_opcheck(device, limited):
-    anchors, deltas = (t.to(device).requires_grad_() for t in anchors_and_deltas(5, 2, 2))
-    sizes = torch.tensor([[200.0, 300], [480, 100]], device=device) if limited else None
-    args = anchors, deltas, sizes, [0.0] * 4, list(STDS), 0.016, True
-    torch.library.opcheck(torch.ops.fastrcnn.decode_boxes.default, args)
-
-
-class Decode(nn.Module):
-    def forward(self, anchors, deltas):
-        return decode_boxes(anchors, deltas, (300, 400), stds=STDS)
-
-
-def test_compiles_as_one_graph_with_gradients(device):
-    torch._dynamo.reset()
-    compiled = torch.compile(Decode(), fullgraph=True, backend="aot_eager")
-    results = []
-    for model in (compiled, Decode()):
-        anchors, deltas = (t.to(device) for t in anchors_and_deltas(5, 2))
-        torch.manual_seed(0)
-        deltas = torch.randn_like(deltas).requires_grad_()
-        out = model(anchors, deltas)
-        results.append((out, torch.autograd.grad(out.square().sum(), deltas)[0]))
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def test_exports_with_any_number_of_boxes(device):
-    args = tuple(t.to(device) for t in anchors_and_deltas(5, 2))
-    n = torch.export.Dim("n", min=2)
-    exported = torch.export.export(Decode(), args, dynamic_shapes=({0: n}, {0: n})).module()
-    more = tuple(t.to(device) for t in anchors_and_deltas(9, 2))
-    assert torch.equal(exported(*more), Decode()(*more))
-
-
-@pytest.mark.parametrize(
-    "wrong, error, name",
-    [
-        ({"anchors": torch.zeros(5, 5)}, ValueError, "anchors"),
-        ({"anchors": torch.zeros(4)}, ValueError, "anchors"),
-        ({"anchors": torch.zeros(5, 4, dtype=torch.int64)}, TypeError, "anchors"),
-        ({"anchors": None}, TypeError, "anchors"),
-        ({"deltas": torch.zeros(4, 8)}, ValueError, "deltas"),
-        ({"deltas": torch.zeros(5, 6)}, ValueError, "deltas"),
-        ({"deltas": torch.zeros(1, 5, 8)}, ValueError, "deltas"),
-        ({"deltas": torch.zeros(5, 8, dtype=torch.int64)}, TypeError, "deltas"),
-        ({"deltas": torch.zeros(5, 8, device="meta")}, ValueError, "deltas"),
-        ({"max_shape": torch.zeros(2, device="meta")}, ValueError, "max_shape"),
-        ({"max_shape": (1, 2, 3)}, ValueError, "max_shape"),
-        ({"max_shape": torch.zeros(2, 2)}, ValueError, "max_shape"),
-        ({"means": (0, 0)}, ValueError, "means"),
-        ({"stds": (1, 1, 1, 1, 1)}, ValueError, "stds"),
-        ({"wh_ratio_clip": 0}, ValueError, "wh_ratio_clip"),
-        ({"wh_ratio_clip": NAN}, ValueError, "wh_ratio_clip"),
-    ],
-)
-def test_wrong_arguments_are_named(wrong, error, name):
-    right = {"anchors": torch.zeros(5, 4), "deltas": torch.zeros(5, 8), "max_shape": torch.tensor([9, 9])}
-    decode_boxes(**right)
-    with pytest.raises(error, match=name):
-        decode_boxes(**{**right, **wrong})

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import assert_within_twice
-from torch import nn
 
 from fastrcnn.ops import decode_proposals, decode_proposals_reference
 
@@ -314,72 +313,6 @@ def test_proposals_carry_no_gradient(device):
     deltas = [x.requires_grad_() for x in deltas]
     out = decode_proposals(logits, deltas, bases, STRIDES, sizes(device), 10)
     assert not any(t.requires_grad for t in out)
-
-
-def small(device):
-    return maps(device, 2, [(3, 4, 5), (3, 2, 3)])
-
-
-@pytest.mark.parametrize("nms_pre", [0, 5])
-def test_opcheck(device, nms_pre):
-    rules = [0.0] * 4, [1.0] * 4, 0.016, True, 0.0, False, False
-    args = *small(device), [8.0, 8.0, 16.0, 16.0], sizes(device, 2), nms_pre, *rules
-    torch.library.opcheck(torch.ops.fastrcnn.decode_proposals.default, args)
-
-
-class Propose(nn.Module):
-    def forward(self, logits, deltas, bases, image_sizes):
-        return decode_proposals(logits, deltas, bases, [8, (16, 12)], image_sizes, 7, topk_on="logits")
-
-
-def test_compiles_as_one_graph(device):
-    args = *small(device), sizes(device, 2)
-    torch._dynamo.reset()
-    compiled = torch.compile(Propose(), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*args), Propose()(*args), rtol=0, atol=0)
-
-
-def test_exports(device):
-    args = *small(device), sizes(device, 2)
-    exported = torch.export.export(Propose(), args).module()
-    torch.testing.assert_close(exported(*args), Propose()(*args), rtol=0, atol=0)
-
-
-LOGITS, DELTAS, BASE = torch.zeros(1, 3, 2, 2), torch.zeros(1, 12, 2, 2), torch.zeros(3, 4)
-
-
-@pytest.mark.parametrize(
-    "wrong, error, name",
-    [
-        ({"cls_logits": [LOGITS[0]]}, ValueError, "cls_logits"),
-        ({"cls_logits": [LOGITS.int()]}, TypeError, "cls_logits"),
-        ({"cls_logits": []}, ValueError, "cls_logits"),
-        ({"cls_logits": [LOGITS, LOGITS]}, ValueError, "bbox_deltas"),
-        ({"bbox_deltas": [DELTAS[:, :8]]}, ValueError, "bbox_deltas"),
-        ({"bbox_deltas": [DELTAS[..., :1]]}, ValueError, "bbox_deltas"),
-        ({"bbox_deltas": [DELTAS.int()]}, TypeError, "bbox_deltas"),
-        ({"bbox_deltas": [torch.zeros(1, 12, 2, 2, device="meta")]}, ValueError, "bbox_deltas"),
-        ({"base_anchors": [BASE[:, :3]]}, ValueError, "base_anchors"),
-        ({"base_anchors": [BASE[:2]]}, ValueError, "base_anchors"),
-        ({"base_anchors": [BASE.int()]}, TypeError, "base_anchors"),
-        ({"strides": [8, 16]}, ValueError, "strides"),
-        ({"strides": [(8, 8, 8)]}, ValueError, "strides"),
-        ({"image_sizes": torch.zeros(2, 2)}, ValueError, "image_sizes"),
-        ({"image_sizes": torch.zeros(1, 3)}, ValueError, "image_sizes"),
-        ({"image_sizes": [(10, 10)]}, TypeError, "image_sizes"),
-        ({"topk_on": "scores"}, ValueError, "topk_on"),
-        ({"score": "softmax"}, ValueError, "score"),
-        ({"means": (0, 0)}, ValueError, "means"),
-        ({"stds": (1, 1)}, ValueError, "stds"),
-        ({"wh_ratio_clip": 0}, ValueError, "wh_ratio_clip"),
-    ],
-)
-def test_wrong_arguments_are_named(wrong, error, name):
-    right = {"cls_logits": [LOGITS], "bbox_deltas": [DELTAS], "base_anchors": [BASE], "strides": [8]}
-    right.update(image_sizes=torch.tensor([[20, 20]]), nms_pre=5)
-    decode_proposals(**right)
-    with pytest.raises(error, match=name):
-        decode_proposals(**{**right, **wrong})
 
 
 @pytest.mark.gpu

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torchvision
 from conftest import assert_within_twice
-from torch import nn
 
 from fastrcnn.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
 
@@ -248,42 +247,6 @@ def test_gradcheck(device, masked, channels_last):
     assert torch.autograd.gradcheck(call, (*tensors, bias))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_opcheck(device, masked, channels_last):
-    case = Case(masked=masked)
-    tensors = [t if t is None else t.requires_grad_() for t in case.tensors(device, channels_last=channels_last)]
-    where = [list(w) for w in case.where]
-    torch.library.opcheck(torch.ops.fastrcnn.deform_conv2d.default, (*tensors, *where))
-    tensors = [t if t is None else t.detach() for t in tensors]
-    grad = torch.randn(2, 4, 9, 11, device=device)
-    torch.library.opcheck(torch.ops.fastrcnn.deform_conv2d_backward.default, (grad, *tensors, *where))
-
-
-class Deform(nn.Module):
-    def forward(self, x, offset, weight, bias=None, stride=1, padding=1, dilation=1, mask=None):
-        return deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_compiles_as_one_graph_with_gradients(device, masked):
-    case = Case(masked=masked)
-    tensors = case.tensors(device)
-    torch._dynamo.reset()
-    compiled = torch.compile(Deform(), fullgraph=True, backend="aot_eager")
-    results = forward_and_gradients(compiled, tensors, case.where)
-    assert all(torch.equal(a, b) for a, b in zip(results, forward_and_gradients(Deform(), tensors, case.where)))
-
-
-def test_exports_with_any_size(device):
-    model, (x, offset, weight, _) = Deform(), Case().tensors(device)
-    batch, height = torch.export.Dim("batch"), torch.export.Dim("height", min=4)
-    shapes = {0: batch, 2: height}
-    exported = torch.export.export(model, (x, offset, weight), dynamic_shapes=(shapes, shapes, None)).module()
-    x, offset, _, _ = Case(batch=3, size=(6, 11)).tensors(device)
-    assert torch.equal(exported(x, offset, weight), model(x, offset, weight))
-
-
 def test_autocast_multiplies_in_the_low_precision(device):
     x, offset, weight, _ = Case().tensors(device)
     with torch.autocast(device, torch.bfloat16):
@@ -291,42 +254,3 @@ def test_autocast_multiplies_in_the_low_precision(device):
     assert out.dtype == torch.bfloat16
     exact = deform_conv2d(x, offset, weight, padding=1)
     torch.testing.assert_close(out.float(), exact, rtol=0, atol=2**-6 * exact.abs().max().item())
-
-
-X, OFFSET, WEIGHT, MASK = Case(masked=True).tensors("cpu")
-WRONG = [
-    ({"input": X[0]}, ValueError, "input"),
-    ({"input": X.int()}, TypeError, "input"),
-    ({"input": [X]}, TypeError, "input"),
-    ({"padding": 0, "dilation": 9}, ValueError, "input"),
-    ({"weight": WEIGHT[0]}, ValueError, "weight"),
-    ({"weight": WEIGHT[:, :4]}, ValueError, "weight"),
-    ({"weight": WEIGHT[:, :2]}, ValueError, "weight"),
-    ({"weight": WEIGHT[:, :0]}, ValueError, "weight"),
-    ({"weight": WEIGHT.double()}, TypeError, "weight"),
-    ({"offset": OFFSET[0]}, ValueError, "offset"),
-    ({"offset": OFFSET[:, :17]}, ValueError, "offset"),
-    ({"offset": OFFSET[:, :, :8]}, ValueError, "offset"),
-    ({"offset": OFFSET[:1]}, ValueError, "offset"),
-    ({"offset": OFFSET.repeat(1, 4, 1, 1)}, ValueError, "offset"),
-    ({"offset": torch.cat([OFFSET, OFFSET[:, :1]], 1)}, ValueError, "offset"),
-    ({"offset": OFFSET.long()}, TypeError, "offset"),
-    ({"mask": MASK[:, :8]}, ValueError, "mask"),
-    ({"mask": MASK.bool()}, TypeError, "mask"),
-    ({"mask": MASK.to("meta")}, ValueError, "mask"),
-    ({"bias": torch.zeros(3)}, ValueError, "bias"),
-    ({"bias": torch.zeros(4).double()}, TypeError, "bias"),
-    ({"stride": 0}, ValueError, "stride"),
-    ({"stride": (1, 1, 1)}, ValueError, "stride"),
-    ({"padding": -1}, ValueError, "padding"),
-    ({"dilation": 0}, ValueError, "dilation"),
-]
-
-
-@pytest.mark.parametrize("wrong, error, name", WRONG)
-@pytest.mark.parametrize("function", [deform_conv2d, deform_conv2d_reference])
-def test_wrong_arguments_are_named(function, wrong, error, name):
-    right = {"input": X, "offset": OFFSET, "weight": WEIGHT, "bias": torch.zeros(4), "padding": 1, "mask": MASK}
-    function(**right)
-    with pytest.raises(error, match=name):
-        function(**{**right, **wrong})

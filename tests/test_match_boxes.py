@@ -4,7 +4,6 @@ import pytest
 import torch
 import torchvision
 from conftest import random_boxes
-from torch import nn
 from torchvision.models.detection._utils import Matcher
 
 from fastrcnn.ops import match_boxes, match_boxes_reference
@@ -310,69 +309,6 @@ def test_non_contiguous_input_equals_contiguous(device):
     actual = match_boxes(wide[:, 1:5], turned, counts.int(), regions.flip(2).flip(2), twice, ignore_iof_thr=0.4)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
-
-
-@pytest.mark.parametrize("ignore", [False, True])
-def test_opcheck(device, ignore):
-    gts, counts, regions, region_counts = batch(device)
-    rest = (regions, region_counts) if ignore else (None, None)
-    args = grid_boxes(12).to(device)[None], gts, counts, *rest, 0.7, 0.3, 0.3, True, True, 0.5, 1e-6
-    torch.library.opcheck(torch.ops.fastrcnn.match_boxes.default, args)
-
-
-class Match(nn.Module):
-    def forward(self, boxes, gts, counts, regions, region_counts):
-        return match_boxes(boxes, gts, counts, regions, region_counts, ignore_iof_thr=0.5)
-
-
-def test_compiles_as_one_graph(device):
-    args = grid_boxes(12).to(device), *batch(device)
-    torch._dynamo.reset()
-    compiled = torch.compile(Match(), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*args), Match()(*args), rtol=0, atol=0)
-
-
-def test_exports_with_any_number_of_boxes(device):
-    args = grid_boxes(12).to(device), *batch(device)
-    shapes = ({0: torch.export.Dim("n", min=2)}, {}, {}, {}, {})
-    exported = torch.export.export(Match(), args, dynamic_shapes=shapes).module()
-    more = grid_boxes(33).to(device), *batch(device)
-    torch.testing.assert_close(exported(*more), Match()(*more), rtol=0, atol=0)
-
-
-BOXES, GTS, COUNTS = torch.zeros(5, 4), torch.zeros(2, 3, 4), torch.tensor([3, 1])
-
-
-@pytest.mark.parametrize(
-    "wrong, error, name",
-    [
-        ({"boxes": torch.zeros(5, 5)}, ValueError, "boxes"),
-        ({"boxes": torch.zeros(3, 5, 4)}, ValueError, "boxes"),
-        ({"boxes": torch.zeros(4)}, ValueError, "boxes"),
-        ({"boxes": BOXES.long()}, TypeError, "boxes"),
-        ({"boxes": None}, TypeError, "boxes"),
-        ({"gt_boxes": torch.zeros(2, 3, 5)}, ValueError, "gt_boxes"),
-        ({"gt_boxes": torch.zeros(4)}, ValueError, "gt_boxes"),
-        ({"gt_boxes": GTS.long()}, TypeError, "gt_boxes"),
-        ({"gt_counts": COUNTS.float()}, TypeError, "gt_counts"),
-        ({"gt_counts": COUNTS[:, None]}, ValueError, "gt_counts"),
-        ({"gt_counts": COUNTS[:1]}, ValueError, "gt_counts"),
-        ({"ignore_boxes": torch.zeros(3, 4)}, ValueError, "ignore_boxes"),
-        ({"ignore_boxes": torch.zeros(1, 3, 4)}, ValueError, "ignore_boxes"),
-        ({"ignore_boxes": GTS.long()}, TypeError, "ignore_boxes"),
-        ({"ignore_boxes": None, "ignore_counts": COUNTS}, ValueError, "ignore_counts"),
-        ({"ignore_counts": COUNTS.float()}, TypeError, "ignore_counts"),
-        ({"ignore_counts": COUNTS[:1]}, ValueError, "ignore_counts"),
-        ({"ignore_counts": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "ignore_counts"),
-        ({"gt_boxes": torch.zeros(2, 3, 4, device="meta")}, ValueError, "gt_boxes"),
-        ({"low_quality": "first_gt"}, ValueError, "low_quality"),
-    ],
-)
-def test_wrong_arguments_are_named(wrong, error, name):
-    right = {"boxes": BOXES, "gt_boxes": GTS, "gt_counts": COUNTS, "ignore_boxes": GTS, "ignore_counts": COUNTS}
-    match_boxes(**right)
-    with pytest.raises(error, match=name):
-        match_boxes(**{**right, **wrong})
 
 
 @pytest.mark.parametrize("counts", [[-1, 3], [3, -5]])

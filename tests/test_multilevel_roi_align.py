@@ -15,6 +15,7 @@ from test_roi_align import (
 )
 
 from fastrcnn.ops import multilevel_roi_align, multilevel_roi_align_reference, roi_align, roi_align_reference
+from fastrcnn.ops.roi_align import level_rule
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (5, 7), (6, 8), (7, 9), (12, 16), (13, 17), (8, 1), (1, 24)])
@@ -130,7 +131,7 @@ def test_gradient_is_the_same_bits_with_padding_between_and_beside_other_images(
     more[::3], more_grad[::3] = rois, grad
     more[1::3] = rois * torch.tensor([0.0, 1, 1, 1, 1]) + torch.tensor([1.0, 0, 0, 0, 0])
     twice = [torch.cat([m, m]) for m in maps]
-    rules = [1 / s for s in STRIDES], 0, True, 14.0, "mmdet"
+    rules = [1 / s for s in STRIDES], 0, True, level_rule(14.0, "mmdet")
     op = torch.ops.fastrcnn.multilevel_roi_align_backward
     alone = op(grad.to(device), maps, rois.to(device), *rules)
     beside = op(more_grad.to(device), twice, more.to(device), *rules)

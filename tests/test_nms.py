@@ -5,7 +5,6 @@ import pytest
 import torch
 import torchvision
 from conftest import random_boxes
-from torch import nn
 
 from fastrcnn.ops import batched_nms, batched_nms_reference, nms, nms_padded, nms_padded_reference, nms_reference
 
@@ -257,93 +256,3 @@ def test_nms_padded_of_nothing(device, batch, n):
     indices, kept = nms_padded(boxes, scores, torch.zeros(batch, n, dtype=torch.int64, device=device), 0.5, 3)
     assert indices.tolist() == [[-1, -1, -1]] * batch
     assert kept.tolist() == [0] * batch
-
-
-def calls(device: str) -> dict[str, tuple]:
-    boxes, scores = random_boxes(20).to(device), scores_with_ties(20).to(device)
-    idxs = torch.arange(20, device=device) % 2
-    counts = torch.tensor([10, 7], device=device)
-    padded = boxes.view(2, 10, 4), scores.view(2, 10), idxs.view(2, 10), 0.3, 6, counts
-    return {
-        "nms": (nms, (boxes, scores, 0.3)),
-        "batched_nms": (batched_nms, (boxes, scores, idxs, 0.3)),
-        "batched_nms, limited": (batched_nms, (boxes, scores, idxs, 0.3, 5)),
-        "nms_padded": (nms_padded, padded),
-        "nms_padded, one group": (nms_padded, (*padded[:2], None, 0.3, 6)),
-    }
-
-
-CALLS = list(calls("cpu"))
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_opcheck(device, name):
-    function, args = calls(device)[name]
-    torch.library.opcheck(getattr(torch.ops.fastrcnn, function.__name__).default, args)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_compiles_as_one_graph(device, name):
-    function, args = calls(device)[name]
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*args), function(*args), rtol=0, atol=0)
-
-
-class Call(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_exports(device, name):
-    function, args = calls(device)[name]
-    exported = torch.export.export(Call(function), args).module()
-    torch.testing.assert_close(exported(*args), function(*args), rtol=0, atol=0)
-
-
-BOXES, SCORES, IDXS = torch.zeros(5, 4), torch.zeros(5), torch.zeros(5, dtype=torch.int64)
-WRONG = [
-    (nms, {"boxes": torch.zeros(5, 5)}, ValueError, "boxes"),
-    (nms, {"boxes": torch.zeros(1, 5, 4)}, ValueError, "boxes"),
-    (nms, {"boxes": torch.zeros(5, 4, dtype=torch.int64)}, TypeError, "boxes"),
-    (nms, {"boxes": [[0, 0, 1, 1]]}, TypeError, "boxes"),
-    (nms, {"scores": torch.zeros(4)}, ValueError, "scores"),
-    (nms, {"scores": torch.zeros(5, 1)}, ValueError, "scores"),
-    (nms, {"scores": torch.zeros(5, dtype=torch.int32)}, TypeError, "scores"),
-    (nms, {"scores": torch.zeros(5, device="meta")}, ValueError, "scores"),
-    (nms, {"iou_threshold": 1.1}, ValueError, "iou_threshold"),
-    (nms, {"iou_threshold": -0.1}, ValueError, "iou_threshold"),
-    (nms, {"iou_threshold": NAN}, ValueError, "iou_threshold"),
-    (batched_nms, {"idxs": torch.zeros(5)}, TypeError, "idxs"),
-    (batched_nms, {"idxs": torch.zeros(5, dtype=torch.bool)}, TypeError, "idxs"),
-    (batched_nms, {"idxs": torch.zeros(4, dtype=torch.int64)}, ValueError, "idxs"),
-    (batched_nms, {"idxs": torch.zeros(5, dtype=torch.int64, device="meta")}, ValueError, "idxs"),
-    (batched_nms, {"max_output": -1}, ValueError, "max_output"),
-    (batched_nms, {"iou_threshold": 2}, ValueError, "iou_threshold"),
-    (nms_padded, {"boxes": torch.zeros(5, 4)}, ValueError, "boxes"),
-    (nms_padded, {"scores": torch.zeros(1, 4)}, ValueError, "scores"),
-    (nms_padded, {"groups": torch.zeros(1, 5)}, TypeError, "groups"),
-    (nms_padded, {"groups": torch.zeros(5, dtype=torch.int64)}, ValueError, "groups"),
-    (nms_padded, {"groups": torch.zeros(1, 4, dtype=torch.int64)}, ValueError, "groups"),
-    (nms_padded, {"counts": torch.zeros(2, dtype=torch.int64)}, ValueError, "counts"),
-    (nms_padded, {"counts": torch.zeros(1)}, TypeError, "counts"),
-    (nms_padded, {"counts": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "counts"),
-    (nms_padded, {"max_output": -1}, ValueError, "max_output"),
-]
-
-
-@pytest.mark.parametrize("function, wrong, error, name", WRONG)
-def test_wrong_arguments_are_named(function, wrong, error, name):
-    right = {"boxes": BOXES, "scores": SCORES, "iou_threshold": 0.5}
-    if function is batched_nms:
-        right["idxs"] = IDXS
-    if function is nms_padded:
-        right.update(boxes=BOXES[None], scores=SCORES[None], groups=IDXS[None], max_output=3)
-    function(**right)
-    with pytest.raises(error, match=name):
-        function(**{**right, **wrong})

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.ops import preprocess, preprocess_reference
@@ -139,6 +138,16 @@ def test_pillow_resizes_as_pil(old, new, device):
     assert off == 0 or (off <= 1 and new < old)
 
 
+@pytest.fixture
+def two_threads():
+    """With one thread torch interpolates by another kernel, which sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("size", [(80, 100), (40, 200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_interpolates_as_torch_bit_for_bit(size, dtype, device):
@@ -197,24 +206,6 @@ def test_padding_is_zero(device):
     assert out[:, :, :70, :66].any() and not out[:, :, 70:].any() and not out[:, :, :, 66:].any()
 
 
-@pytest.mark.parametrize("resize", RULES)
-def test_opcheck(resize, device):
-    args = [noise(9, 11).to(device)] * 2, [12, 14, 13, 15], 16, 20, *map(list, statistics(resize)), resize, True
-    torch.library.opcheck(torch.ops.fastrcnn.preprocess.default, (*args, torch.bfloat16))
-
-
-class Preprocess(nn.Module):
-    def forward(self, a, b):
-        return preprocess([a, b], [(30, 40), (20, 50)], (32, 64), *BYTES, dtype=torch.float16)
-
-
-def test_compiles_as_one_graph(device):
-    torch._dynamo.reset()
-    images = [noise(20, 25).to(device), noise(30, 50).to(device)]
-    compiled = torch.compile(Preprocess(), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*images), Preprocess()(*images))
-
-
 # --- on a GPU
 
 
@@ -234,28 +225,3 @@ def test_gpu_equals_cpu_bit_for_bit(resize, dtype, need_kernel):
     rules = *statistics(resize), resize, True, dtype
     expected = preprocess(rendered("cpu"), *GPU_ARGS, *rules)
     assert torch.equal(preprocess(rendered("cuda"), *GPU_ARGS, *rules).cpu(), expected)
-
-
-@pytest.mark.parametrize(
-    "wrong, error, name",
-    [
-        ({"images": []}, ValueError, "images"),
-        ({"images": [torch.zeros(3, 4, 5), torch.zeros(4, 5, 3)]}, ValueError, r"images\[1\]"),
-        ({"images": [torch.zeros(3, 4, 5), torch.zeros(3, 4, 5, dtype=torch.int32)]}, TypeError, r"images\[1\]"),
-        ({"images": [torch.zeros(3, 4, 5), torch.zeros(3, 4, 5, device="meta")]}, ValueError, r"images\[1\]"),
-        ({"sizes": [(6, 7)]}, ValueError, "sizes"),
-        ({"sizes": [(6, 7), (6, 0)]}, ValueError, r"sizes\[1\]"),
-        ({"sizes": [(6, 7), (9, 7)]}, ValueError, r"sizes\[1\]"),
-        ({"mean": (0, 0)}, ValueError, "mean"),
-        ({"std": (1, 1, 1, 1)}, ValueError, "std"),
-        ({"resize": "nearest"}, ValueError, "resize"),
-        ({"dtype": torch.uint8}, TypeError, "dtype"),
-    ],
-)
-def test_wrong_arguments_are_named(wrong, error, name):
-    right = dict(
-        images=[torch.zeros(3, 4, 5)] * 2, sizes=[(6, 7)] * 2, batch_size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1)
-    )
-    preprocess(**right)
-    with pytest.raises(error, match=name):
-        preprocess(**{**right, **wrong})

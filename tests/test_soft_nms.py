@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from conftest import random_boxes
-from torch import nn
 
 from fastrcnn.ops import batched_soft_nms, batched_soft_nms_reference, nms, soft_nms, soft_nms_reference
 
@@ -185,68 +184,3 @@ def test_input_is_left_as_it_was(device):
     soft_nms(boxes, scores)
     assert torch.equal(boxes, copies[0])
     assert torch.equal(scores, copies[1])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_opcheck(device, method):
-    boxes, scores = random_boxes(12).to(device), spread_scores(12).to(device)
-    torch.library.opcheck(torch.ops.fastrcnn.soft_nms.default, (boxes, scores, 0.3, 0.5, 0.01, method))
-
-
-def test_opcheck_batched(device):
-    args = random_boxes(12).to(device), spread_scores(12).to(device), torch.arange(12, device=device) % 2
-    torch.library.opcheck(torch.ops.fastrcnn.batched_soft_nms.default, (*args, 0.3, 0.5, 0.01, "linear", 7))
-    torch._dynamo.reset()
-    compiled = torch.compile(batched_soft_nms, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*args), batched_soft_nms(*args), rtol=0, atol=0)
-
-
-def test_compiles_as_one_graph(device):
-    args = random_boxes(12).to(device), spread_scores(12).to(device)
-    torch._dynamo.reset()
-    compiled = torch.compile(soft_nms, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*args), soft_nms(*args), rtol=0, atol=0)
-
-
-class SoftNMS(nn.Module):
-    def forward(self, boxes, scores):
-        return soft_nms(boxes, scores, method="gaussian")
-
-
-def test_exports(device):
-    args = random_boxes(12).to(device), spread_scores(12).to(device)
-    exported = torch.export.export(SoftNMS(), args).module()
-    torch.testing.assert_close(exported(*args), SoftNMS()(*args), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    "wrong, error, name",
-    [
-        ({"boxes": torch.zeros(5, 5)}, ValueError, "boxes"),
-        ({"boxes": torch.zeros(5, 4, dtype=torch.int64)}, TypeError, "boxes"),
-        ({"boxes": None}, TypeError, "boxes"),
-        ({"scores": torch.zeros(4)}, ValueError, "scores"),
-        ({"scores": torch.zeros(5, 1)}, ValueError, "scores"),
-        ({"scores": torch.zeros(5, dtype=torch.int64)}, TypeError, "scores"),
-        ({"scores": torch.zeros(5, device="meta")}, ValueError, "scores"),
-        ({"method": "quadratic"}, ValueError, "method"),
-        ({"sigma": 0.0}, ValueError, "sigma"),
-        ({"sigma": NAN}, ValueError, "sigma"),
-        ({"idxs": torch.zeros(5)}, TypeError, "idxs"),
-        ({"idxs": torch.zeros(4, dtype=torch.int64)}, ValueError, "idxs"),
-        ({"idxs": torch.zeros(5, dtype=torch.int64, device="meta")}, ValueError, "idxs"),
-        ({"max_output": -1}, ValueError, "max_output"),
-    ],
-)
-def test_wrong_arguments_are_named(wrong, error, name):
-    right = {"boxes": torch.zeros(5, 4), "scores": torch.zeros(5)}
-    for function in (batched_soft_nms, soft_nms):
-        if function is batched_soft_nms:
-            right["idxs"] = torch.zeros(5, dtype=torch.int64)
-        elif {"idxs", "max_output"} & set(wrong):
-            continue
-        else:
-            del right["idxs"]
-        function(**right)
-        with pytest.raises(error, match=name):
-            function(**{**right, **wrong})

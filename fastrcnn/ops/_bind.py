@@ -24,7 +24,7 @@ def bind(function: Callable[Concatenate[Callable, P], R], op: Callable, name: st
     bound.__signature__ = signature.replace(parameters=parameters)
     bound.__annotations__ = {k: v for k, v in function.__annotations__.items() if k != first.name}
     bound.__name__ = bound.__qualname__ = name
-    bound.__module__, bound.__doc__ = function.__module__, function.__doc__
+    bound.__module__, bound.__doc__, bound.__wrapped__ = function.__module__, function.__doc__, function
     return bound
 
 

@@ -70,7 +70,9 @@ def check_positive(name: str, value) -> float:
 
 
 def check_numbers(name: str, values, count: int) -> list[float]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected {count} numbers, got {_shown(values)}")
     if len(values) != count:
         raise ValueError(f"{name}: expected {count} numbers, got {len(values)}: {values}")
@@ -88,7 +90,9 @@ def check_int(name: str, value, low: int = -LARGEST, high: int = LARGEST) -> int
 
 def check_pair(name: str, value, low: int) -> list[int]:
     """An int or two of them (height, width), each >= low."""
-    if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes)):
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if len(value) != 2:
             raise ValueError(f"{name}: expected an int or two of them, got {value!r}")
         return [check_int(f"{name}[{i}]", v, low) for i, v in enumerate(value)]
@@ -115,6 +119,9 @@ def check_tensors(name: str, values) -> list[Tensor]:
         raise TypeError(f"{name}: expected a list of tensors, got {_shown(values)}")
     if not values:
         raise ValueError(f"{name}: expected at least one tensor, got none")
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {_shown(value)}")
     return list(values)
 
 

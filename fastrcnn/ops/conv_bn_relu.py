@@ -15,10 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrcnn._extension import TAKES
 from fastrcnn.ops._bind import bind
 from fastrcnn.ops._checks import check_flag, check_int, check_number, check_pair, check_same_device, check_tensor
 
-HALF = torch.float16, torch.bfloat16
+HALF = {torch.float16: ("fp16", -1024), torch.bfloat16: ("bf16", -128)}  # oneDNN's name; -infinity's bits as an int16
 
 
 def _checked(
@@ -101,8 +102,7 @@ def _reference(*args) -> Tensor:
     call = Call(*args)
     dtype = torch.float64 if _narrow(call) else call.input.dtype
     bias = call.bn_bias.to(dtype) if call.bn_weight is None and call.bn_bias is not None else None
-    where = call.stride, call.padding, call.dilation, call.groups
-    out = torch.conv2d(call.input.to(dtype), call.weight.to(dtype), bias, *where).to(call.input.dtype)
+    out = torch.conv2d(call.input.to(dtype), call.weight.to(dtype), bias, *call[7:11]).to(call.input.dtype)
     if call.bn_weight is not None:
         scale = _scale(call)
         shift = call.bn_bias - call.bn_mean * scale
@@ -133,7 +133,8 @@ def _cpu(*args) -> Tensor:
     dtype = call.input.dtype
     if dtype == torch.float64 or not call.input.numel() or _narrow(call):
         return _reference(*args)
-    if dtype in HALF and not _onednn_takes(dtype):
+    if dtype in HALF and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{HALF[dtype][0]}_supported")():
+        # Without AVX-512 float32 is several times faster than torch's half precision.
         wide = (t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for t in args)
         return _cpu(*wide).to(dtype)
     x, w, bias = _operands(call)
@@ -155,18 +156,12 @@ def _relu_(x: Tensor) -> Tensor:
     as int16, everything from -0 to -infinity is at most -infinity, and a negative NaN is above it."""
     if x.dtype not in HALF:
         return x.relu_()
-    return torch.threshold_(x.view(torch.int16), -128 if x.dtype == torch.bfloat16 else -1024, 0).view(x.dtype)
+    return torch.threshold_(x.view(torch.int16), HALF[x.dtype][1], 0).view(x.dtype)
 
 
 if torch.backends.mkldnn.is_available():  # a torch without oneDNN keeps the reference, and `fastrcnn info` says so
     _operator.register_kernel("cpu")(_cpu)
-
-
-def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Half precision needs AVX-512 at least; elsewhere float32 is several times faster than torch's half precision."""
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    TAKES["conv_bn_relu", "cpu"] = lambda dtype: dtype != torch.float64
 
 
 def _cudnn_fused(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, where) -> Tensor | None:
@@ -184,7 +179,7 @@ def _cudnn_fused(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | N
 def _cuda(*args) -> Tensor:
     call = Call(*args)
     x, w, bias = _operands(call)
-    where = call.stride, call.padding, call.dilation, call.groups
+    where = call[7:11]
     numel = max(x.numel(), math.prod(_out_shape(x, w, *where[:3])))
     fused = call.relu and call.groups == 1 and 0 < numel < 2**31 and _cudnn_takes(x)
     out = _cudnn_fused(x, w, bias, call.residual, where) if fused else None
@@ -211,9 +206,7 @@ def _cudnn_takes(x: Tensor) -> bool:
 
 @_operator.register_fake
 def _(*args):
-    call = Call(*args)
-    shape = _out_shape(call.input, call.weight, call.stride, call.padding, call.dilation)
-    return call.input.new_empty(shape).contiguous(memory_format=torch.channels_last)
+    return args[0].new_empty(_out_shape(*args[:2], *args[7:10])).contiguous(memory_format=torch.channels_last)
 
 
 def _setup_context(ctx, inputs, output):
@@ -232,9 +225,8 @@ def _gradients(ctx, grad):
     if _narrow(call):
         operands = [t.double() for t in operands]
     found["input"], folded, _ = torch.ops.aten.convolution_backward(
-        *operands, None, call.stride, call.padding, call.dilation, False, [0, 0], call.groups,
-        [need.input, need.weight or of_scale, False],
-    )  # fmt: skip
+        *operands, None, *call[7:10], False, [0, 0], call.groups, [need.input, need.weight or of_scale, False]
+    )
     found["input"] = found["input"].to(call.input.dtype) if need.input else None
     found["residual"] = grad if need.residual else None
     found["weight"] = folded.to(call.weight.dtype) if need.weight else None

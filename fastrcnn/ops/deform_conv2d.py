@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrcnn.ops._bind import bind
-from fastrcnn.ops._checks import LARGEST, check_pair, check_same_device, check_tensor, coordinates
+from fastrcnn.ops._checks import check_pair, check_same_device, check_tensor, coordinates
 from fastrcnn.ops.roi_align import _layout
 
 
@@ -69,8 +69,9 @@ def _gather(maps: Tensor, pixel: Tensor) -> Tensor:
 
 
 def _times(weight: Tensor, values: Tensor) -> Tensor:
-    """weight [B, G, taps, OH, OW] times values [B, G, C, taps, OH, OW], 0 where the weight is."""
-    return torch.where((weight != 0)[:, :, None], weight[:, :, None] * values, 0)
+    """weight [B, G, taps, OH, OW] times values [B, G, C, taps, OH, OW], also 0 for 0 times what is not finite."""
+    weight = weight[:, :, None]
+    return torch.where((weight == 0) & ~values.isfinite(), 0, weight * values)
 
 
 def _columns(maps: Tensor, y: Tensor, x: Tensor, scale: Tensor | None, size: Sequence[int]) -> Tensor:
@@ -209,8 +210,6 @@ def _deform_conv2d(
         raise ValueError(f"weight: expected [O, C / groups, kh, kw] with groups dividing O and C = {channels}, "
                          f"got {list(weight.shape)}")  # fmt: skip
     where = check_pair("stride", stride, 1), check_pair("padding", padding, 0), check_pair("dilation", dilation, 1)
-    if max(n + 2 * p for n, p in zip(input.shape[2:], where[1])) > LARGEST:
-        raise ValueError(f"padding: expected at most {LARGEST} pixels with it, got {padding} on {list(input.shape)}")
     size, taps = _out_size(input, weight, *where), kernel[0] * kernel[1]
     if min(size) < 1:
         raise ValueError(f"input: {list(input.shape)} is smaller than the kernel {kernel}")

@@ -5,8 +5,8 @@
 "pillow" (Detectron2): PIL's resize on bytes, antialiased: a triangle as wide as the reduction with 22-bit weights,
 columns first and rounded to bytes (Pillow 13 takes the rows first where that is less work); then (byte - mean) / std.
 The bytes are the peer's bit for bit, and so are the floats of "interpolate", but for the last bit where torch's CPU kernel
-sums in another order: small results, height + width <= 128. mean and std are in the network's channel order. float64
-images are normalised and interpolated in float64, all others in float32.
+sums in another order: small results, height + width <= 128, and all of them where torch runs one thread. mean and std are
+in the network's channel order. float64 images are normalised and interpolated in float64, all others in float32.
 """
 
 from collections.abc import Sequence
@@ -126,8 +126,8 @@ declare("preprocess", _op_reference, _fake)
 def check_images(images: Sequence[Tensor]) -> None:
     """[3, H, W] each, uint8 or floating point, on one device. Raises TypeError or ValueError naming the image."""
     for i, image in enumerate(check_tensors("images", images)):
-        if not isinstance(image, Tensor) or image.layout != torch.strided:
-            raise TypeError(f"images[{i}]: expected a dense tensor [3, H, W], got {type(image).__name__}")
+        if image.layout != torch.strided:
+            raise TypeError(f"images[{i}]: expected a dense tensor, got {image.layout}")
         if image.dim() != 3 or image.shape[0] != 3 or not all(1 <= n <= MOST for n in image.shape[1:]):
             raise ValueError(f"images[{i}]: expected a tensor [3, H, W] of 1 to {MOST} rows and columns, "
                              f"got {list(image.shape)}")  # fmt: skip
