@@ -223,14 +223,17 @@ def make(name: str, number: int) -> dict:
             dilation=dilation,
         )
     assert name == "preprocess", name
+    resize = s.choice("opencv", "interpolate", "pillow")
     images = [
-        s.tensor(torch.rand(3, s.count(30), s.count(30)), s.choice(torch.float32, torch.float64, torch.float16))
+        torch.rand(3, s.count(30), s.count(30)).to(s.choice(torch.float32, torch.float64, torch.float16))
         for _ in range(s.pick.randint(1, 3))
     ]
+    if resize != "interpolate":  # where the last bit of a place decides which neighbour has weight 0
+        images = [s.tensor(i, i.dtype) for i in images]
     images = [(i * 255).to(torch.uint8) if s.choice(0, 1) and i.isfinite().all() else i for i in images]
     return dict(images=images, sizes=[(s.whole(s.pick.randint(1, 40)), s.pick.randint(1, 40)) for _ in images],
                 batch_size=(40, s.whole(40)), mean=[s.number(0.4) for _ in range(3)], std=[s.number(0.3) for _ in range(3)],
-                resize=s.choice("opencv", "interpolate", "pillow"), bgr=s.choice(True, False), dtype=s.dtype)  # fmt: skip
+                resize=resize, bgr=s.choice(True, False), dtype=s.dtype)  # fmt: skip
 
 
 LEAVES = ("input", "features", "offset", "weight", "mask")  # what is differentiated
