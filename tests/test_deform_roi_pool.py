@@ -201,12 +201,28 @@ def test_a_pixel_of_weight_0_is_not_read(device, function, value, channels_last)
     assert (~out.isfinite())[0, 0].tolist() == [[False, False], [True, False]]
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_gradient_that_is_no_number_reaches_the_pixels_with_weight_alone(device, need_kernel, channels_last):
+    need_kernel("deform_roi_pool_backward", device)
+    x = layout(torch.arange(32.0).view(1, 2, 4, 4), channels_last).to(device)
+    rois, offset = torch.tensor([[0.0, 1, 1, 3, 3]], device=device), torch.zeros(1, 2, 2, 2, device=device)
+    grad = torch.ones(1, 2, 2, 2, device=device)
+    grad[0, :, 0, 1] = NAN
+    reference = importlib.import_module("fastrcnn.ops.deform_roi_pool")._backward
+    for function in (torch.ops.fastrcnn.deform_roi_pool_backward, reference):
+        into, moved = function(grad, x, rois, offset, 1.0, 1, 0.1)
+        assert into[0, 0].isnan().nonzero().tolist() == [[1, 2]]
+        assert moved[0].isnan().nonzero().tolist() == [[0, 0, 1], [1, 0, 1]]
+
+
 @pytest.mark.parametrize("index", [2, 100, INF])
 def test_image_index_out_of_range_raises(index):
     x, rois, offset = MAP, random_rois(4), OFFSET
     rois[2, 0] = index
     with pytest.raises(ValueError, match=r"^rois: row 2"):
         deform_roi_pool(x, rois, offset, 7)
+    with pytest.raises(ValueError, match=r"^rois: row 2"):
+        deform_roi_pool_reference(x, rois, offset, 7)
     with pytest.raises(ValueError, match=r"^rois: row 2"):
         torch.ops.fastrcnn.deform_roi_pool_backward(torch.zeros(4, 3, 7, 7), x, rois, offset, 1.0, 2, 0.1)
 

@@ -174,6 +174,8 @@ def test_rois_beyond_any_map_equal_the_reference(device, need_kernel, far):
     x = torch.randn(1, 4, 9, 11, device=device)
     rois = torch.tensor([[0.0, -far, 1, far, 8], [0, 2, -far, 9, far], [0, far, far, 1, 1]], device=device)
     torch.testing.assert_close(roi_align(x, rois, 2), roi_align_reference(x, rois, 2))
+    long = torch.tensor([[0.0, -3e5, 0, 7e5, 9]], device=device)  # bins of 10^6 pixels: a sample every 15
+    torch.testing.assert_close(roi_align(1e6 * x, long, 1), roi_align_reference(1e6 * x, long, 1))
 
 
 def cuda_rule(request, device):

@@ -119,6 +119,8 @@ def test_image_index_out_of_range_raises(index, channels_last):
     with pytest.raises(ValueError, match=r"^rois: row 2"):
         roi_align(maps[0], rois, 7)
     with pytest.raises(ValueError, match=r"^rois: row 2"):
+        roi_align_reference(maps[0], rois, 7)
+    with pytest.raises(ValueError, match=r"^rois: row 2"):
         multilevel_roi_align(maps, rois, 7, STRIDES)
     with pytest.raises(ValueError, match=r"^rois: row 2"):
         torch.ops.fastrcnn.roi_align_backward(torch.zeros(4, 3, 7, 7), maps[0], rois, 1.0, 2, True)

@@ -1,10 +1,11 @@
-"""Random and hostile calls of every operator against its reference, in processes that may die.
+"""Random and hostile calls of every operator (convolution.py has conv_bn_relu) against its reference, in processes that
+may die.
 
     python benchmarks/fuzz/operators.py --minutes 60 --seed 0 [--only nms,roi_align] [--workers 2]
 
 A call is a name and a number: `--call roi_align:17` runs that one again and shows it. Counted: equal; refused (both raise
 TypeError or ValueError, the message beginning with an argument's name); and, printed with their numbers, differences,
-one side raising alone, errors without a name, deaths, calls longer than a minute.
+one side raising alone, errors without a name, deaths, calls longer than two minutes.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from fastrcnn._extension import operators
 INF, NAN = math.inf, math.nan
 ODD = [NAN, INF, -INF, 0.0, -0.0, 1e-45, 1e-30, 1e19, -1e19, 1e30, 65504.0, 16777217.0, -1.0, 0.5]
 DTYPES = [torch.float32, torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]
-PATIENCE_S = 60
+PATIENCE_S = 120
 
 
 class Source:
@@ -101,7 +102,7 @@ def soft(s: Source, n: int) -> dict:
 
 def sampled(s: Source) -> dict:
     size = s.choice(s.pick.randint(1, 7), (s.pick.randint(1, 5), s.whole(s.pick.randint(1, 5))))
-    return dict(output_size=size, sampling_ratio=s.whole(s.pick.randint(0, 4), 65536, 1000))
+    return dict(output_size=size, sampling_ratio=s.whole(s.pick.randint(0, 4), 3000, 300))
 
 
 def coder(s: Source) -> dict:
@@ -221,29 +222,18 @@ def make(name: str, number: int) -> dict:
             padding=padding,
             dilation=dilation,
         )
-    if name == "conv_bn_relu":
-        groups, share, k = s.choice(1, 1, 2), s.count(5), (s.pick.randint(1, 3), s.pick.randint(1, 3))
-        norm = (
-            [None] * 4 if s.choice(0, 1) else [s.tensor(torch.rand(4 * groups) + 0.5, torch.float32) for _ in range(4)]
-        )
-        where = [[s.pick.randint(low, 2) for _ in range(2)] for low in (1, 0, 1)]
-        return dict(
-            input=s.map(batch, share * groups, height, width),
-            weight=s.map(4 * groups, share, *k),
-            groups=groups,
-            **dict(zip(("bn_weight", "bn_bias", "bn_mean", "bn_var"), norm)),
-            relu=s.choice(True, False),
-            **dict(zip(("stride", "padding", "dilation"), where)),
-        )
     assert name == "preprocess", name
+    resize = s.choice("opencv", "interpolate", "pillow")
     images = [
-        s.tensor(torch.rand(3, s.count(30), s.count(30)), s.choice(torch.float32, torch.float64, torch.float16))
+        torch.rand(3, s.count(30), s.count(30)).to(s.choice(torch.float32, torch.float64, torch.float16))
         for _ in range(s.pick.randint(1, 3))
     ]
+    if resize != "interpolate":  # where the last bit of a place decides which neighbour has weight 0
+        images = [s.tensor(i, i.dtype) for i in images]
     images = [(i * 255).to(torch.uint8) if s.choice(0, 1) and i.isfinite().all() else i for i in images]
     return dict(images=images, sizes=[(s.whole(s.pick.randint(1, 40)), s.pick.randint(1, 40)) for _ in images],
                 batch_size=(40, s.whole(40)), mean=[s.number(0.4) for _ in range(3)], std=[s.number(0.3) for _ in range(3)],
-                resize=s.choice("opencv", "interpolate", "pillow"), bgr=s.choice(True, False), dtype=s.dtype)  # fmt: skip
+                resize=resize, bgr=s.choice(True, False), dtype=s.dtype)  # fmt: skip
 
 
 LEAVES = ("input", "features", "offset", "weight", "mask")  # what is differentiated
@@ -322,9 +312,11 @@ def differs(name: str, actual: list, expected: list, dtype: torch.dtype) -> str:
 
 def judge(name: str, number: int) -> tuple[str, str]:
     kwargs = make(name, number)
-    dtypes = [t.dtype for v in kwargs.values() for t in (v if isinstance(v, list) else [v])
-              if isinstance(t, torch.Tensor) and t.is_floating_point()]  # fmt: skip
-    dtype = max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
+    tensors = [t for v in kwargs.values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, torch.Tensor)]
+    dtypes = [
+        torch.float32 if t.dtype == torch.uint8 else t.dtype for t in tensors
+    ]  # bytes of a picture count as float32
+    dtype = max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps, default=torch.float32)
     (kind, actual), (reference_kind, expected) = (outcome(getattr(ops, f), kwargs) for f in (name, f"{name}_reference"))
     if kind != reference_kind:
         return "one side alone", f"{kind} {actual if kind != 'ok' else ''}, reference {reference_kind} " + (
@@ -374,7 +366,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default=",".join(operators()), help="operators, with commas between")
+    parser.add_argument(
+        "--only", default=",".join(n for n in operators() if n != "conv_bn_relu"), help="operators, with commas between"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--call", help="name:number, one call")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

@@ -10,6 +10,7 @@ from torch import Tensor
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
+MOST = sys.float_info.max
 LARGEST = 2**31 - 1  # what the kernels' int holds
 ANY_COUNT = 2**63 - 1  # of what is only a limit
 
@@ -52,12 +53,12 @@ def _shown(value) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
 
 
-def check_number(name: str, value, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> float:
+def check_number(name: str, value, low: float = -MOST, high: float = MOST) -> float:
     """`value`, a finite number in [low, high], as a float. A bool, a string or a tensor is none."""
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name}: expected a number, got {_shown(value)}")
     if not low <= value <= high:
-        span = "a finite number" if high == sys.float_info.max else f"a number in [{low:g}, {high:g}]"
+        span = "a finite number" if high == MOST else f"a number in [{low:g}, {high:g}]"
         raise ValueError(f"{name}: expected {span}, got {value}")
     return float(value)
 

@@ -7,83 +7,161 @@ and cuDNN's (CUDA) fused convolutions, channels-last, reached through torch's ow
 bn_var nothing is normalised and bn_bias is the convolution's own: the folded form that a deployed model keeps.
 """
 
+import inspect
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastrcnn._extension import TAKES
-from fastrcnn.ops._checks import check_same_device, check_tensor
+from fastrcnn.ops._bind import bind
+from fastrcnn.ops._checks import check_flag, check_int, check_number, check_pair, check_same_device, check_tensor
+
+HALF = {torch.float16: ("fp16", -1024), torch.bfloat16: ("bf16", -128)}  # oneDNN's name; -infinity's bits as an int16
 
 
-def _scale(bn_weight: Tensor, bn_var: Tensor, eps: float) -> Tensor:
-    return bn_weight * torch.rsqrt(bn_var + eps)
-
-
-def _fold(weight: Tensor, bn_weight, bn_bias, bn_mean, bn_var, eps) -> tuple[Tensor, Tensor | None]:
-    """The weight [O, I/groups, kh, kw] and bias [O] of the convolution that includes the normalisation."""
-    if bn_weight is None:
-        return weight, None if bn_bias is None else bn_bias.to(weight.dtype)
-    # In the statistics' own precision: rounding the scale to bfloat16 first would double the error.
-    scale = _scale(bn_weight, bn_var, eps)
-    folded = (weight * scale.to(torch.promote_types(weight.dtype, scale.dtype))[:, None, None, None]).to(weight.dtype)
-    return folded, (bn_bias - bn_mean * scale).to(weight.dtype)
-
-
-def _op_reference(
-    input: Tensor, weight: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, bn_mean: Tensor | None,
-    bn_var: Tensor | None, eps: float, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    groups: int, residual: Tensor | None, relu: bool,
+def _checked(
+    op, input: Tensor, weight: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, bn_mean: Tensor | None,
+    bn_var: Tensor | None, eps: float = 1e-5, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1, groups: int = 1, residual: Tensor | None = None, relu: bool = True,
 ) -> Tensor:  # fmt: skip
-    if bn_weight is None:
-        out = torch.conv2d(input, weight, None if bn_bias is None else bn_bias.to(input.dtype), stride, padding,
-                           dilation, groups)  # fmt: skip
-    else:
-        out = torch.conv2d(input, weight, None, stride, padding, dilation, groups)
-        scale = _scale(bn_weight, bn_var, eps)
-        shift = bn_bias - bn_mean * scale
-        out = (out * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+    """[B, O, H', W'] in the dtype of `input`, channels-last. Differentiable in everything but the flags.
+
+    input [B, C, H, W] and weight [O, C / groups, kh, kw] of one dtype; bn_* [O] (float32 beside a half-precision weight
+    is best) or None as the module's docstring says; residual [B, O, H', W'] is added before the ReLU, which keeps NaN.
+    Raises TypeError or ValueError naming the argument.
+    """
+    check_tensor("input", input, "B, C, H, W")
+    check_tensor("weight", weight, "O, C / groups, kh, kw")
+    groups, channels = check_int("groups", groups, 1), input.shape[1]
+    if min(weight.shape) < 1 or weight.shape[1] * groups != channels or weight.shape[0] % groups:
+        raise ValueError(f"weight: expected [O, {channels} / {groups}, kh, kw] for an input with {channels} channels and "
+                         f"{groups} groups, got {list(weight.shape)}")  # fmt: skip
+    if weight.dtype != input.dtype:
+        raise TypeError(f"weight: expected the dtype {input.dtype} of input, got {weight.dtype}")
+    norm = {"bn_weight": bn_weight, "bn_bias": bn_bias, "bn_mean": bn_mean, "bn_var": bn_var}
+    if bn_weight is None and (bn_mean is not None or bn_var is not None):
+        raise ValueError("bn_weight: None with bn_mean or bn_var given; pass all four, or bn_bias alone")
+    for name, value in norm.items():
+        if value is None and bn_weight is not None:
+            raise ValueError(f"{name}: None with bn_weight given; pass all four, or bn_bias alone")
+        if value is not None:
+            check_tensor(name, value, "O", last=weight.shape[0])
+    where = check_pair("stride", stride, 1), check_pair("padding", padding, 0), check_pair("dilation", dilation, 1)
+    shape = _out_shape(input, weight, *where)
+    if min(shape[2:]) < 1 or min(input.shape[2:]) < 1:
+        raise ValueError(f"input: {list(input.shape)} is smaller than the kernel {list(weight.shape[2:])}")
+    if any(p > d * k for k, p, d in zip(weight.shape[2:], *where[1:])) and shape[2] * shape[3] >= 2**31:
+        raise ValueError(f"padding: expected maps of fewer than 2**31 pixels with it, got {padding}: {shape[2:]}")
     if residual is not None:
-        out = out + residual
-    return (torch.relu(out) if relu else out).contiguous(memory_format=torch.channels_last)
+        check_tensor("residual", residual, "B, O, H', W'")
+        if residual.dtype != input.dtype:
+            raise TypeError(f"residual: expected the dtype {input.dtype} of input, got {residual.dtype}")
+        if list(residual.shape) != shape:
+            raise ValueError(f"residual: expected the output's shape {shape}, got {list(residual.shape)}")
+    check_same_device(input=input, weight=weight, residual=residual, **norm)
+    eps, relu = check_number("eps", eps, 0), check_flag("relu", relu)
+    return op(input, weight, *norm.values(), eps, *where, groups, residual, relu)
 
 
-_conv_bn_relu = torch.library.custom_op("fastrcnn::conv_bn_relu", _op_reference, mutates_args=())
+_, *_PARAMETERS = inspect.signature(_checked).parameters.values()
+Call = namedtuple("Call", [p.name for p in _PARAMETERS])  # the operator's arguments, or their gradients
 
 
-def _operands(input: Tensor, weight: Tensor, norm: Sequence[Tensor | None], eps: float):
+def _out_shape(input, weight, stride, padding, dilation):
+    axes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return [input.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)]
+
+
+def _scale(call: Call) -> Tensor:
+    return call.bn_weight * torch.rsqrt(call.bn_var + call.eps)
+
+
+def _fold(call: Call) -> tuple[Tensor, Tensor | None]:
+    """The weight [O, I/groups, kh, kw] and bias [O] of the convolution that includes the normalisation."""
+    weight, bias = call.weight, call.bn_bias
+    if call.bn_weight is None:
+        return weight, None if bias is None else bias.to(weight.dtype)
+    # In the statistics' own precision: rounding the scale to bfloat16 first would double the error.
+    scale = _scale(call)
+    folded = (weight * scale.to(torch.promote_types(weight.dtype, scale.dtype))[:, None, None, None]).to(weight.dtype)
+    return folded, (bias - call.bn_mean * scale).to(weight.dtype)
+
+
+def _narrow(call: Call) -> bool:
+    """Where oneDNN fails, in torch's own convolution, too: an output that may see padding alone ends the process, a stride
+    along outputs at most two wide gives wrong bfloat16 on AMX, forward and backward. float64 never goes to oneDNN."""
+    axes = zip(call.input.shape[2:], call.weight.shape[2:], call.padding, call.dilation)
+    alone = any(p > d * (k - 1) or (p > 0 and d > n) for n, k, p, d in axes)
+    return alone or (call.stride[1] > 1 and _out_shape(*call[:2], *call[7:10])[3] <= 2)
+
+
+def _reference(*args) -> Tensor:
+    call = Call(*args)
+    dtype = torch.float64 if _narrow(call) else call.input.dtype
+    bias = call.bn_bias.to(dtype) if call.bn_weight is None and call.bn_bias is not None else None
+    out = torch.conv2d(call.input.to(dtype), call.weight.to(dtype), bias, *call[7:11]).to(call.input.dtype)
+    if call.bn_weight is not None:
+        scale = _scale(call)
+        shift = call.bn_bias - call.bn_mean * scale
+        out = (out * scale[:, None, None] + shift[:, None, None]).to(call.input.dtype)
+    if call.residual is not None:
+        out = out + call.residual
+    return (torch.relu(out) if call.relu else out).contiguous(memory_format=torch.channels_last)
+
+
+# What torch reads the operator's schema from: the public parameters, none left out and their numbers in lists.
+_LISTS = {int | Sequence[int]: Sequence[int]}
+_reference.__signature__ = inspect.Signature(
+    [p.replace(default=p.empty, annotation=_LISTS.get(p.annotation, p.annotation)) for p in _PARAMETERS],
+    return_annotation=Tensor,
+)
+_operator = torch.library.custom_op("fastrcnn::conv_bn_relu", _reference, mutates_args=())
+
+
+def _operands(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a library's fused convolution takes: channels-last input and folded weight, and the bias."""
-    folded, bias = _fold(weight, *norm, eps)
-    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (input, folded))
+    folded, bias = _fold(call)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (call.input, folded))
     return x, w, None if bias is None else bias.contiguous()
 
 
-def _cpu(*args):
-    input, weight, *norm, eps, stride, padding, dilation, groups, residual, relu = args
-    if input.dtype == torch.float64 or not input.numel() or not _onednn_takes(input.dtype):
-        return _op_reference(*args)
-    x, w, bias = _operands(input, weight, norm, eps)
-    conv, where = torch.ops.mkldnn._convolution_pointwise, (list(padding), list(stride), list(dilation), groups)
-    if residual is None:
-        return conv(x, w, bias, *where, "relu" if relu else "none", [], "")
-    if groups > 1:  # oneDNN's operator adds inside the convolution for one group only
-        out = conv(x, w, bias, *where, "none", [], "").add_(residual)
-        return out.relu_() if relu else out
-    r = residual.contiguous(memory_format=torch.channels_last)
-    return conv.binary(x, r, w, bias, *where, "add", None, "relu" if relu else None, [], "")
+def _cpu(*args) -> Tensor:
+    call = Call(*args)
+    dtype = call.input.dtype
+    if dtype == torch.float64 or not call.input.numel() or _narrow(call):
+        return _reference(*args)
+    if dtype in HALF and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{HALF[dtype][0]}_supported")():
+        # Without AVX-512 float32 is several times faster than torch's half precision.
+        wide = (t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for t in args)
+        return _cpu(*wide).to(dtype)
+    x, w, bias = _operands(call)
+    if not torch.linalg.vector_norm(w).isfinite():  # what is left of it beside zeros is the library's to choose
+        return _reference(*args)
+    conv = torch.ops.mkldnn._convolution_pointwise
+    where = list(call.padding), list(call.stride), list(call.dilation), call.groups
+    if call.residual is None or call.groups > 1:  # oneDNN's operator adds inside the convolution for one group only
+        out = conv(x, w, bias, *where, "none", [], "")
+        out = out if call.residual is None else out.add_(call.residual)
+    else:
+        residual = call.residual.contiguous(memory_format=torch.channels_last)
+        out = conv.binary(x, residual, w, bias, *where, "add", None, None, [], "")
+    return _relu_(out) if call.relu else out
+
+
+def _relu_(x: Tensor) -> Tensor:
+    """In place and keeping NaN, which oneDNN's turns into 0. Half precision by its bits, in less than half the time: read
+    as int16, everything from -0 to -infinity is at most -infinity, and a negative NaN is above it."""
+    if x.dtype not in HALF:
+        return x.relu_()
+    return torch.threshold_(x.view(torch.int16), HALF[x.dtype][1], 0).view(x.dtype)
 
 
 if torch.backends.mkldnn.is_available():  # a torch without oneDNN keeps the reference, and `fastrcnn info` says so
-    _conv_bn_relu.register_kernel("cpu")(_cpu)
-    TAKES["conv_bn_relu", "cpu"] = lambda dtype: dtype != torch.float64 and _onednn_takes(dtype)
-
-
-def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Half precision needs AVX-512 at least; elsewhere the reference's own convolution is the faster one."""
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    _operator.register_kernel("cpu")(_cpu)
+    TAKES["conv_bn_relu", "cpu"] = lambda dtype: dtype != torch.float64
 
 
 def _cudnn_fused(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, where) -> Tensor | None:
@@ -98,22 +176,22 @@ def _cudnn_fused(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | N
         return None
 
 
-def _cuda(*args):
-    input, weight, *norm, eps, stride, padding, dilation, groups, residual, relu = args
-    x, w, bias = _operands(input, weight, norm, eps)
-    where = stride, padding, dilation, groups
-    numel = max(x.numel(), math.prod(_out_shape(x, w, stride, padding, dilation)))
-    fused = relu and groups == 1 and 0 < numel < 2**31 and _cudnn_takes(x)
-    out = _cudnn_fused(x, w, bias, residual, where) if fused else None
+def _cuda(*args) -> Tensor:
+    call = Call(*args)
+    x, w, bias = _operands(call)
+    where = call[7:11]
+    numel = max(x.numel(), math.prod(_out_shape(x, w, *where[:3])))
+    fused = call.relu and call.groups == 1 and 0 < numel < 2**31 and _cudnn_takes(x)
+    out = _cudnn_fused(x, w, bias, call.residual, where) if fused else None
     if out is None:
         out = torch.conv2d(x, w, bias, *where)
-        out = out if residual is None else out.add_(residual)
-        out = out.relu_() if relu else out
+        out = out if call.residual is None else out.add_(call.residual)
+        out = out.relu_() if call.relu else out
     return out.contiguous(memory_format=torch.channels_last)
 
 
 if torch.backends.cudnn.is_available() and torch.version.cuda:  # on AMD cuDNN's name stands for another library
-    _conv_bn_relu.register_kernel("cuda")(_cuda)
+    _operator.register_kernel("cuda")(_cuda)
 
 
 def _cudnn_takes(x: Tensor) -> bool:
@@ -126,127 +204,47 @@ def _cudnn_takes(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float16)
 
 
-def _out_shape(input, weight, stride, padding, dilation):
-    axes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return [input.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)]
-
-
-@_conv_bn_relu.register_fake
-def _(input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation, groups, residual, relu):
-    shape = _out_shape(input, weight, stride, padding, dilation)
-    return input.new_empty(shape).contiguous(memory_format=torch.channels_last)
+@_operator.register_fake
+def _(*args):
+    return args[0].new_empty(_out_shape(*args[:2], *args[7:10])).contiguous(memory_format=torch.channels_last)
 
 
 def _setup_context(ctx, inputs, output):
-    input, weight, bn_weight, bn_bias, bn_mean, bn_var, ctx.eps, *ctx.where, residual, ctx.relu = inputs
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(input, weight, bn_weight, bn_bias, bn_mean, bn_var, output if ctx.relu else None)
+    call = Call(*inputs)
+    ctx.flags = *call[6:11], None, call.relu  # the residual itself is not needed
+    ctx.save_for_backward(*call[:6], output if call.relu else None)
 
 
-def _backward(ctx, grad):
-    input, weight, bn_weight, bn_bias, bn_mean, bn_var, output = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.where
-    if ctx.relu:
-        grad = grad * (output > 0)
-    need = ctx.needs_input_grad
-    folded, _ = _fold(weight, bn_weight, bn_bias, bn_mean, bn_var, ctx.eps)
-    need_weight = need[1] or need[2] or need[5]
-    grad_input, grad_folded, _ = torch.ops.aten.convolution_backward(
-        grad, input, folded, None, stride, padding, dilation, False, [0, 0], groups, [need[0], need_weight, False]
+def _gradients(ctx, grad):
+    *tensors, output = ctx.saved_tensors
+    call, need, found = Call(*tensors, *ctx.flags), Call(*ctx.needs_input_grad), dict.fromkeys(Call._fields)
+    if call.relu:
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)
+    of_scale = call.bn_weight is not None and (need.bn_weight or need.bn_var)
+    operands = grad, call.input, _fold(call)[0]
+    if _narrow(call):
+        operands = [t.double() for t in operands]
+    found["input"], folded, _ = torch.ops.aten.convolution_backward(
+        *operands, None, *call[7:10], False, [0, 0], call.groups, [need.input, need.weight or of_scale, False]
     )
-    grad_bias = grad.sum((0, 2, 3), dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
-    grads = [None] * 5  # weight, bn_weight, bn_bias, bn_mean, bn_var
-    if bn_weight is None:
-        grads[0] = grad_folded if need[1] else None
-        grads[2] = grad_bias.to(bn_bias.dtype) if bn_bias is not None else None
-    else:
-        scale = _scale(bn_weight, bn_var, ctx.eps)
-        grads[2], grads[3] = grad_bias.to(bn_bias.dtype), (-grad_bias * scale).to(bn_mean.dtype)
-        if need_weight:
-            if need[1]:
-                grads[0] = (grad_folded * scale.to(grad_bias.dtype)[:, None, None, None]).to(weight.dtype)
-            grad_scale = (grad_folded * weight).sum((1, 2, 3), dtype=grad_bias.dtype) - grad_bias * bn_mean
-            inverse = torch.rsqrt(bn_var + ctx.eps)
-            grads[1] = (grad_scale * inverse).to(bn_weight.dtype)
-            grads[4] = (grad_scale * bn_weight * -0.5 * inverse**3).to(bn_var.dtype)
-    grad_residual = grad if ctx.has_residual else None
-    return grad_input, *grads, None, None, None, None, None, grad_residual, None
+    found["input"] = found["input"].to(call.input.dtype) if need.input else None
+    found["residual"] = grad if need.residual else None
+    found["weight"] = folded.to(call.weight.dtype) if need.weight else None
+    shift = grad.sum((0, 2, 3), dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
+    found["bn_bias"] = shift.to(call.bn_bias.dtype) if need.bn_bias else None
+    if call.bn_weight is not None:
+        scale, inverse = _scale(call), torch.rsqrt(call.bn_var + call.eps)
+        found["bn_mean"] = (-shift * scale).to(call.bn_mean.dtype)
+        if need.weight:
+            found["weight"] = (folded * scale.to(shift.dtype)[:, None, None, None]).to(call.weight.dtype)
+        if of_scale:
+            slope = (folded * call.weight).sum((1, 2, 3), dtype=shift.dtype) - shift * call.bn_mean
+            found["bn_weight"] = (slope * inverse).to(call.bn_weight.dtype)
+            found["bn_var"] = (slope * call.bn_weight * -0.5 * inverse**3).to(call.bn_var.dtype)
+    return tuple(found.values())
 
 
-_conv_bn_relu.register_autograd(_backward, setup_context=_setup_context)
+_operator.register_autograd(_gradients, setup_context=_setup_context)
 
-
-def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name}: expected an int >= {least} or a pair of them, got {value!r}")
-    return pair
-
-
-def _call(
-    op, input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation, groups, residual, relu
-):
-    check_tensor("input", input, "B, C, H, W")
-    check_tensor("weight", weight, "O, C / groups, kh, kw")
-    if weight.shape[1] * groups != input.shape[1] or weight.shape[0] % groups:
-        raise ValueError(f"weight: expected [O, {input.shape[1]} / {groups}, kh, kw] for an input with "
-                         f"{input.shape[1]} channels, got {list(weight.shape)}")  # fmt: skip
-    if weight.dtype != input.dtype:
-        raise TypeError(f"weight: expected the dtype {input.dtype} of input, got {weight.dtype}")
-    norm = {"bn_weight": bn_weight, "bn_bias": bn_bias, "bn_mean": bn_mean, "bn_var": bn_var}
-    if bn_weight is None and (bn_mean is not None or bn_var is not None):
-        raise ValueError("bn_weight: None with bn_mean or bn_var given; pass all four, or bn_bias alone")
-    for name, value in norm.items():
-        if value is None and bn_weight is not None:
-            raise ValueError(f"{name}: None with bn_weight given; pass all four, or bn_bias alone")
-        if value is not None:
-            check_tensor(name, value, "O")
-        if value is not None and value.shape != weight.shape[:1]:
-            raise ValueError(f"{name}: expected shape [{weight.shape[0]}], got {list(value.shape)}")
-    where = [_pair(*a) for a in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))]
-    shape = _out_shape(input, weight, *where)
-    if residual is not None:
-        check_tensor("residual", residual, "B, O, H, W")
-    if residual is not None and residual.dtype != input.dtype:
-        raise TypeError(f"residual: expected the dtype {input.dtype} of input, got {residual.dtype}")
-    if residual is not None and list(residual.shape) != shape:
-        raise ValueError(f"residual: expected the output's shape {shape}, got {list(residual.shape)}")
-    if min(shape[2:]) < 1:
-        raise ValueError(f"input: {list(input.shape)} is smaller than the kernel {list(weight.shape[2:])}")
-    check_same_device(input=input, weight=weight, residual=residual, **norm)
-    return op(input, weight, bn_weight, bn_bias, bn_mean, bn_var, float(eps), *where, groups, residual, relu)
-
-
-def conv_bn_relu_reference(
-    input: Tensor, weight: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, bn_mean: Tensor | None,
-    bn_var: Tensor | None, eps: float = 1e-5, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1, groups: int = 1, residual: Tensor | None = None, relu: bool = True,
-) -> Tensor:  # fmt: skip
-    return _call(_op_reference, input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation,
-                 groups, residual, relu)  # fmt: skip
-
-
-def conv_bn_relu(
-    input: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    bn_mean: Tensor | None,
-    bn_var: Tensor | None,
-    eps: float = 1e-5,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    residual: Tensor | None = None,
-    relu: bool = True,
-) -> Tensor:
-    """[B, O, H', W'] in the dtype of `input`, channels-last. Differentiable in everything but the flags.
-
-    input [B, C, H, W] and weight [O, C / groups, kh, kw] of one dtype; bn_* [O] (float32 beside a half-precision weight
-    is best) or None as the module's docstring says; residual [B, O, H', W'] is added before the ReLU.
-    Raises TypeError or ValueError naming the argument.
-    """
-    op = torch.ops.fastrcnn.conv_bn_relu
-    return _call(op, input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, stride, padding, dilation, groups,
-                 residual, relu)  # fmt: skip
+conv_bn_relu = bind(_checked, torch.ops.fastrcnn.conv_bn_relu.default, "conv_bn_relu")
+conv_bn_relu_reference = bind(_checked, _reference, "conv_bn_relu_reference")

@@ -32,7 +32,6 @@ def _plain_reference(
     boxes = coordinates(boxes)
     scores = scores.to(boxes.dtype).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    sigma = max(sigma, torch.finfo(boxes.dtype).tiny)  # a sigma that the dtype rounds to 0 is still above 0
     dets, indices = [], []
     while len(scores) and bool((best_score := scores.max()) > -torch.inf):
         best = int((scores == best_score).nonzero()[0])
