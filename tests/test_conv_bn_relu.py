@@ -211,7 +211,7 @@ NARROW = [  # input, weight, stride, padding, dilation, groups
     ((1, 2, 20, 1), (8, 2, 3, 1), 2, (0, 1), 2, 1),
     ((3, 32, 3, 1), (64, 8, 1, 1), (2, 3), 2, (1, 2), 4),
     ((1, 8, 20, 5), (8, 8, 2, 2), (3, 2), (1, 0), (1, 3), 1),  # outputs one wide: AMX
-    ((1, 16, 5, 1), (1, 16, 2, 3), (1, 2), (0, 2), 1, 1),  # outputs two wide: its gradient
+    *[((3, 3, 1, 2), (16, 3, 1, 2), (1, 3), (0, 1), (2, 1), 1)] * 8,  # its gradient: stale memory, in every second call
 ]
 
 
