@@ -5,8 +5,11 @@ import sys
 
 import pytest
 import torch
+from coco_judge import crowded, judge, write
 
-from fastrcnn.evaluation.recall import evaluate_proposals, proposal_recall
+from fastrcnn.data import CocoDataset
+from fastrcnn.evaluation.coco import truth_of_file
+from fastrcnn.evaluation.recall import _recall, evaluate_proposals, proposal_recall
 from fastrcnn.models import RPN, faster_rcnn
 
 COCO_THRESHOLDS = [0.5 + 0.05 * i for i in range(10)]
@@ -177,6 +180,20 @@ def dataset_of(*sizes):
         box = torch.tensor([[x - 16.0, y - 16, x + 16, y + 16]]) * unit
         pairs.append((torch.zeros(3, height, width, dtype=torch.uint8), dict(boxes=box, labels=torch.tensor([5]))))
     return pairs
+
+
+def test_recall_on_a_file_is_pycocotools(tmp_path):
+    """Areas, crowds, slivers and boxes over the edge count as they are written, whatever their classes."""
+    content, rows = crowded(4)
+    rows = [[[*row[:5], 0] for row in r] for r in rows]
+    found = [torch.as_tensor(r, dtype=torch.float64).reshape(-1, 6) for r in rows]
+    results = [dict(boxes=torch.cat([r[:, :2], r[:, :2] + r[:, 2:4]], 1), scores=r[:, 4], labels=r[:, 5]) for r in found]
+    dataset = CocoDataset(write(tmp_path, content))
+    ids, images = sorted(c["id"] for c in content["categories"]), [i["id"] for i in content["images"]]
+    ours = _recall(images, truth_of_file(dataset, range(len(images))), results, (5, 20, 100))
+    recall = judge(content, rows, ids, useCats=0, maxDets=[5, 20, 100]).eval["recall"][:, 0].mean(0)  # [sizes, numbers]
+    assert list(ours.values()) == pytest.approx([*(100 * recall[0]), *(100 * recall[1:, 2])], abs=1e-9)
+    assert 0 < ours["AR@5"] < ours["AR@20"] < ours["AR@100"] < 100
 
 
 @pytest.mark.parametrize("training", [True, False])
