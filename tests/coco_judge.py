@@ -55,8 +55,9 @@ def crowded(seed: int, category_ids=(7, 0, 3, 12), pictures: int = 12):
         for _ in range(rng.integers(0, 9)):
             corner, side = rng.uniform(-30, 330, 2), rng.uniform(0.3, 160, 2) * rng.choice([0.1, 1])
             box, label = [*corner.round(2).tolist(), *side.round(2).tolist()], int(rng.integers(len(used)))
+            area, crowd = float(side.prod() * rng.uniform(0.2, 1)), int(rng.random() < 0.2)
             annotations.append(dict(id=len(annotations) + 1, image_id=image["id"], category_id=used[label], bbox=box,
-                                    area=float(side.prod() * rng.uniform(0.2, 1)), iscrowd=int(rng.random() < 0.2)))  # fmt: skip
+                                    area=area, iscrowd=crowd))  # fmt: skip
             for near in np.array(box) + rng.normal(0, 0.06, (4, 4)) * [*side, *side]:
                 score = round(rng.random(), 1)  # ties
                 found.append([*np.abs(near), score, label if rng.random() < 0.8 else rng.integers(len(category_ids))])
@@ -68,8 +69,9 @@ def crowded(seed: int, category_ids=(7, 0, 3, 12), pictures: int = 12):
 
 def judge(content, rows, category_ids, **params) -> COCOeval:
     """pycocotools' evaluation of the same rows; category_ids by label."""
-    results = [dict(image_id=image["id"], category_id=category_ids[int(row[5])], bbox=list(map(float, row[:4])), score=row[4])
-               for image, found in zip(content["images"], rows) for row in found]  # fmt: skip
+    found = [(image["id"], row) for image, rows_of_one in zip(content["images"], rows) for row in rows_of_one]
+    results = [dict(image_id=image, category_id=category_ids[int(row[5])], bbox=list(map(float, row[:4])), score=row[4])
+               for image, row in found]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = content

@@ -187,7 +187,9 @@ def test_recall_on_a_file_is_pycocotools(tmp_path):
     content, rows = crowded(4)
     rows = [[[*row[:5], 0] for row in r] for r in rows]
     found = [torch.as_tensor(r, dtype=torch.float64).reshape(-1, 6) for r in rows]
-    results = [dict(boxes=torch.cat([r[:, :2], r[:, :2] + r[:, 2:4]], 1), scores=r[:, 4], labels=r[:, 5]) for r in found]
+    results = [
+        dict(boxes=torch.cat([r[:, :2], r[:, :2] + r[:, 2:4]], 1), scores=r[:, 4], labels=r[:, 5]) for r in found
+    ]
     dataset = CocoDataset(write(tmp_path, content))
     ids, images = sorted(c["id"] for c in content["categories"]), [i["id"] for i in content["images"]]
     ours = _recall(images, truth_of_file(dataset, range(len(images))), results, (5, 20, 100))

@@ -1,5 +1,6 @@
 """fastrcnn train."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,8 @@ from fastrcnn.cli.eval import print_scores
 
 def say(line: str) -> None:
     """Prints a line; a full disk or a closed pipe behind the output ends no training."""
-    try:
+    with contextlib.suppress(OSError):
         console.print(line, markup=False, soft_wrap=True)
-    except OSError:
-        pass
 
 
 def train(
@@ -68,7 +67,8 @@ def train(
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     if dataset.left_out:
-        say(f"{annotations}: boxes " + ", ".join(f"{reason}: {n}" for reason, n in dataset.left_out.items()))
+        counts = ", ".join(f"{n} {reason}" for reason, n in dataset.left_out.items())
+        say(f"{annotations}: boxes left out or cut: {counts}")
     saved = False
 
     def keep(mean) -> None:

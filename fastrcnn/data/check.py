@@ -157,7 +157,7 @@ def read_coco(path: str | Path) -> tuple[list[dict], list[dict], list[dict]]:
     known = {row["id"] for row in images}, {row["id"] for row in categories}
     annotations = _rows(content, "annotations", lambda row: _annotation(row, *known), path)
     sides = [v for row in annotations for v in row["bbox"]]
-    if sides and 0 <= min(sides) and max(sides) <= 1 and not all(v.is_integer() for v in sides):
+    if sides and min(sides) >= 0 and max(sides) <= 1 and not all(v.is_integer() for v in sides):
         raise ValueError(f"{path}: every bbox lies between 0 and 1: relative coordinates, where COCO's are pixels")
     return images, sorted(categories, key=lambda row: row["id"]), annotations
 

@@ -8,14 +8,16 @@ def match_classes(names: Sequence[str], categories: Sequence[str], told: bool = 
     beside them does not count.
 
     names: a model's by label ("N/A" for one that is unused, as in torchvision's numbering of COCO); told: whether the model
-    said them. Where it did not (they are guesses, or numbers), labels are taken by place if there are as many as categories.
+    said them. Where it did not (they are guesses or numbers), labels are taken by place if there are as many as categories.
     Raises ValueError for categories that the model does not know.
     """
     unknown = [c for c in categories if c not in names]
     if unknown and not told and len(names) == len(categories):
         return list(range(len(names)))
     if unknown:
-        raise ValueError(f"the categories {_some(unknown)} are none of the model's {len(names)} classes: {_some(names)}")
+        raise ValueError(
+            f"the categories {_some(unknown)} are none of the model's {len(names)} classes: {_some(names)}"
+        )
     place = {name: i for i, name in enumerate(categories)}
     return [place.get(name) for name in names]
 

@@ -115,9 +115,9 @@ def _classes(model) -> tuple[list[str], bool]:
 def evaluate(model, dataset, batch_size: int | None = None) -> dict[str, float]:
     """COCO's twelve numbers, in percent, of a model on a dataset; model, dataset and batch_size as in `predict`.
 
-    On a CocoDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are matched
-    by name; elsewhere the targets are the truth. Raises what `predict` and `match_classes` do, ValueError where no object is
-    annotated, and ImportError without hotcoco, before any picture is looked at.
+    On a CocoDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
+    matched by name; elsewhere the targets are the truth. Raises what `predict` does; before any picture is looked at what
+    `match_classes` does, ValueError where no object is annotated, and ImportError without hotcoco.
     """
     require_hotcoco()
     model, file = as_detector(model), annotated(dataset)

@@ -69,8 +69,8 @@ def train(
 ) -> nn.Module:
     """Trains `model` in place on (image uint8 [3, H, W], target) pairs and returns the averaged model in eval mode.
 
-    Targets are dicts boxes [N, 4], labels [N] counted from 0, optional ignore_boxes [R, 4]. `log` gets a line and `keep` the
-    averaged model after every epoch. Every item is read once before the first step: raises ValueError for what cannot be
+    Targets are dicts boxes [N, 4], labels [N] counted from 0, optional ignore_boxes [R, 4]. `log` gets a line and `keep`
+    the averaged model after every epoch. Every item is read once before the first step: raises ValueError for what cannot be
     read, where there is no object at all or a label that the model does not have, and for arguments out of range.
     Stops with FloatingPointError at a loss that is not finite, naming the step and the losses.
 
