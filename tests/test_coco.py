@@ -174,7 +174,8 @@ def test_every_encoding_of_json_is_read(file, encoding):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"<annotation/>", "not JSON: XML"), (b'{"images": [', "not JSON"), (b'{"images": "c\xe4t"}', "not JSON"), (b"", "not JSON"),
+    (b"<annotation/>", "not JSON: XML"), (b'{"images": [', "not JSON"), (b'{"images": "c\xe4t"}', "not JSON"),
+    (b"", "not JSON"),
     (b"[" * 100_000, "not JSON"), (b"[1, 2]", "not a COCO annotation file.*categories"),
     (b'{"images": [], "annotations": []}', "not a COCO annotation file.*categories"),
 ])  # fmt: skip
@@ -254,7 +255,7 @@ def test_classes_are_kept_apart_and_averaged():
     assert evaluate_coco(targets, [result_of(A, B, labels=[1, 0])], 2)["AP"] == pytest.approx(0)
     with pytest.raises(ValueError, match=r"targets\[0\]: expected labels in 0..0, got \[0, 1\]"):
         evaluate_coco(targets, [result_of(A)], 1)
-    with pytest.raises(ValueError, match="results: .* 1 targets, got 2"):
+    with pytest.raises(ValueError, match=r"results: .* 1 targets, got 2"):
         evaluate_coco(targets, [result_of(A)] * 2, 2)
 
 
@@ -274,7 +275,7 @@ def test_the_twelve_numbers_are_pycocotools(tmp_path, seed):
     content, rows = crowded(seed)
     ids = sorted(c["id"] for c in content["categories"])
     expected = judge(content, rows, ids).stats
-    assert 0 < expected.min() and expected.max() < 1
+    assert expected.min() > 0 and expected.max() < 1
     dataset = CocoDataset(write(tmp_path, content))
     found = evaluate(Fixed(rows, [f"c{i}" for i in ids]), dataset)
     assert list(found.values()) == pytest.approx([100 * v for v in expected], abs=1e-9)
@@ -337,7 +338,7 @@ def test_a_model_is_measured_above_its_own_threshold_and_left_alone(demo_weights
     model = infer_model(demo_weights, test_cfg=dict(rcnn=dict(score_thr=0.6))).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     scores = predict(model, pairs)[0][0]["scores"]
-    assert 0.6 < scores.min() and len(scores) > 3
+    assert scores.min() > 0.6 and len(scores) > 3
     assert evaluate(model, pairs)["AP50"] > 50
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_weights(cells):
 class Scripted(nn.Module):
     """Gives the losses it is told, and remembers the weight decay's trace on its parameters."""
 
-    label_offset, reads_labels = 0, False
+    reads_labels, outside = False, staticmethod(lambda targets: targets)
 
     def __init__(self, losses):
         super().__init__()
@@ -133,7 +133,7 @@ def test_the_average_is_handed_out_after_every_epoch():
 class Recorder(nn.Module):
     """A gradient of one, always: the weight tells the sum of the learning rates."""
 
-    label_offset, reads_labels = 0, False
+    reads_labels, outside = False, staticmethod(lambda targets: targets)
 
     def __init__(self):
         super().__init__()

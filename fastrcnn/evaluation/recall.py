@@ -11,6 +11,7 @@ from fastrcnn.evaluation.predict import annotated, as_detector, predict
 from fastrcnn.inference import Detector
 from fastrcnn.models import RPN
 from fastrcnn.models.base_detector import BaseDetector
+from fastrcnn.models.frame import Frame
 
 SIZES = ("s", "m", "l")  # areas below 32^2, up to 96^2, and beyond
 
@@ -58,9 +59,8 @@ class _FirstStage(BaseDetector):
         self.detector, self.data_preprocessor = model, model.data_preprocessor
         self.class_names, self.category_ids = ["object"], [1]
 
-    @torch.no_grad()
-    def predict(self, batch: Tensor, image_sizes, scale_factors=None) -> list[dict[str, Tensor]]:
-        found = zip(self.detector.proposals(batch, image_sizes), scale_factors)
+    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
+        found = zip(self.detector.proposals(batch, frame.sizes), frame.factors)
         return [dict(boxes=boxes / factor.repeat(2), scores=scores, labels=torch.zeros_like(scores, dtype=torch.int64))
                 for (boxes, scores), factor in found]  # fmt: skip
 

@@ -70,8 +70,8 @@ def train(
     """Trains `model` in place on (image uint8 [3, H, W], target) pairs and returns the averaged model in eval mode.
 
     Targets are dicts boxes [N, 4], labels [N] counted from 0, optional ignore_boxes [R, 4]. `log` gets a line and `keep`
-    the averaged model after every epoch. Every item is read once before the first step: raises ValueError for what cannot be
-    read, where there is no object at all or a label that the model does not have, and for arguments out of range.
+    the averaged model after every epoch. Every item is read once before the first step: raises ValueError for what
+    cannot be read, where there is no object at all or a label that the model does not have, and for arguments out of range.
     Stops with FloatingPointError at a loss that is not finite, naming the step and the losses.
 
     The same seed gives the same weights on the same machine with the same number of threads: convolutions sum in an order
@@ -95,8 +95,7 @@ def train(
         for images, targets in loader:
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(step, total, warmup, lr)
-            targets = [{**t, "labels": t["labels"] + model.label_offset} for t in targets]
-            losses = model([image.to(device) for image in images], targets)
+            losses = model([image.to(device) for image in images], model.outside(targets))
             loss = sum(losses.values())
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"step {step}: the loss is {loss.item()}, from "
