@@ -19,8 +19,11 @@ from collections import Counter
 from pathlib import Path
 
 BATCH, PATIENCE_S = 200, 60
-HOSTILE = [None, True, False, "", "x", "0", "1", "-0", "007", "1e3", " 1", "٣", "\0", "\x1b[31m", "é" * 300, 0, -1, -0.0, 1.0, 1.5,
-           1e-320, 1e308, 1e400, math.nan, -math.inf, 2**31, 2**63, 10**30, 10**400, [], [1], [[]], {}, {"id": 1}]  # fmt: skip
+HOSTILE = [
+    *(None, True, False, "", "x", "0", "1", "-0", "007", "1e3", " 1", "٣", "\0", "\x1b[31m", "é" * 300),
+    *(0, -1, -0.0, 1.0, 1.5, 1e-320, 1e308, 1e400, math.nan, -math.inf, 2**31, 2**63, 10**30, 10**400),
+    *([], [1], [[]], {}, {"id": 1}),
+]
 
 
 def plain(rng: random.Random) -> dict:
