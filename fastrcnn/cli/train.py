@@ -24,17 +24,16 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train on your own data; writes weights that `fastrcnn detect --weights` takes."""
-    from safetensors.torch import save_file
-
     from fastrcnn.data import CocoDataset
     from fastrcnn.inference.detector import as_device
     from fastrcnn.training import train as run
-    from fastrcnn.weights import model_metadata, pretrained_model
+    from fastrcnn.weights import pretrained_model, save, writable
     from fastrcnn.weights.named import named_model
 
     try:
         from torchvision.transforms import v2
 
+        writable(out)
         dataset = CocoDataset(annotations, images, v2.RandomHorizontalFlip())
         names = ["object"] if (model or "").startswith("rpn_") else dataset.class_names
         sizes, classes = dict(min_size=min_size, max_size=max_size), len(names)
@@ -47,9 +46,8 @@ def train(
         net = run(net, dataset, epochs, batch, lr, log=lambda line: console.print(line, soft_wrap=True))
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
-    net.class_names = names
-    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    save_file(state, out, model_metadata(net.zoo_name, net, net.zoo_overrides))
+    net.class_names, net.category_ids = names, None if net.reads_labels is False else dataset.category_ids
+    save(net, out)
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     if val is not None:
         print_scores(net, CocoDataset(val, images))

@@ -22,7 +22,7 @@ from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.evaluation import evaluate
 from fastrcnn.models import faster_rcnn
 from fastrcnn.training.trainer import train
-from fastrcnn.weights.save import model_metadata
+from fastrcnn.weights import save
 
 CLASS_NAMES = ["RBC", "WBC", "Platelets"]
 HELD_OUT_SEED = 1_000_000  # renders from here on are never trained on
@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--renders", type=int, default=300)
     args = parser.parse_args()
-    from safetensors.torch import save_file
     from torchvision.transforms import v2
 
     # Cells have no up and no left: both flips are free data.
@@ -78,16 +77,14 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sum(map(len, parts))} images")
     model = train(model, ConcatDataset(parts), args.epochs, batch_size=4, lr=0.02)
     model.class_names = CLASS_NAMES
-    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    model = model.half().float()  # the numbers are the file's
     scores = {"renders": evaluate(model, RenderedCells(60, HELD_OUT_SEED))}
     if args.bccd:
         scores["BCCD val"] = evaluate(model, CocoDataset(args.bccd / "val.json"))
     for name, metrics in scores.items():
         print(name, {k: round(v, 1) for k, v in metrics.items()})
-    metadata = model_metadata("r18_fpn", model, OVERRIDES)
-    metadata["ap"] = json.dumps({n: {k: round(m[k], 1) for k in ("AP", "AP50", "AP75")} for n, m in scores.items()})
-    save_file({k: v.contiguous() for k, v in state.items()}, args.out, metadata)
+    ap = json.dumps({n: {k: round(m[k], 1) for k in ("AP", "AP50", "AP75")} for n, m in scores.items()})
+    save(model.half(), args.out, dict(ap=ap))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
 
 
