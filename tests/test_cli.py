@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -18,7 +17,7 @@ from fastrcnn.cli import app
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import faster_rcnn
 from fastrcnn.models.base_detector import BaseDetector
-from fastrcnn.weights import model_metadata
+from fastrcnn.weights import save
 from fastrcnn.zoo.recipes import NAMES
 
 OVERRIDES = dict(
@@ -54,7 +53,7 @@ def weights(request, tmp_path_factory):
     with torch.random.fork_rng():
         model = tiny(request.param)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(model.state_dict(), path, model_metadata("r18_fpn", model, OVERRIDES))
+    save(model, path)
     return path
 
 
@@ -325,7 +324,7 @@ def test_a_proposal_network_trains_and_its_recall_is_measured(dataset, tmp_path)
 
 def test_training_goes_on_from_torchvision_weights(dataset, tmp_path):
     model, start = faster_rcnn("r18_fpn", 3, "torchvision"), tmp_path / "start.safetensors"
-    save_file(model.state_dict(), start, model_metadata("r18_fpn", model, {}))
+    save(model, start)
     run("train", dataset, "--weights", start, "--out", tmp_path / "trained.safetensors", *SHORT)
 
 

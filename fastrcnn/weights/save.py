@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastrcnn.checkpoints import detectron2, mmdet
+from fastrcnn.checkpoints import detectron2
+from fastrcnn.checkpoints.checkpoint import EXTRA_STATE, PEERS
+from fastrcnn.checkpoints.peer_options import to_text
 from fastrcnn.layers.builders import ConvWS2d
-from fastrcnn.models.build import merge
 from fastrcnn.models.resnet import Bottleneck
 from fastrcnn.models.rpn_head import RPNHead
-from fastrcnn.weights.load import PEERS
+from fastrcnn.weights.describe import description
 from fastrcnn.zoo.recipes import Detector
 
 
@@ -43,26 +44,24 @@ def export_weights(model: Detector, peer: str) -> dict[str, Tensor]:
         raise ValueError(
             f"the model follows the profile {model.profile.name!r}: its weights would give other boxes in {peer}"
         )
-    state, head = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}, getattr(model, "rpn_head", None)
-    if peer == "mmdet":
-        return mmdet.export(state)
+    state, head = _tensors(model), getattr(model, "rpn_head", None)
+    state = {
+        k: v for k, v in state.items() if not k.endswith("loss_normalizer")
+    }  # training's, and Detectron2 saves none
     if peer == "detectron2" and isinstance(head, RPNHead):
         anchors = head.anchor_generator  # ratio by ratio, or already in Detectron2's order
         exported = detectron2.export(state, len(anchors.ratios) if anchors.scale_major else 1)
     else:
         exported = PEERS[peer].export(state)
-    _check_layers(model, peer, PEERS[peer].own_style(state))
+    if peer != "mmdet":
+        _check_layers(model, peer, PEERS[peer].own_style(state))
     return exported
 
 
-def model_metadata(name: str, model: Detector, overrides: dict) -> dict[str, str]:
-    """What `infer_model` reads back from a file of ours."""
-    options = model.peer_options()
-    backbone = {"style": options["style"]} if "style" in options else {}
-    if "norm_eps" in options:
-        backbone["norm_cfg"] = dict(eps=options["norm_eps"])
-    overrides = merge(overrides, dict(data_preprocessor=options["data_preprocessor"], backbone=backbone))
-    return dict(model=name, profile=model.profile.name, overrides=json.dumps(overrides), **_categories(model))
+def _tensors(model: Detector) -> dict[str, Tensor]:
+    """Copies of a model's tensors on the CPU, each in a memory of its own."""
+    state = {k: v for k, v in model.state_dict().items() if k != EXTRA_STATE}
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
 
 def _categories(model: Detector) -> dict[str, str]:
@@ -115,20 +114,22 @@ def save(model: Detector, path: str | Path, notes: Mapping[str, str] | None = No
     and ValueError for a model that a file cannot describe.
     """
     path = writable(path)
-    meta = {**(notes or {}), **model_metadata(model.zoo_name, model, model.zoo_overrides)}
-    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
-    if path.suffix.lower() == ".safetensors":
+    meta = dict(detector=description(model), peer=to_text(model.profile.name, model.peer_options), **_categories(model))
+    if model.config is not None:
+        meta["config"] = json.dumps(model.config, default=str)
+    content, suffix = dict(meta={**(notes or {}), **meta}, state_dict=_tensors(model)), path.suffix.lower()
+    if suffix == ".safetensors":
         try:
-            from safetensors.torch import save as safetensors_bytes
+            from safetensors.torch import save as to_bytes
         except ImportError:
             raise ImportError("writing .safetensors needs the package safetensors: pip install safetensors") from None
     part = _beside(path)
     try:
         with open(part, "wb") as file:
-            if path.suffix.lower() == ".safetensors":
-                file.write(safetensors_bytes(state, meta))
+            if suffix == ".safetensors":
+                file.write(to_bytes(content["state_dict"], content["meta"]))
             else:
-                torch.save(dict(meta=meta, state_dict=state), file)
+                torch.save(content, file)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
