@@ -10,7 +10,7 @@ import pytest
 import torch
 from coco_judge import Fixed, crowded, judge, write
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 from torchvision.transforms import v2
 
 from fastrcnn import Detector
@@ -292,7 +292,8 @@ def test_the_twelve_numbers_are_pycocotools(tmp_path, seed):
 def test_classes_are_matched_by_name():
     assert match_classes(["cat", "dog"], ["dog", "cat"]) == [1, 0]
     assert match_classes(["N/A", "cat", "N/A", "dog"], ["dog"]) == [None, None, None, 0]
-    assert match_classes(["class 0", "class 1"], ["dog", "cat"], told=False) == [0, 1]
+    with pytest.warns(UserWarning, match="names no classes"):
+        assert match_classes(["class 0", "class 1"], ["dog", "cat"], told=False) == [0, 1]
     for names, told in ((["cat", "cow"], True), (["class 0"], False)):
         with pytest.raises(ValueError, match=rf"dog.* none of the model's {len(names)} classes: {names[0]}"):
             match_classes(names, ["cat", "dog"], told)
@@ -340,6 +341,8 @@ def test_a_model_is_measured_above_its_own_threshold_and_left_alone(demo_weights
     scores = predict(model, pairs)[0][0]["scores"]
     assert scores.min() > 0.6 and len(scores) > 3
     assert evaluate(model, pairs)["AP50"] > 50
+    wrapped = torch.nn.DataParallel(model)
+    assert torch.equal(predict(wrapped, pairs)[0][0]["scores"], scores)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -349,6 +352,8 @@ def test_what_cannot_be_measured_is_refused_before_a_picture_is_looked_at(file, 
         evaluate(model, dataset)
     with pytest.raises(ValueError, match="transforms"):
         evaluate(model, CocoDataset(file, transforms=v2.RandomHorizontalFlip()))
+    with pytest.raises(ValueError, match="several joined"):
+        evaluate(model, ConcatDataset([dataset, dataset]))
     with pytest.raises(ValueError, match=r"train\.json: no object is annotated on these 1 pictures"):
         evaluate(model, Subset(dataset, [2]))
     monkeypatch.setitem(sys.modules, "hotcoco", None)

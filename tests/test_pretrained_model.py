@@ -29,6 +29,17 @@ def test_a_detector_of_the_same_classes_is_taken_whole():
         assert torch.equal(value, model.state_dict()[key]), key
 
 
+def test_last_layers_of_classes_in_another_order_start_afresh(tmp_path):
+    small = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[4, 8, 16, 32]))
+    start, key = faster_rcnn("r18_fpn", 2, **small), "roi_head.bbox_head.fc_cls.weight"
+    start.class_names = ["cat", "dog"]
+    path = save(start, tmp_path / "a.safetensors")
+    for names, kept in ((["cat", "dog"], True), (["dog", "cat"], False), (["cat", "cow"], False), (None, True)):
+        model = pretrained_model(path, 2, class_names=names)
+        assert torch.equal(model.state_dict()[key], start.state_dict()[key]) == kept
+        assert torch.equal(model.backbone.conv1.weight, start.backbone.conv1.weight)
+
+
 @pytest.mark.parametrize(("name", "classifier"), [("r18_fpn", "resnet18"), ("x50_32x4d_fpn", "resnext50_32x4d")])
 def test_a_classifier_becomes_the_backbone(name, classifier):
     theirs = getattr(torchvision.models, classifier)(weights=None).state_dict()

@@ -58,7 +58,7 @@ def train(
         torch.manual_seed(0)  # of the weights that start afresh
         sizes, classes = dict(min_size=min_size, max_size=max_size), len(names)
         if weights:
-            net = pretrained_model(weights, classes, model, **sizes)
+            net = pretrained_model(weights, classes, model, names, **sizes)
         else:  # nothing may stay frozen at random values
             backbone = dict(frozen_stages=-1, norm_eval=False, norm_cfg=dict(requires_grad=True))
             net = named_model(model or "r50_fpn", classes, backbone=backbone, **sizes)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from fastrcnn.data import CocoDataset, as_image
 from fastrcnn.inference import Detector
@@ -15,6 +15,11 @@ from fastrcnn.models.base_detector import BaseDetector
 def as_detector(model: nn.Module | Detector, precision: str | None = None):
     """A Detector that answers as a model of ours does: on its device, in its precision, above its own score threshold.
     Other modules, and Detectors, come back as they are."""
+    while isinstance(model, nn.Module) and not isinstance(model, BaseDetector):  # torch.compile, DataParallel, averages
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None:
+            return model
+        model = inner
     if not isinstance(model, BaseDetector):
         return model
     head = next((getattr(model, name) for name in ("roi_head", "bbox_head") if hasattr(model, name)), None)
@@ -31,6 +36,8 @@ def annotated(dataset) -> tuple[CocoDataset, list[int]] | None:
     if isinstance(dataset, Subset):
         below = annotated(dataset.dataset)
         return None if below is None else (below[0], [below[1][i] for i in dataset.indices])
+    if isinstance(dataset, ConcatDataset) and any(annotated(part) for part in dataset.datasets):
+        raise ValueError("dataset: expected one annotation file to measure on, got several joined")
     if not isinstance(dataset, CocoDataset):
         return None
     if dataset.transforms is not None:
@@ -77,7 +84,8 @@ def predict(model, dataset, batch_size: int | None = None) -> tuple[list[dict[st
     found: list = [None] * len(dataset)
     for index, image, result in detector.stream(pictures(), batch_size) if ours else _stream(detector, pictures()):
         if isinstance(result, Exception):
-            raise ValueError(str(result) if file else f"dataset[{index}]: {result}")
+            where = f"{file[0].path}: images[{file[1][index]}]" if file else f"dataset[{index}]"
+            raise ValueError(f"{where}: {result}")
         if file is not None:
             file[0].check_size(file[1][index], image)
         found[index] = {k: getattr(result, k) if ours else result[k].cpu() for k in ("boxes", "scores", "labels")}

@@ -1,7 +1,7 @@
 """Puts checkpoints into models, with the semantics of the peer that trained them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -37,13 +37,18 @@ def infer_model(path_or_url: str | Path | Mapping, name: str | None = None, **ov
 
 
 def pretrained_model(
-    path_or_url: str | Path | Mapping, num_classes: int, name: str | None = None, **overrides
+    path_or_url: str | Path | Mapping,
+    num_classes: int,
+    name: str | None = None,
+    class_names: Sequence[str] | None = None,
+    **overrides,
 ) -> Detector:
     """A model of `num_classes` to train, that starts from a checkpoint: a detector of any peer, whose last layers are left
     fresh where it has other classes, or an image classifier (a torchvision ResNet or ResNeXt), for the backbone alone.
 
-    name: the model (default: told by a detector's keys; "r50_fpn" for a classifier); overrides: as in
-    `fastrcnn.models.faster_rcnn`. Raises ValueError where the checkpoint does not fit.
+    name: the model (default: told by a detector's keys; "r50_fpn" for a classifier); class_names: by label; a checkpoint
+    that names others, or these in another order, has other classes; overrides: as in `fastrcnn.models.faster_rcnn`. Raises
+    ValueError where the checkpoint does not fit.
     """
     tensors, meta = read_tensors(path_or_url)
     source = _name(path_or_url)
@@ -57,7 +62,8 @@ def pretrained_model(
             return _apply(model, Checkpoint({**others, **body}, model.profile.name, PeerOptions(), {}), source)
     checkpoint = as_checkpoint(tensors, meta, source)
     model = build(config_of(checkpoint, num_classes, name, overrides, source))
-    if checkpoint.num_classes != num_classes:
+    theirs = checkpoint.categories()[0]
+    if checkpoint.num_classes != num_classes or (class_names and theirs and list(class_names) != list(theirs)):
         fresh = {k: v for k, v in model.state_dict().items() if k.startswith(CLASS_LAYERS)}
         checkpoint = dataclasses.replace(checkpoint, state={**checkpoint.state, **fresh})
     return _apply(model, checkpoint, source)
