@@ -1,4 +1,6 @@
 import json
+import math
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -6,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -15,7 +16,8 @@ from fastrcnn import Detector
 from fastrcnn.cli import app
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import faster_rcnn
-from fastrcnn.weights import model_metadata
+from fastrcnn.models.base_detector import BaseDetector
+from fastrcnn.weights import save
 from fastrcnn.zoo.recipes import NAMES
 
 OVERRIDES = dict(
@@ -51,7 +53,7 @@ def weights(request, tmp_path_factory):
     with torch.random.fork_rng():
         model = tiny(request.param)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(model.state_dict(), path, model_metadata("r18_fpn", model, OVERRIDES))
+    save(model, path)
     return path
 
 
@@ -254,15 +256,55 @@ def dataset(tmp_path):
 SHORT = "--model", "r18_fpn", "--epochs", 1, "--batch", 1, "--min-size", 64, "--max-size", 96, "--device", "cpu"
 
 
+def with_content(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
 def test_training_writes_weights_that_detect_and_eval_take(dataset, tmp_path):
-    out = tmp_path / "trained.safetensors"
-    printed = run("train", dataset, "--out", out, "--val", dataset, *SHORT)
-    assert "epoch 1/1" in printed and "AP50" in printed and out.is_file()
-    assert Detector(str(out), device="cpu").class_names == CLASSES
-    run("detect", tmp_path / "images", "--weights", out, "--out", tmp_path / "found", "--score", 0.0)
-    assert len(content_of(tmp_path / "found")["images"]) == 2
-    printed = run("eval", dataset, "--weights", out, "--device", "cpu")
+    def other_ids(content):  # as labelling tools write them, with a number for a name
+        for row in (*content["categories"], *content["annotations"]):
+            key = "category_id" if "category_id" in row else "id"
+            row[key] = {1: 0, 2: 7, 3: 3}[row[key]]
+        content["categories"][1]["name"] = 5
+
+    with_content(dataset, other_ids)
+    names = ["red", "platelet", "5"]
+    outs = [tmp_path / "runs" / f"{n}.{kind}" for n, kind in ((1, "safetensors"), (2, "pth"))]
+    for out in outs:
+        printed = run("train", dataset, "--out", out, "--val", dataset, *SHORT)
+        assert "epoch 1/1" in printed and "AP50" in printed and "2 images" in printed
+    one, two = (Detector(str(out), device="cpu") for out in outs)
+    assert one.class_names == two.class_names == names and one.category_ids == two.category_ids == [0, 3, 7]
+    # Twice the same, the layers that begin at random included.
+    assert all(torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values()))
+    run("detect", tmp_path / "images", "--weights", outs[0], "--out", tmp_path / "found", "--score", 0.0)
+    found = content_of(tmp_path / "found")
+    assert {c["name"]: c["id"] for c in found["categories"]} == {"red": 0, "platelet": 3, "5": 7}
+    printed = run("eval", dataset, "--weights", outs[1], "--device", "cpu")
     assert "AP50" in printed and "AR100" in printed
+
+
+def test_eval_prints_what_detect_finds(weights, dataset, tmp_path):
+    """AP of the very boxes that the model finds is 100, under other names of the classes 0."""
+    (tmp_path / "images" / "2.png").unlink()
+    (found,) = Detector(str(weights), device="cpu", score_threshold=0.05)(tmp_path / "images" / "1.png")
+    assert len(found) > 20
+
+    def theirs(content):
+        content["images"] = content["images"][:1]
+        content["annotations"] = [
+            dict(r, category_id=9 - r["category_id"], area=100, iscrowd=0) for r in found.to_coco(1)
+        ]
+        content["categories"] = [dict(id=9 - i, name=name) for i, name in enumerate(CLASSES, 1)]
+
+    printed = run("eval", with_content(dataset, theirs), "--weights", weights, "--device", "cpu")
+    assert printed.splitlines()[0].split() == ["AP", "100.0"] and printed.splitlines()[3].split() == ["APs", "100.0"]
+    names = lambda content: [c.update(name=f"x{c['id']}") for c in content["categories"]]  # noqa: E731
+    printed = run("eval", with_content(dataset, names), "--weights", weights, "--device", "cpu", status=1)
+    assert "x6, x7, x8 are none of the model's 3 classes: red, white, platelet" in printed
 
 
 def test_a_retinanet_trains_detects_and_is_measured(dataset, tmp_path):
@@ -284,7 +326,7 @@ def test_a_proposal_network_trains_and_its_recall_is_measured(dataset, tmp_path)
 
 def test_training_goes_on_from_torchvision_weights(dataset, tmp_path):
     model, start = faster_rcnn("r18_fpn", 3, "torchvision"), tmp_path / "start.safetensors"
-    save_file(model.state_dict(), start, model_metadata("r18_fpn", model, {}))
+    save(model, start)
     run("train", dataset, "--weights", start, "--out", tmp_path / "trained.safetensors", *SHORT)
 
 
@@ -295,8 +337,63 @@ def test_a_file_that_is_not_cocos_is_one_line(tmp_path, command, options):
     assert "not a COCO annotation file" in printed and len(printed.strip().splitlines()) == 1
 
 
-def test_evaluating_another_number_of_classes_is_explained(weights, dataset):
-    content = json.loads(dataset.read_text())
-    content["categories"].append(dict(id=9, name="other"))
-    dataset.write_text(json.dumps(content))
-    assert "3 classes" in run("eval", dataset, "--weights", weights, "--device", "cpu", status=1)
+def other_name(content):
+    content["categories"][0]["name"] = "blue"
+
+
+@pytest.mark.parametrize("options, change, message", [
+    (("--out", "train.json/m.pth"), None, "train.json/m.pth"),
+    (("--out", "images"), None, "images"),
+    (("--out", "m.onnx"), None, "m.onnx"),
+    (("--val", "nothing.json"), None, "nothing.json"),
+    (("--val", "other.json"), None, "blue are none of the model's 3 classes"),
+    (("--val", "far.json"), None, "far.png"),
+    (("--epochs", -3), None, "epochs"),
+    (("--batch", 0), None, "batch_size"),
+    (("--lr", "nan"), None, "lr"),
+    (("--weights", "nowhere.pth"), None, "nowhere.pth"),
+    ((), lambda c: c["images"][1].update(file_name="gone.png"), "gone.png"),
+    ((), lambda c: c["images"][1].update(height=97), "128 x 97 pixels are stated"),
+    ((), lambda c: c.update(annotations=[]), "no object is annotated"),
+    ((), lambda c: c["annotations"][0].update(bbox=[9, 9, -5, -5]), "annotations[0]"),
+])  # fmt: skip
+def test_what_a_run_lacks_is_one_line_before_its_first_step(dataset, tmp_path, monkeypatch, options, change, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(BaseDetector, "forward", lambda *a: pytest.fail("it has begun"))
+    for name, alter in (("other.json", other_name), ("far.json", lambda c: c["images"][0].update(file_name="far.png"))):
+        Path(name).write_text(dataset.read_text())
+        with_content(Path(name), alter)
+    if change:
+        with_content(dataset, change)
+    printed = run("train", dataset, *SHORT, *options, status=1)
+    assert message in printed and len(printed.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*trained*"))
+
+
+def test_hotcoco_is_asked_for_before_training_and_measuring(dataset, weights, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    monkeypatch.setattr(BaseDetector, "forward", lambda *a: pytest.fail("it has begun"))
+    for arguments in (
+        ("train", dataset, "--val", dataset, "--out", tmp_path / "m.pth"),
+        ("eval", dataset, "--weights", weights),
+    ):
+        assert "fastrcnn[eval]" in run(*arguments, "--device", "cpu", status=1)
+
+
+def test_what_ends_a_run_leaves_the_weights_of_the_last_epoch(dataset, tmp_path, monkeypatch):
+    forward, steps, out = BaseDetector.forward, [], tmp_path / "m.safetensors"
+
+    def diverging(self, images, targets=None):
+        steps.append(1)
+        return {k: v * (math.nan if len(steps) > 3 else 1) for k, v in forward(self, images, targets).items()}
+
+    monkeypatch.setattr(BaseDetector, "forward", diverging)
+    printed = run("train", dataset, *SHORT, "--epochs", 3, "--out", out, status=1)
+    assert "step 3: the loss is nan" in printed and f"The weights of the last whole epoch are in {out}" in printed
+    assert Detector(str(out), device="cpu").class_names == CLASSES
+
+
+def test_boxes_left_out_are_counted(dataset, tmp_path):
+    tiny = with_content(dataset, lambda c: c["annotations"][0].update(bbox=[5, 5, 0.2, 0.3]))
+    printed = run("train", tiny, *SHORT, "--out", tmp_path / "m.pth")
+    assert "boxes left out or cut: 1 less than a pixel wide or high" in printed

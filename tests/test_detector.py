@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
@@ -10,7 +9,7 @@ from fastrcnn import Detections, Detector
 from fastrcnn.data import ImageError
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import faster_rcnn
-from fastrcnn.weights import model_metadata
+from fastrcnn.weights import save
 from fastrcnn.weights.named import named_model
 
 OVERRIDES = dict(
@@ -56,7 +55,7 @@ def saved(path, profile="mmdet"):
     """A file that a detector is made from."""
     model = tiny(profile)
     model.class_names = NAMES
-    save_file(model.state_dict(), path, model_metadata("r18_fpn", model, OVERRIDES))
+    save(model, path)
     return str(path)
 
 

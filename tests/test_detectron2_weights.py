@@ -85,7 +85,7 @@ def test_the_keys_of_c4_and_dc5(kind, depth):
 def test_a_c4_of_101_layers_is_told_by_its_keys():
     theirs = detectron2.export(state_of("c4", 101))
     model = infer_model({"model": theirs})
-    assert model.zoo_name == "r50_c4" and model.backbone.depth == 101 and model.num_classes == 3
+    assert model.backbone.depth == 101 and model.num_classes == 3
     assert len(model.roi_head.shared_head.layer4) == 3 and model.backbone.style == "caffe"
     back = export_weights(model, "detectron2")
     assert all(torch.equal(v, back[k]) for k, v in theirs.items())
@@ -181,7 +181,7 @@ def test_a_dc5_in_a_pickle_of_numpy_arrays(tmp_path):
     state["proposal_generator.anchor_generator.cell_anchors.0"] = cells
     (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(dict(model=state, __author__="Detectron2 Model Zoo")))
     loaded = infer_model(tmp_path / "model_final.pkl", **TINY)
-    assert loaded.zoo_name == "r50_dc5" and loaded.profile.name == "detectron2" and loaded.backbone.style == "caffe"
+    assert loaded.profile.name == "detectron2" and loaded.backbone.style == "caffe"
     image = [torch.rand(3, 64, 90)]
     found, expected = loaded(image)[0], source(image)[0]
     assert len(found["boxes"]) > 20

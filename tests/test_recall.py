@@ -5,8 +5,12 @@ import sys
 
 import pytest
 import torch
+from coco_judge import crowded, judge, write
 
-from fastrcnn.evaluation.recall import evaluate_proposals, proposal_recall
+from fastrcnn.data import CocoDataset
+from fastrcnn.evaluation.coco import truth_of_file
+from fastrcnn.evaluation.predict import as_detector, predict
+from fastrcnn.evaluation.recall import _recall, evaluate_proposals, proposal_recall
 from fastrcnn.models import RPN, faster_rcnn
 
 COCO_THRESHOLDS = [0.5 + 0.05 * i for i in range(10)]
@@ -179,6 +183,22 @@ def dataset_of(*sizes):
     return pairs
 
 
+def test_recall_on_a_file_is_pycocotools(tmp_path):
+    """Areas, crowds, slivers and boxes over the edge count as they are written, whatever their classes."""
+    content, rows = crowded(4)
+    rows = [[[*row[:5], 0] for row in r] for r in rows]
+    found = [torch.as_tensor(r, dtype=torch.float64).reshape(-1, 6) for r in rows]
+    results = [
+        dict(boxes=torch.cat([r[:, :2], r[:, :2] + r[:, 2:4]], 1), scores=r[:, 4], labels=r[:, 5]) for r in found
+    ]
+    dataset = CocoDataset(write(tmp_path, content))
+    ids, images = sorted(c["id"] for c in content["categories"]), [i["id"] for i in content["images"]]
+    ours = _recall(images, truth_of_file(dataset, range(len(images))), results, (5, 20, 100))
+    recall = judge(content, rows, ids, useCats=0, maxDets=[5, 20, 100]).eval["recall"][:, 0].mean(0)  # [sizes, numbers]
+    assert list(ours.values()) == pytest.approx([*(100 * recall[0]), *(100 * recall[1:, 2])], abs=1e-9)
+    assert 0 < ours["AR@5"] < ours["AR@20"] < ours["AR@100"] < 100
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_proposals_are_measured_in_the_pixels_of_the_dataset(training):
     model = all_anchors(RPN(**TINY, test_cfg=dict(rpn=dict(nms=dict(iou_threshold=0.95))))).train(training)
@@ -192,12 +212,19 @@ def test_proposals_are_measured_in_the_pixels_of_the_dataset(training):
     assert evaluate_proposals(model, moved)["AR@1000"] < 80
 
 
+def test_proposals_whose_scores_are_logits_all_count():
+    """Detectron2 ranks by logits, most of which are below 0."""
+    detector = as_detector(RPN(**TINY, profile="detectron2"))
+    (found,), _ = predict(detector, dataset_of((64, 96)))
+    assert (found["scores"] < 0).any() and (found["scores"] > 0).any()
+
+
 def test_the_batch_size_changes_nothing_and_both_detectors_are_measured():
     heads = dict(bbox_roi_extractor=dict(out_channels=8), bbox_head=dict(in_channels=8))
     model = faster_rcnn("r18_fpn", 3, **TINY, roi_head=heads).eval()
     g = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (5, 3, 64, 96), generator=g, dtype=torch.uint8)
-    dataset = [(image, dict(boxes=scattered(g, 12, 20, 50, frame=60))) for image in images]
+    images = torch.randint(0, 256, (5, 3, 128, 192), generator=g, dtype=torch.uint8)  # halved by the model
+    dataset = [(image, dict(boxes=scattered(g, 12, 40, 100, frame=120))) for image in images]
     found = [evaluate_proposals(model, dataset, batch_size=size) for size in (1, 2, 5)]
     assert 0 < found[0]["AR@100"] < 100
     # Half of one object at one threshold: what the order of a convolution's sums may move.

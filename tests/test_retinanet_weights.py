@@ -159,7 +159,7 @@ def test_mmdetections_names_and_classes_are_read():
     source = small()
     checkpoint = dict(state_dict=source.state_dict(), meta=dict(dataset_meta=dict(classes=tuple("abcd"))))
     model = infer_model(checkpoint, **SMALL)
-    assert model.zoo_name == "retinanet_r18_fpn" and model.profile.name == "mmdet"
+    assert model.backbone.depth == 18 and model.profile.name == "mmdet"
     assert model.class_names == list("abcd")
     assert_same_state(source.state_dict(), model.state_dict())
 

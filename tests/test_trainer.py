@@ -35,8 +35,9 @@ def test_two_epochs_lower_the_loss(cells):
     model, lines = tiny(), []
     before = {k: v.clone() for k, v in model.state_dict().items()}
     mean = train(model, cells, epochs=2, batch_size=1, lr=0.01, warmup=2, log=lines.append)
-    assert len(lines) == 2 and lines[0].startswith("epoch 1/2")
-    assert total_loss(lines[1]) < 0.95 * total_loss(lines[0])
+    assert lines[0] == f"4 images, {sum(len(t['labels']) for _, t in cells)} objects"
+    assert len(lines) == 3 and lines[1].startswith("epoch 1/2")
+    assert total_loss(lines[2]) < 0.95 * total_loss(lines[1])
     # `model` itself was trained, and what comes back is another module, its average, ready to predict.
     assert mean is not model and not mean.training and model.training
     key = "rpn_head.rpn_conv.weight"
@@ -55,7 +56,7 @@ def test_the_same_seed_gives_the_same_weights(cells):
 class Scripted(nn.Module):
     """Gives the losses it is told, and remembers the weight decay's trace on its parameters."""
 
-    label_offset = 0
+    reads_labels, outside = False, staticmethod(lambda targets: targets)
 
     def __init__(self, losses):
         super().__init__()
@@ -68,7 +69,19 @@ class Scripted(nn.Module):
         return dict(loss_a=self.weight.sum() * 0 + self.bias.sum() * 0 + value, loss_b=self.weight.sum() * 0)
 
 
-IMAGES = [(torch.zeros(3, 8, 8), dict(labels=torch.zeros(0, dtype=torch.int64)))] * 5
+IMAGES = [(torch.zeros(3, 8, 8), dict(labels=torch.zeros(1, dtype=torch.int64)))] * 5
+
+
+class Torn:
+    """The last two of its five pictures are gone."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        if index > 2:
+            raise ValueError(f"no picture {index}")
+        return IMAGES[index]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -89,14 +102,38 @@ def test_a_last_batch_that_is_too_small_is_left_out():
     model = Scripted([1.0] * 10)
     train(model, IMAGES, epochs=3, batch_size=2, log=lambda line: None)
     assert model.step == 6
-    with pytest.raises(ValueError, match=r"batch_size.*9.*5 images"):
-        train(model, IMAGES, epochs=1, batch_size=9)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(batch_size=9), "batch_size: 9 is more than the 5 images"),
+    (dict(batch_size=0), "batch_size: .* got 0"),
+    (dict(epochs=0), "epochs: expected a whole number from 1 up, got 0"),
+    (dict(epochs=-3), "epochs: .* got -3"),
+    (dict(lr=0.0), "lr: .* got 0"),
+    (dict(lr=float("nan")), "lr: .* got nan"),
+    (dict(dataset=[(torch.zeros(3, 8, 8), dict(labels=torch.zeros(0, dtype=torch.int64)))] * 5), "no object"),
+    (dict(dataset=IMAGES[:4] + [(torch.zeros(3, 8, 8), dict(labels=torch.tensor([7, 2, 1])))]), "in 0..1, got \\[2, 7\\]"),
+    (dict(dataset=Torn()), "no picture 3; no picture 4 \\(2 of 5 pictures\\)"),
+])  # fmt: skip
+def test_what_would_end_a_run_later_is_found_before_its_first_step(arguments, message):
+    model = Scripted([1.0] * 10)
+    model.reads_labels, model.num_classes = True, 2
+    with pytest.raises(ValueError, match=message):
+        train(model, **{**dict(dataset=IMAGES, epochs=1, batch_size=1), **arguments}, log=lambda line: None)
+    assert model.step == 0
+
+
+def test_the_average_is_handed_out_after_every_epoch():
+    model, kept = Scripted([1.0] * 9 + [float("nan")]), []
+    with pytest.raises(FloatingPointError):
+        train(model, IMAGES, 2, 1, warmup=0, log=lambda line: None, keep=lambda mean: kept.append((model.step, mean)))
+    assert [step for step, _ in kept] == [5] and kept[0][1] is not model
 
 
 class Recorder(nn.Module):
     """A gradient of one, always: the weight tells the sum of the learning rates."""
 
-    label_offset = 0
+    reads_labels, outside = False, staticmethod(lambda targets: targets)
 
     def __init__(self):
         super().__init__()

@@ -17,6 +17,8 @@ import re
 import torch
 from torch import Tensor
 
+from fastrcnn.checkpoints.peer_options import PeerOptions
+
 _RULES = [
     (r"^backbone\.bottom_up\.stem\.conv1\.weight$", r"backbone.conv1.weight"),
     (r"^backbone\.bottom_up\.stem\.conv1\.norm\.(.*)$", r"backbone.{N}1.\1"),
@@ -68,9 +70,11 @@ def _file_ratios(state: dict[str, Tensor], anchors: int) -> int:
     return max(int(torch.isclose(area, area[0], rtol=1e-3).sum()), 1)
 
 
+ANCHORS = ("proposal_generator.rpn_head.objectness_logits.weight", "head.cls_subnet.0.weight")
+
+
 def detect(state: dict[str, Tensor]) -> bool:
-    heads = "proposal_generator.rpn_head.objectness_logits.weight", "head.cls_subnet.0.weight"
-    return any(key in state for key in heads)
+    return any(key in state for key in ANCHORS)
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -181,20 +185,18 @@ def own_style(state: dict[str, Tensor]) -> str:
     return "pytorch" if _groups(state)[0] > 1 else "caffe"
 
 
-def defaults(state: dict[str, Tensor]) -> dict:
+def defaults(state: dict[str, Tensor]) -> PeerOptions:
     """What Detectron2's own model of these weights, in our keys, has and its files do not say."""
-    options: dict = dict(style=own_style(state))
     blocks = {key.split(".")[2] for key in state if key.startswith("backbone.layer3.")}
-    if _groups(state) == (32, 8) and len(blocks) == 23:  # X101's ImageNet weights come from Caffe2, as does its input
-        options["data_preprocessor"] = dict(std=(57.375, 57.12, 58.395))
-    return options
+    # X101's ImageNet weights come from Caffe2, as does its input.
+    caffe2 = _groups(state) == (32, 8) and len(blocks) == 23
+    return PeerOptions(style=own_style(state), std=(57.375, 57.12, 58.395) if caffe2 else None)
 
 
-def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
+def profile_options(state: dict[str, Tensor], meta: dict) -> PeerOptions:
     """Pixel statistics where the file has them. Their order is that of the channels: in photographs blue has the lowest
     mean and red the highest."""
-    pixels: dict = {key: state[f"pixel_{key}"].flatten().tolist() for key in ("mean", "std") if f"pixel_{key}" in state}
-    mean = pixels.get("mean", [0.0])
-    if mean[0] != mean[-1]:
-        pixels["bgr_to_rgb"] = mean[0] > mean[-1]
-    return dict(norm_eps=1e-5, data_preprocessor=pixels) if pixels else dict(norm_eps=1e-5)
+    pixels = {k: tuple(state[f"pixel_{k}"].flatten().tolist()) for k in ("mean", "std") if f"pixel_{k}" in state}
+    mean = pixels.get("mean", (0.0,))
+    order = {} if mean[0] == mean[-1] else {"bgr_to_rgb": mean[0] > mean[-1]}
+    return PeerOptions.read({**pixels, **order, "norm_eps": 1e-5})

@@ -1,14 +1,15 @@
 """MMDetection's keys are ours; older checkpoints differ in a few names."""
 
-import ast
 import re
 
 from torch import Tensor
 
-CAFFE_INPUT = dict(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
+from fastrcnn.checkpoints.peer_options import PeerOptions
+
+CAFFE_INPUT = PeerOptions(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
 
 # The class layer of a Faster R-CNN (of MMDetection 2 and, to be refused, 1), of a RetinaNet and of an RPN alone.
-_KNOWN = (
+ANCHORS = (
     "roi_head.bbox_head.fc_cls.weight",
     "bbox_head.fc_cls.weight",
     "bbox_head.retina_cls.weight",
@@ -17,7 +18,7 @@ _KNOWN = (
 
 
 def detect(state: dict[str, Tensor]) -> bool:
-    return any(key in state for key in _KNOWN)
+    return any(key in state for key in ANCHORS)
 
 
 def check_version(state: dict[str, Tensor], meta: dict) -> None:
@@ -51,6 +52,9 @@ def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(state)
 
 
+_LONGEST = 1_000_000  # letters of a configuration's text that are looked at
+_NUMBER = r"\s*(-?\d+(?:\.\d*)?(?:e-?\d+)?)\s*"
+_COLOUR = rf"[\[(]{_NUMBER},{_NUMBER},{_NUMBER}(?:,\s*)?[\])]"
 # Where a configuration's text keeps the input's statistics, and how it calls the order of their channels: MMDetection 3
 # in the model (BGR where it is silent), 2 and 1 beside the pipelines (RGB where it is silent).
 _INPUTS = (("data_preprocessor", "bgr_to_rgb", False), ("img_norm_cfg", "to_rgb", True))
@@ -69,39 +73,36 @@ def _call(text: str, name: str) -> str:
     return ""
 
 
-def _literal(text: str, name: str):
-    """The numbers or the truth value that `name` is set to in `text`, read and not run; None for anything else."""
-    found = re.search(rf"\b{name}['\"]?\s*[=:]\s*([\[(][^\])]*[\])]|True|False)", text)
-    try:
-        return ast.literal_eval(found[1]) if found else None
-    except (ValueError, SyntaxError):  # names or arithmetic
-        return None
+def _value(text: str, name: str, pattern: str) -> re.Match | None:
+    return re.search(rf"\b{name}['\"]?\s*[=:]\s*{pattern}", text)
 
 
-def _input_options(text: str) -> dict | None:
+def _input_options(text: str) -> PeerOptions:
     for name, order, default in _INPUTS:
         part = _call(text, name)
-        mean, std, rgb = (_literal(part, key) for key in ("mean", "std", order))
-        if _is_colour(mean) and _is_colour(std):
-            return dict(mean=tuple(mean), std=tuple(std), bgr_to_rgb=default if rgb is None else bool(rgb))
-    return None
+        mean, std = (_value(part, key, _COLOUR) for key in ("mean", "std"))
+        if mean and std:
+            rgb = _value(part, order, "(True|False)")
+            colours = {key: tuple(map(float, found.groups())) for key, found in (("mean", mean), ("std", std))}
+            return PeerOptions.read({**colours, "bgr_to_rgb": default if rgb is None else rgb[1] == "True"})
+    return PeerOptions()
 
 
-def _is_colour(value) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
-
-
-def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
+def profile_options(state: dict[str, Tensor], meta: dict) -> PeerOptions:
     """What the checkpoint's own configuration text says: the backbone's style, and the input's statistics and order of
     channels. A caffe style without statistics stands for BGR and no division, as with the weights of that name."""
-    text = str(meta.get("cfg") or meta.get("config") or "")
-    style = re.search(r"\bstyle['\"]?\s*[=:]\s*['\"](caffe|pytorch)['\"]", text)
-    options = dict(style=style[1]) if style else {}
-    pixels = _input_options(text) or (CAFFE_INPUT if options.get("style") == "caffe" else None)
-    return {**options, "data_preprocessor": pixels} if pixels else options
+    text = meta.get("cfg") or meta.get("config")
+    text = text if isinstance(text, str) and len(text) <= _LONGEST else ""
+    found = re.search(r"\bstyle['\"]?\s*[=:]\s*['\"](caffe|pytorch)['\"]", text)
+    style = PeerOptions(style=found[1] if found else None)
+    pixels = _input_options(text)
+    return style.over(CAFFE_INPUT if pixels.mean is None and style.style == "caffe" else pixels)
 
 
 def class_names(meta: dict) -> list[str] | None:
     data = meta.get("dataset_meta") or meta
     names = data.get("CLASSES") or data.get("classes") if isinstance(data, dict) else None
-    return list(names) if names else None
+    if isinstance(names, str):  # one class whose tuple lost its comma
+        return [names]
+    known = isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names)
+    return list(names) if known else None

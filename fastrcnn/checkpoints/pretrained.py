@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastrcnn.checkpoints.read import read
+from fastrcnn.checkpoints.read import check_finite, read_tensors, within
 
 # torchvision's and OpenMMLab's own addresses; the file names end in the first digits of their SHA-256.
 _TORCHVISION = "https://download.pytorch.org/models/"
@@ -35,12 +35,14 @@ SHORT_NAMES = {
     "open-mmlab://resnet101_v1c": _OPENMMLAB + "resnet101_v1c-e67eebb6.pth",
 }
 
+CLASSIFIER = ("layer1.0.conv1.weight",)  # a key that every ResNet has
+
 
 def pretrained_state(checkpoint: str | Path, prefix: str = "") -> dict[str, Tensor]:
     """The state dict of an image classifier or, with prefix "backbone", of a detector's backbone.
 
     checkpoint: a file, an https address or a short name such as "torchvision://resnet50". Raises ValueError for an unknown
-    short name, otherwise what `read` raises.
+    short name, otherwise what `read_tensors` raises.
     """
     source = str(checkpoint)
     if "://" in source and not source.startswith(("http://", "https://")):
@@ -49,8 +51,11 @@ def pretrained_state(checkpoint: str | Path, prefix: str = "") -> dict[str, Tens
             raise ValueError(f"pretrained: unknown name {source!r}, expected a file, an address or one of "
                              f"{', '.join(SHORT_NAMES)}")  # fmt: skip
         source = SHORT_NAMES[source]
-    state, _ = read(source)
+    state, _ = read_tensors(source)
     if not prefix:
-        return state
-    prefix = prefix.rstrip(".") + "."
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        state = within(state, CLASSIFIER, source)
+    else:
+        prefix = prefix.rstrip(".") + "."
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    check_finite(state, source)
+    return state

@@ -1,10 +1,5 @@
-"""Reads checkpoint files without running anything that is in them.
+"""Reads files of tensors without running anything that is in them, by what they hold and not by what they are called."""
 
-`.pth` goes through torch.load(weights_only=True), `.safetensors` through safetensors, Detectron2's `.pkl` through an
-unpickler that knows numpy arrays and nothing else.
-"""
-
-import hashlib
 import pickle
 import re
 from collections.abc import Mapping
@@ -14,64 +9,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What a pickle of numpy arrays refers to. Everything else is refused.
-_NUMPY = {
-    (module, name)
-    for module in (
-        "numpy",
-        "numpy.core.multiarray",
-        "numpy._core.multiarray",
-        "numpy.core.numeric",
-        "numpy._core.numeric",
-    )
-    for name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
-}
+from fastrcnn.checkpoints.fetch import fetch
+from fastrcnn.checkpoints.unpickle import plain, read_pickle, read_torch
+
+_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before it wrote archives
+# Where a training program puts the state dict, the plain weights before their average.
+_NAMES = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "module", "weights", "params",
+          "parameters", "state", "ema_state_dict", "state_dict_ema", "model_ema", "ema", "checkpoint")  # fmt: skip
+# Parts of a key that wrappers add: DataParallel, torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_COUNTERS = {"n_averaged", "steps", "num_updates", "decay"}  # of averaged models
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+           torch.int8, torch.uint8, torch.bool)  # fmt: skip
 
 
-class _NumpyUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if (module, name) == ("_codecs", "encode"):  # how protocol-2 pickles carry bytes
-            return lambda text, encoding="latin1": text.encode(encoding)
-        if (module, name) not in _NUMPY:
-            raise pickle.UnpicklingError(f"refused: it refers to {module}.{name}, and only numpy arrays are read")
-        return super().find_class(module, name)
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or ["it ends early"])[0][:200]
 
 
-class _Inert:
-    """Stands for a class of a checkpoint's bookkeeping (a training log's buffers): holds state, does nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-def _inert_attribute(owner, name) -> _Inert:
-    return _Inert()
-
-
-def _safe_globals() -> list:
-    """Beyond tensors: numpy's array constructors, and mmengine's log buffers as inert objects."""
-    numpy_core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    allowed = [np.ndarray, np.dtype, *{type(np.dtype(c)) for c in "?bBhHiIlLqQefd"}]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        allowed += [(numpy_core._reconstruct, f"{module}._reconstruct"), (numpy_core.scalar, f"{module}.scalar")]
-    # A log buffer names its own methods through getattr: the name is taken, the look-up never made.
-    allowed += [(_inert_attribute, "builtins.getattr"), (_inert_attribute, "__builtin__.getattr")]
-    return [*allowed, (_Inert, "mmengine.logging.history_buffer.HistoryBuffer")]
-
-
-def _read_pth(path: Path):
+def _read_torch(path: Path):
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return read_torch(path)
     except pickle.UnpicklingError as error:
         refused = re.search(r"\bGLOBAL ([\w.]+)", str(error))  # the rest is advice to run it
         if refused is None:
-            raise ValueError(f"{path}: not a readable PyTorch checkpoint") from None
+            why = str(error) if str(error).startswith("refused") else "not a readable PyTorch checkpoint"
+            raise ValueError(f"{path}: {why}") from None
         raise ValueError(
             f"{path}: refused, because reading it would run code that the file names ({refused[1]}). Save the tensors "
             f"alone where it was written: torch.save({{'state_dict': model.state_dict()}}, path)"
@@ -80,14 +43,9 @@ def _read_pth(path: Path):
         raise ValueError(f"{path}: not a readable PyTorch checkpoint ({_reason(error)})") from None
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or ["it ends early"])[0]
-
-
-def _read_pkl(path: Path):
+def _read_pickle(path: Path):
     try:
-        with open(path, "rb") as file:
-            return _NumpyUnpickler(file, encoding="latin1").load()
+        return read_pickle(path)
     except Exception as error:  # damaged bytes run into any kind
         raise ValueError(f"{path}: not a readable pickle of numpy arrays ({_reason(error)})") from None
 
@@ -105,66 +63,102 @@ def _read_safetensors(path: Path):
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def fetch(path_or_url: str | Path) -> Path:
-    """A local file for a path or an https address (downloaded once into torch.hub's cache).
+def _reader(path: Path):
+    """By the first bytes: an archive or the old form of torch.save, a safetensors header, else a pickle; by the name where
+    the bytes are nobody's."""
+    with open(path, "rb") as file:
+        first = file.read(16)
+    if first.startswith(b"PK\x03\x04") or first.startswith(_TORCH_MAGIC[: len(first)]):
+        return _read_torch
+    if first[8:9] == b"{" or path.suffix.lower() == ".safetensors":
+        return _read_safetensors
+    return _read_pickle if first.startswith(b"\x80") or path.suffix.lower() == ".pkl" else _read_torch
 
-    A download is checked by the digits that its name ends in, where it has any: `-0123abcd` of the SHA-256, as MMDetection
-    and torchvision write them, or `_0123ab.pkl` of the MD5, Detectron2's. Raises FileNotFoundError, ValueError for a
-    damaged download (which is removed) and for another kind of address, OSError for one that fails.
-    """
-    text = str(path_or_url)
-    if not text.startswith(("http://", "https://")):
-        path = Path(text).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"no such checkpoint file: {path}")
-        return path
-    if text.startswith("http://"):
-        raise ValueError(f"{text}: expected an https address")
-    target = Path(torch.hub.get_dir()) / "checkpoints" / text.split("?")[0].rsplit("/", 1)[-1]
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        digest = re.search(r"-([0-9a-f]{8,})\.", target.name)
+
+def _state_of(content: Mapping, depth: int = 3) -> Mapping | None:
+    """The dict of tensors in a file's content: under one of the usual names, else the content itself, else the only dict in
+    it that has tensors."""
+    inner = {key: value for key, value in content.items() if isinstance(value, Mapping) and depth}
+    for name in _NAMES:
+        found = _state_of(inner[name], depth - 1) if name in inner else None
+        if found is not None:
+            return found
+    if any(isinstance(plain(value), Tensor | np.ndarray) for value in content.values()):
+        return content
+    found = [value for value in (_state_of(value, 0) for value in inner.values()) if value is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def _tensor(value, key, where: str, own_memory: bool) -> Tensor:
+    """own_memory: each number of it lies in memory, as in a file; an expanded view would outgrow what it was read from."""
+    if isinstance(value, np.ndarray):
         try:
-            torch.hub.download_url_to_file(text, str(target), digest[1] if digest else None, progress=True)
-        except RuntimeError as error:
-            raise ValueError(f"{text}: the download is damaged ({error})") from None
-        except OSError as error:  # URLError is one
-            raise OSError(f"cannot download {text}: {error}. Pass a local file with --weights instead.") from None
-        md5 = re.search(r"_([0-9a-f]{6})\.pkl$", target.name)
-        if md5 and not hashlib.md5(target.read_bytes(), usedforsecurity=False).hexdigest().startswith(md5[1]):
-            target.unlink()
-            raise ValueError(f"{text}: the download is damaged (its MD5 does not begin with {md5[1]})")
-    return target
+            value = torch.from_numpy(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: {key}: expected an array of numbers, got dtype {value.dtype}") from None
+    if not isinstance(key, str):
+        raise ValueError(f"{where}: expected names as the keys of tensors, got {key!r}")
+    if value.layout != torch.strided or value.is_quantized or value.dtype not in _DTYPES:
+        raise ValueError(f"{where}: {key}: expected a plain tensor of numbers, got {value.dtype} on {value.device}")
+    if own_memory and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{where}: {key}: {list(value.shape)} are more numbers than it holds")
+    return value.detach()
 
 
-def read(source: str | Path | Mapping) -> tuple[dict[str, Tensor], dict]:
-    """(state dict of tensors, metadata) of a `.pth`, `.pt`, `.pkl` or `.safetensors` file, an https address, or a state
-    dict that is in memory already.
+def read_tensors(source: str | Path | Mapping) -> tuple[dict[str, Tensor], dict]:
+    """(tensors by name, metadata) of a file of torch.save, of safetensors or of pickled numpy arrays, of an https address,
+    or of a state dict that is in memory already.
 
-    Raises FileNotFoundError, OSError for a failed download, ValueError for a file that is damaged, holds no tensors, or
-    others under their names, or wants to run code.
+    What wrappers of models add to names is taken off. The metadata are plain data, with what lies beside the tensors of a
+    `state_dict()` under the key "peer". Raises FileNotFoundError, OSError for a failed download, ValueError for a file that
+    is damaged, holds no tensors, or others under their names, or wants to run code.
     """
     if isinstance(source, Mapping):
-        path, content = "the state dict", dict(source)
+        path, content = "the state dict", source
     else:
         path = fetch(source)
-        content = {".pkl": _read_pkl, ".safetensors": _read_safetensors}.get(path.suffix, _read_pth)(path)
-    if not isinstance(content, dict):
+        content = _reader(path)(path)
+    if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
     meta = content.get("meta", {})
-    nested = [content[k] for k in ("state_dict", "model", "model_state_dict") if isinstance(content.get(k), dict)]
-    state = nested[0] if nested else content
-    tensors = {}
-    for key, value in state.items():
-        if isinstance(value, np.ndarray):
-            try:
-                value = torch.from_numpy(value)
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}: {key}: expected an array of numbers, got dtype {value.dtype}") from None
-        if isinstance(value, Tensor):
-            if not isinstance(key, str):
-                raise ValueError(f"{path}: expected names as the keys of tensors, got {key!r}")
-            tensors[key.removeprefix("module.")] = value
+    meta = dict(meta) if isinstance(meta, dict) else {}
+    state, tensors = _state_of(content), {}
+    for key, value in (state or {}).items():
+        value = plain(value)
+        if isinstance(value, Tensor | np.ndarray):
+            value = _tensor(value, key, str(path), content is not source)
+            key = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+            if key in tensors:
+                raise ValueError(f"{path}: two tensors of the name {key}")
+            tensors[key] = value
     if not tensors:
         raise ValueError(f"{path}: holds no tensors")
-    return tensors, meta if isinstance(meta, dict) else {}
+    # Beside the keys of a module's state dict torch keeps each part's version; a detector writes its options there.
+    beside = getattr(state, "_metadata", None)
+    for part in beside.values() if isinstance(beside, dict) else ():
+        if isinstance(part, dict) and isinstance(part.get("peer"), str):
+            meta["peer"] = part["peer"]
+    return {key: value for key, value in tensors.items() if key not in _COUNTERS}, meta
+
+
+def within(tensors: dict[str, Tensor], anchors: tuple[str, ...], where: str) -> dict[str, Tensor]:
+    """The tensors of the network that has one of the keys `anchors`, without what a program put before its names; all of
+    them where none has. Raises ValueError where several networks have it."""
+    found = {key[: -len(anchor)] for key in tensors for anchor in anchors if key.endswith(anchor)}
+    found = {
+        p for p in found if p == "" or (p.endswith(".") and "backbone" not in p)
+    }  # a backbone is part of a network
+    prefix = min(found, key=len, default="")
+    others = [p for p in found if not p.startswith(prefix)]
+    if others:
+        raise ValueError(f"{where}: holds several networks ({', '.join(sorted([prefix, *others]))}): save one alone")
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    """Raises ValueError naming the weights that are NaN or infinite: what a diverged training left detects nothing."""
+    numbers = {k: v for k, v in tensors.items() if v.is_floating_point() and v.device.type != "meta"}
+    broken = [k for k, v in numbers.items() if not v.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ValueError(f"{where}: NaN or infinite weights in {', '.join(broken[:3])}{more}")

@@ -5,6 +5,8 @@ import re
 import torch
 from torch import Tensor
 
+from fastrcnn.checkpoints.peer_options import PeerOptions
+
 # (pattern, replacement), the first that matches; {i} below is a level or layer index.
 _RULES = [
     (r"^backbone\.body\.(.*)$", r"backbone.\1"),
@@ -38,9 +40,11 @@ _RULES = [
 _OLD_TOWER = re.compile(r"^(head\.(?:classification|regression)_head\.conv)\.(\d)\.(weight|bias)$")
 
 
+ANCHORS = ("roi_heads.box_predictor.cls_score.weight", "head.classification_head.cls_logits.weight")
+
+
 def detect(state: dict[str, Tensor]) -> bool:
-    heads = "roi_heads.box_predictor.cls_score.weight", "head.classification_head.cls_logits.weight"
-    return "backbone.body.conv1.weight" in state and any(key in state for key in heads)
+    return "backbone.body.conv1.weight" in state and any(key in state for key in ANCHORS)
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,8 +140,8 @@ def own_style(state: dict[str, Tensor]) -> str:
     return "pytorch"
 
 
-def profile_options(state: dict[str, Tensor], meta: dict) -> dict:
+def profile_options(state: dict[str, Tensor], meta: dict) -> PeerOptions:
     """torchvision sets eps = 0 in the frozen norms of its published COCO weights. A frozen norm, unlike BatchNorm2d, has
     no num_batches_tracked; the eps itself is not in the file."""
     frozen = not any(k.endswith("num_batches_tracked") for k in state)
-    return dict(style="pytorch", norm_eps=0.0 if frozen else 1e-5)
+    return PeerOptions(style="pytorch", norm_eps=0.0 if frozen else 1e-5)

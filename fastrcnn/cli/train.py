@@ -1,5 +1,6 @@
 """fastrcnn train."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -9,13 +10,21 @@ from fastrcnn.cli.common import Device, console, fail
 from fastrcnn.cli.eval import print_scores
 
 
+def say(line: str) -> None:
+    """Prints a line; a full disk or a closed pipe behind the output ends no training."""
+    with contextlib.suppress(OSError):
+        console.print(line, markup=False, soft_wrap=True)
+
+
 def train(
     annotations: Annotated[Path, typer.Argument(help="COCO annotation file")],
     images: Annotated[Path | None, typer.Option(help="image folder [default: images/ beside the annotations]")] = None,
     val: Annotated[Path | None, typer.Option(help="COCO annotation file to report AP on")] = None,
     model: Annotated[str | None, typer.Option(help="name [default: told by the weights, else r50_fpn]")] = None,
     weights: Annotated[str | None, typer.Option(help="start: a detector of any classes, or an ImageNet ResNet")] = None,
-    out: Annotated[Path, typer.Option(help="where the trained weights go")] = Path("trained.safetensors"),
+    out: Annotated[Path, typer.Option(help="where the trained weights go, after every epoch")] = Path(
+        "trained.safetensors"
+    ),
     epochs: int = 12,
     batch: int = 2,
     lr: float = 0.0025,
@@ -24,32 +33,53 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train on your own data; writes weights that `fastrcnn detect --weights` takes."""
-    from safetensors.torch import save_file
+    import torch
+    from torchvision.transforms import v2
 
-    from fastrcnn.data import CocoDataset
+    from fastrcnn.data import CocoDataset, read_through
+    from fastrcnn.evaluation import match_classes
+    from fastrcnn.evaluation.coco import require_hotcoco
     from fastrcnn.inference.detector import as_device
     from fastrcnn.training import train as run
-    from fastrcnn.weights import model_metadata, pretrained_model
+    from fastrcnn.weights import pretrained_model, save, writable
     from fastrcnn.weights.named import named_model
 
-    try:
-        from torchvision.transforms import v2
-
+    try:  # everything that the run needs, before its first step
+        chosen, out = as_device(device), writable(out)
         dataset = CocoDataset(annotations, images, v2.RandomHorizontalFlip())
-        names = ["object"] if (model or "").startswith("rpn_") else dataset.class_names
+        proposes = (model or "").startswith("rpn_")
+        names = ["object"] if proposes else dataset.class_names
+        if val is not None:
+            require_hotcoco()
+            held_out = CocoDataset(val, images)
+            if not proposes:
+                match_classes(names, held_out.class_names)
+            read_through(held_out)
+        torch.manual_seed(0)  # of the weights that start afresh
         sizes, classes = dict(min_size=min_size, max_size=max_size), len(names)
         if weights:
-            net = pretrained_model(weights, classes, model, **sizes)
+            net = pretrained_model(weights, classes, model, names, **sizes)
         else:  # nothing may stay frozen at random values
             backbone = dict(frozen_stages=-1, norm_eval=False, norm_cfg=dict(requires_grad=True))
             net = named_model(model or "r50_fpn", classes, backbone=backbone, **sizes)
-        net = net.to(as_device(device))
-        net = run(net, dataset, epochs, batch, lr, log=lambda line: console.print(line, soft_wrap=True))
-    except (ValueError, OSError, FloatingPointError) as error:
+        net.class_names, net.category_ids = names, None if proposes else dataset.category_ids
+        net = net.to(chosen)
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
-    net.class_names = names
-    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    save_file(state, out, model_metadata(net.zoo_name, net, net.zoo_overrides))
-    console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
-    if val is not None:
-        print_scores(net, CocoDataset(val, images))
+    if dataset.left_out:
+        counts = ", ".join(f"{n} {reason}" for reason, n in dataset.left_out.items())
+        say(f"{annotations}: boxes left out or cut: {counts}")
+    saved = False
+
+    def keep(mean) -> None:
+        nonlocal saved
+        save(mean, out)
+        saved = True
+
+    try:
+        net = run(net, dataset, epochs, batch, lr, log=say, keep=keep)
+        say(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+        if val is not None:
+            print_scores(net, held_out)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        fail(f"{error}. The weights of the last whole epoch are in {out}" if saved else error)

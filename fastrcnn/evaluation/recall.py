@@ -1,13 +1,17 @@
 """Average recall of class-agnostic proposals, as COCO defines it and MMDetection's `proposal` metric prints it."""
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastrcnn.evaluation.coco import _xywh
+from fastrcnn.evaluation.coco import coco_eval, require_hotcoco, truth_of_file, truth_of_targets
+from fastrcnn.evaluation.predict import annotated, as_detector, predict
+from fastrcnn.inference import Detector
+from fastrcnn.models import RPN
+from fastrcnn.models.base_detector import BaseDetector
+from fastrcnn.models.frame import Frame
 
 SIZES = ("s", "m", "l")  # areas below 32^2, up to 96^2, and beyond
 
@@ -25,37 +29,19 @@ def proposal_recall(
     scores [K]. One of each an image, in the same order. iou_thrs: None for COCO's 0.5, 0.55 ... 0.95. Raises ValueError
     naming the argument.
     """
-    try:
-        from hotcoco import COCO, COCOeval
-    except ImportError:
-        raise ImportError("Proposal recall needs hotcoco: pip install 'fastrcnn[eval]'") from None
     if len(targets) != len(proposals):
         raise ValueError(f"proposals: expected one for each of the {len(targets)} targets, got {len(proposals)}")
+    results = [dict(boxes=boxes, scores=scores, labels=torch.zeros(len(boxes))) for boxes, scores in proposals]
+    return _recall(range(len(targets)), truth_of_targets(targets, None), results, max_nums, iou_thrs)
+
+
+def _recall(images, truth, results, max_nums=(100, 300, 1000), iou_thrs=None) -> dict[str, float]:
     if not max_nums or min(max_nums) < 1:
         raise ValueError(f"max_nums: expected numbers from 1 up, got {max_nums}")
-    images = [dict(id=i, width=1, height=1, file_name=str(i)) for i in range(len(targets))]
-    annotations, rows = [], [np.zeros((0, 7))]  # rows: image, x, y, width, height, score, category
-    for i, (target, (boxes, scores)) in enumerate(zip(targets, proposals)):
-        crowd = target.get("ignore_boxes", torch.zeros(0, 4))
-        for iscrowd, group in enumerate((target["boxes"], crowd)):
-            for box in _xywh(group.cpu().float()):
-                annotations.append(dict(id=len(annotations) + 1, image_id=i, category_id=0, bbox=box,
-                                        area=box[2] * box[3], iscrowd=iscrowd))  # fmt: skip
-        table = torch.zeros(len(boxes), 7, dtype=torch.float64)
-        table[:, 0] = i
-        table[:, 1:5] = torch.tensor(_xywh(boxes.cpu().float())).reshape(-1, 4)
-        table[:, 5] = scores
-        rows.append(table.numpy())
-    truth = COCO(dict(images=images, annotations=annotations, categories=[dict(id=0, name="object")]))
-    evaluation = COCOeval(truth, truth.load_res(np.concatenate(rows)), "bbox")
-    evaluation.params.use_cats = False
-    evaluation.params.max_dets = sorted(max_nums)
+    params = dict(use_cats=False, max_dets=sorted(max_nums))
     if iou_thrs is not None:
-        evaluation.params.iou_thrs = [float(t) for t in iou_thrs]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # these are not the settings of a detection benchmark
-        evaluation.evaluate()
-        evaluation.accumulate()
+        params["iou_thrs"] = [float(t) for t in iou_thrs]
+    evaluation = coco_eval(images, truth, results, 1 + max((t["category"] for t in truth), default=0), **params)
     # [thresholds, sizes (all first), max_nums], -1 without objects
     recall = np.asarray(evaluation.eval["recall"])[:, 0]
     means = np.where(recall.min(0) < 0, np.nan, recall.mean(0) * 100)
@@ -63,19 +49,31 @@ def proposal_recall(
     return found | {f"AR{size}@{max(max_nums)}": float(means[k + 1, -1]) for k, size in enumerate(SIZES)}
 
 
-@torch.inference_mode()
-def evaluate_proposals(model, dataset, batch_size: int = 4) -> dict[str, float]:
-    """`proposal_recall` of the first stage of a FasterRCNN, or of an RPN, on a dataset of (image uint8 [3, H, W], target)
-    pairs. The model's mode is restored."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    targets, found = [], []
-    for start in range(0, len(dataset), batch_size):
-        pairs = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch, sizes, factors = model.data_preprocessor([image.to(device) for image, _ in pairs], model.dtype)
-        for (boxes, scores), factor in zip(model.proposals(batch, sizes), factors):
-            found.append(((boxes / factor.repeat(2)).cpu(), scores.cpu()))
-        targets += [target for _, target in pairs]
-    model.train(was_training)
-    return proposal_recall(targets, found)
+class _FirstStage(BaseDetector):
+    """The proposals of a two-stage detector as its detections, all of one class."""
+
+    num_classes, reads_labels, label_offset = 1, False, 0
+
+    def __init__(self, model: BaseDetector):
+        nn.Module.__init__(self)
+        self.detector, self.data_preprocessor = model, model.data_preprocessor
+        self.class_names, self.category_ids = ["object"], [1]
+
+    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
+        found = zip(self.detector.proposals(batch, frame.sizes), frame.factors)
+        return [dict(boxes=boxes / factor.repeat(2), scores=scores, labels=torch.zeros_like(scores, dtype=torch.int64))
+                for (boxes, scores), factor in found]  # fmt: skip
+
+
+def evaluate_proposals(model: BaseDetector | Detector, dataset, batch_size: int | None = None) -> dict[str, float]:
+    """`proposal_recall` of an RPN, of the first stage of a FasterRCNN, or of what a Detector finds, on a dataset, whatever
+    the objects' classes; dataset and batch_size as in `predict`, truth and errors as in `evaluate`."""
+    require_hotcoco()
+    file = annotated(dataset)
+    model = as_detector(model if isinstance(model, RPN | Detector) else _FirstStage(model))
+    if file is None:
+        found, targets = predict(model, dataset, batch_size)
+        return proposal_recall(targets, [(f["boxes"], f["scores"]) for f in found])
+    coco, indices = file
+    truth = truth_of_file(coco, indices)
+    return _recall([coco.images[i]["id"] for i in indices], truth, predict(model, dataset, batch_size)[0])

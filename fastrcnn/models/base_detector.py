@@ -1,10 +1,14 @@
 """What every detector shares: preprocessing, features, targets, torchvision's calling convention."""
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastrcnn.checkpoints.checkpoint import EXTRA_STATE
+from fastrcnn.checkpoints.peer_options import PeerOptions, from_text, to_text
 from fastrcnn.checkpoints.pretrained import pretrained_state
 from fastrcnn.models.build import build
 from fastrcnn.models.fpn import FPN
@@ -15,6 +19,16 @@ from fastrcnn.models.resnet import ResNet, ResNetV1d, ResNeXt
 from fastrcnn.ops._checks import coordinates
 
 BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNeXt, "ResNetV1d": ResNetV1d}
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a detector was built with, for a return to its first profile and for a file that says how to build it again."""
+
+    profile: str
+    options: PeerOptions
+    trains_norms: bool
+    arguments: dict  # of the constructor, its type among them; parts that were handed in as modules stand as modules
 
 
 class BaseDetector(nn.Module):
@@ -42,12 +56,20 @@ class BaseDetector(nn.Module):
         self.backbone = build(backbone, BACKBONES, "backbone")
         self.neck = None if neck is None else build(neck, {"FPN": FPN}, "neck")
         self.class_names: list[str] | None = None
+        self.category_ids: list[int] | None = None  # by label, of the annotations that it was trained on
+        self.config: dict | None = None  # MMDetection's whole one, data and schedule, where the model is from one
 
-    def _built(self, dense_head: nn.Module) -> None:
-        """What a subclass says when its parts stand: the head that proposes or detects on every level, and, for a return to
-        this profile, what the model has beside it."""
+    def _built(self, dense_head: nn.Module, arguments: dict) -> None:
+        """What a subclass says when its parts stand: the head that proposes or detects on every level, and the arguments of
+        its constructor (its first locals)."""
         dense_head.pad_size_divisor = self.data_preprocessor.pad_size_divisor
-        self.built_with = self.profile.name, self.peer_options()
+        given = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
+        given = {k: v if isinstance(v, nn.Module) else copy.deepcopy(v) for k, v in given.items()}
+        trained = any(p.requires_grad for m in self._norms() for p in m.parameters())
+        self.built = Built(self.profile.name, self.peer_options, trained, {"type": type(self).__name__, **given})
+
+    def _norms(self) -> list[nn.Module]:
+        return [m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     @property
     def label_offset(self) -> int:
@@ -68,52 +90,85 @@ class BaseDetector(nn.Module):
                 child.init_weights(*[states[m] for m in child.modules() if m in states])
 
     def set_profile(self, name: str) -> None:
-        """Takes over every default of a peer, those that are constructor arguments in MMDetection included."""
-        self.profile = p = get_profile(name)
-        self.data_preprocessor.set_profile(p)
+        """Takes over every default of a peer, those that are constructor arguments in MMDetection included; where the model
+        was built for this peer, what it was built with says more than the profile (a caffe-style C4, say)."""
+        self.profile = get_profile(name)
+        self.set_peer_options(PeerOptions())
         if isinstance(self.backbone, ResNet):
-            style = p.resnet_style or ("caffe" if self.neck is None else "pytorch")
-            style = "pytorch" if isinstance(self.backbone, ResNeXt) else style
-            self.backbone.set_style(style)
-            self.backbone.train_norms(p.trains_norms and style == "pytorch")
-        built_for, options = self.built_with
-        if built_for == name:  # what it was built with says more than the profile (a caffe-style C4, say)
-            self.set_peer_options(**options)
+            trained = self.profile.trains_norms and self.backbone.style == "pytorch"
+            self.backbone.train_norms(self.built.trains_norms if name == self.built.profile else trained)
 
-    def peer_options(self) -> dict:
-        """What a model has beside its profile and a checkpoint may decide: the pixel statistics, the divisor of the padded
-        size, the backbone's style, its norms' epsilon and whether they are trained."""
-        p = self.data_preprocessor
-        options: dict = dict(data_preprocessor=dict(mean=p.mean, std=p.std, bgr_to_rgb=not p.bgr))
-        options["pad_size_divisor"] = p.pad_size_divisor
-        if isinstance(self.backbone, ResNet):
-            options["style"] = self.backbone.style
-        norms = [m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if norms:
-            options["norm_eps"] = norms[0].eps
-            options["train_norms"] = any(p.requires_grad for m in norms for p in m.parameters())
-        return options
+    @property
+    def peer_options(self) -> PeerOptions:
+        """What the model has beside its profile and a checkpoint may decide."""
+        p, norms = self.data_preprocessor, self._norms()
+        return PeerOptions(
+            mean=p.mean,
+            std=p.std,
+            bgr_to_rgb=not p.bgr,
+            pad_size_divisor=p.pad_size_divisor,
+            style=self.backbone.style if isinstance(self.backbone, ResNet) else None,
+            norm_eps=norms[0].eps if norms else None,
+        )
 
-    def set_peer_options(
-        self,
-        data_preprocessor: dict | None = None,
-        style: str | None = None,
-        norm_eps: float | None = None,
-        train_norms: bool | None = None,
-        pad_size_divisor: int | None = None,
-    ) -> None:
-        """Takes over what `peer_options` gives; None leaves a thing as it is, or with the profile's pixel statistics."""
-        self.data_preprocessor.set_profile(self.profile, **(data_preprocessor or {}))
-        if style is not None and isinstance(self.backbone, ResNet):
-            self.backbone.set_style(style)
-        if train_norms is not None and isinstance(self.backbone, ResNet):
-            self.backbone.train_norms(train_norms)
-        for m in self.children() if pad_size_divisor is not None else ():
+    def _default_options(self) -> PeerOptions:
+        """Those of the profile: what the model was built with, where it was built for it, else the peer's own."""
+        p, built = self.profile, self.built
+        if p.name == built.profile:
+            return built.options
+        style = p.resnet_style or ("caffe" if self.neck is None else "pytorch")
+        style = "pytorch" if isinstance(self.backbone, ResNeXt) else style
+        pad = built.options.pad_size_divisor
+        if self.neck is None:  # Detectron2 pads to a multiple of 32 for a pyramid alone
+            pad = 1 if p.name == "detectron2" else 32
+        return PeerOptions(p.mean, p.std, not p.bgr, pad, style, built.options.norm_eps)
+
+    def set_peer_options(self, options: PeerOptions) -> None:
+        """Takes over what a checkpoint says; what it does not say becomes the profile's again."""
+        o = options.over(self._default_options())
+        self.data_preprocessor.set_profile(self.profile, o.mean, o.std, o.bgr_to_rgb)
+        for m in self.children():
             if hasattr(m, "pad_size_divisor"):  # the preprocessor and the heads that know the padded area
-                m.pad_size_divisor = pad_size_divisor
-        for m in self.backbone.modules() if norm_eps is not None else ():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.eps = norm_eps
+                m.pad_size_divisor = o.pad_size_divisor
+        if isinstance(self.backbone, ResNet):
+            self.backbone.set_style(o.style)
+        for m in self._norms():
+            m.eps = o.norm_eps
+
+    def follow(self, profile: str, options: PeerOptions) -> None:
+        """Becomes a peer's model with these options, and keeps nothing of another peer's."""
+        if profile != self.profile.name:
+            self.set_profile(profile)
+        self.set_peer_options(options)
+
+    # The same weights give other boxes in another profile, so a state dict says whose it is. MMDetection's has exactly
+    # MMDetection's keys, and what it adds lies beside them, where torch keeps the version of each part: `torch.save`,
+    # DistributedDataParallel, torch.compile and averaged models carry it along, and `load_state_dict` of MMDetection's own
+    # model does not see it. In another profile a key more says it, so that no copy of the dict loses it, safetensors take
+    # it, and MMDetection's own model, in which these weights would be wrong, refuses it. No buffer: it is not moved to a
+    # device, averaged, broadcast or traced.
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        text = to_text(self.profile.name, self.peer_options)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["peer"] = text
+        if self.profile.name != "mmdet":
+            destination[prefix + EXTRA_STATE] = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+
+    def _load_from_state_dict(
+        self, state_dict, prefix: str, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        extra, text = state_dict.pop(prefix + EXTRA_STATE, None), local_metadata.get("peer")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if extra is None and text is None:  # MMDetection's own, and files of before: the model stays what it is
+            return
+        try:
+            self.follow(*from_text(text if extra is None else bytes(extra.long().tolist()).decode()))
+        except ValueError as error:
+            error_msgs.append(f"{prefix}{EXTRA_STATE}: {error}")
 
     def extract_feat(self, batch: Tensor) -> tuple[Tensor, ...]:
         """batch [B, 3, H, W], normalised and padded -> the maps of the neck (or backbone), finest first."""

@@ -32,6 +32,7 @@ class FasterRCNN(BaseDetector):
         max_size: int = 1333,
         data_preprocessor: dict | None = None,
     ):
+        arguments = dict(locals())
         super().__init__(backbone, neck, profile, min_size, max_size, data_preprocessor)
         train_cfg = settings(dict.fromkeys(("rpn", "rpn_proposal", "rcnn")), train_cfg, "train_cfg")
         test_cfg = settings(dict.fromkeys(("rpn", "rcnn")), test_cfg, "test_cfg")
@@ -50,7 +51,7 @@ class FasterRCNN(BaseDetector):
         unsaid = {} if proposal is None else dict(nms_pre=-1, min_bbox_size=-1)
         self.rpn_proposal = settings({**rpn_head.test_cfg, **unsaid}, proposal, "train_cfg rpn_proposal")
         check_proposal_cfg(self.rpn_proposal, "train_cfg rpn_proposal")
-        self._built(self.rpn_head)
+        self._built(self.rpn_head, arguments)
 
     @property
     def num_classes(self) -> int:

@@ -29,12 +29,13 @@ class RetinaNet(BaseDetector):
         max_size: int = 1333,
         data_preprocessor: dict | None = None,
     ):
+        arguments = dict(locals())
         super().__init__(backbone, neck, profile, min_size, max_size, data_preprocessor)
         if not isinstance(bbox_head, nn.Module):
             cfgs = dict(train_cfg=train_cfg, test_cfg=test_cfg, profile=self.profile)
             bbox_head = build({**bbox_head, **cfgs}, {"RetinaHead": RetinaHead}, "bbox_head")
         self.bbox_head = bbox_head
-        self._built(self.bbox_head)
+        self._built(self.bbox_head, arguments)
 
     @property
     def num_classes(self) -> int:

@@ -31,13 +31,14 @@ class RPN(BaseDetector):
         max_size: int = 1333,
         data_preprocessor: dict | None = None,
     ):
+        arguments = dict(locals())
         super().__init__(backbone, neck, profile, min_size, max_size, data_preprocessor)
         if not isinstance(rpn_head, nn.Module):
             train_cfg, test_cfg = ((cfg or {}).get("rpn", cfg) for cfg in (train_cfg, test_cfg))
             cfgs = dict(train_cfg=train_cfg, test_cfg=test_cfg, profile=self.profile)
             rpn_head = build({**rpn_head, "num_classes": 1, **cfgs}, {"RPNHead": RPNHead}, "rpn_head")
         self.rpn_head = rpn_head
-        self._built(self.rpn_head)
+        self._built(self.rpn_head, arguments)
         self.register_load_state_dict_pre_hook(self._rename_bbox_head)
 
     @staticmethod

@@ -20,9 +20,10 @@ from fastrcnn.data import CocoDataset
 from fastrcnn.data.coco import apply
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.evaluation import evaluate
+from fastrcnn.evaluation.coco import require_hotcoco
 from fastrcnn.models import faster_rcnn
 from fastrcnn.training.trainer import train
-from fastrcnn.weights.save import model_metadata
+from fastrcnn.weights import save, writable
 
 CLASS_NAMES = ["RBC", "WBC", "Platelets"]
 HELD_OUT_SEED = 1_000_000  # renders from here on are never trained on
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--renders", type=int, default=300)
     args = parser.parse_args()
-    from safetensors.torch import save_file
+    writable(args.out)
     from torchvision.transforms import v2
 
     # Cells have no up and no left: both flips are free data.
@@ -73,21 +74,21 @@ def main() -> None:
     parts: list[Dataset] = [RenderedCells(args.renders, 0, transforms)]
     if args.bccd:
         parts.append(CocoDataset(args.bccd / "train.json", transforms=transforms))
+        held_out = CocoDataset(args.bccd / "val.json")
+    require_hotcoco()
     torch.manual_seed(0)
     model = faster_rcnn("r18_fpn", num_classes=len(CLASS_NAMES), **OVERRIDES)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sum(map(len, parts))} images")
     model = train(model, ConcatDataset(parts), args.epochs, batch_size=4, lr=0.02)
     model.class_names = CLASS_NAMES
-    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    model = model.half().float()  # as it will be read again
     scores = {"renders": evaluate(model, RenderedCells(60, HELD_OUT_SEED))}
     if args.bccd:
-        scores["BCCD val"] = evaluate(model, CocoDataset(args.bccd / "val.json"))
+        scores["BCCD val"] = evaluate(model, held_out)
     for name, metrics in scores.items():
         print(name, {k: round(v, 1) for k, v in metrics.items()})
-    metadata = model_metadata("r18_fpn", model, OVERRIDES)
-    metadata["ap"] = json.dumps({n: {k: round(m[k], 1) for k in ("AP", "AP50", "AP75")} for n, m in scores.items()})
-    save_file({k: v.contiguous() for k, v in state.items()}, args.out, metadata)
+    ap = {name: {k: round(metrics[k], 1) for k in ("AP", "AP50", "AP75")} for name, metrics in scores.items()}
+    save(model.half(), args.out, dict(ap=json.dumps(ap)))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
 
 

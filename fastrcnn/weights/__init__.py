@@ -1,24 +1,20 @@
 """Checkpoints of MMDetection, torchvision and Detectron2, read into our models with the peer's own semantics."""
 
-from fastrcnn.weights.load import (
-    coco_address,
-    infer_model,
-    load_checkpoint,
-    load_pretrained,
-    load_weights,
-    pretrained_model,
-)
+from fastrcnn.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from fastrcnn.weights.load import coco_address, infer_model, load_pretrained, load_weights, pretrained_model
 from fastrcnn.weights.named import named_model
-from fastrcnn.weights.save import export_weights, model_metadata
+from fastrcnn.weights.save import export_weights, save, writable
 
 __all__ = [
+    "Checkpoint",
     "coco_address",
     "export_weights",
     "infer_model",
     "load_checkpoint",
     "load_pretrained",
     "load_weights",
-    "model_metadata",
     "named_model",
     "pretrained_model",
+    "save",
+    "writable",
 ]

@@ -4,14 +4,12 @@ from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.retinanet import RetinaNet
 from fastrcnn.models.rpn import RPN
 from fastrcnn.weights.load import coco_address, infer_model, load_weights
-from fastrcnn.zoo.recipes import FASTER_RCNNS, RETINANETS, RPNS, recipe
-
-_NAMES = {FasterRCNN: FASTER_RCNNS, RetinaNet: RETINANETS, RPN: RPNS}
+from fastrcnn.zoo.recipes import names_of, recipe
 
 
 def _named(kind, name, num_classes, profile, weights, overrides):
-    if name not in _NAMES[kind]:
-        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(_NAMES[kind])}")
+    if name not in names_of(kind):
+        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(names_of(kind))}")
     return named_model(name, num_classes, profile, weights, **overrides)
 
 

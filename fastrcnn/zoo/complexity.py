@@ -65,7 +65,7 @@ def complexity(model: nn.Module, height: int = 800, width: int = 1280) -> dict[s
     ops = [getattr(torch.ops.fastrcnn, name) for name in FUSED if hasattr(torch.ops.fastrcnn, name)]
     counter = FlopCounterMode(display=False, custom_mapping={op: _convolution(op) for op in ops})
     layers, dtype = _Layers(model), next(model.parameters()).dtype
-    tensors = layers.state_dict()
+    tensors = {**dict(layers.named_parameters()), **dict(layers.named_buffers())}
     with FakeTensorMode(), counter:
         state = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in tensors.items()}
         torch.func.functional_call(layers, state, torch.empty(1, 3, height, width, dtype=dtype, device="cpu"))

@@ -7,6 +7,7 @@ Everything else (imports, loops, conditions, other calls) is refused with the li
 """
 
 import ast
+import importlib.util
 import json
 import operator
 import os
@@ -15,8 +16,10 @@ from pathlib import Path
 
 from fastrcnn.models.build import merge
 
-# Steps of one file, items of one value, letters of one text: what no config needs, and what keeps a hostile one short.
+# Items of one value and letters of one text, steps of a file, nests, bases: what no config needs, and what keeps a hostile
+# one short.
 LIMIT = 100_000
+STEPS, DEEPEST, MOST_FILES, LARGEST = 300_000, 100, 200, 2_000_000
 _CALLS = {c.__name__: c for c in (list, tuple, set, range, len, int, float, str, bool)}
 _OPERATORS = {
     ast.Add: operator.add,
@@ -32,16 +35,18 @@ _OPERATORS = {
 }
 
 
-def _size(value, most: int = LIMIT + 1) -> int:
-    """Numbers, texts and containers in `value`, each as often as it is reached, counted up to `most`."""
-    count, rest = 0, [value]
-    while rest and count < most:
-        v = rest.pop()
+def _size(value) -> int:
+    """Numbers, texts and containers in `value`, each as often as it is reached, counted up to a little over LIMIT; a nest
+    too deep (a container in itself, for one) counts as more than that."""
+    count, rest = 0, [(value, 0)]
+    while rest and count <= LIMIT:
+        v, depth = rest.pop()
         count += 1 + (len(v) // 100 if isinstance(v, str) else 0)
-        if isinstance(v, dict):
-            rest += v.values()
-        elif isinstance(v, list | tuple | set):
-            rest += list(v)[:most]
+        if isinstance(v, dict | list | tuple | set):
+            if depth > DEEPEST:
+                return LIMIT + 1
+            items = list(v.values() if isinstance(v, dict) else v)[: LIMIT + 1]
+            rest += [(item, depth + 1) for item in items]
     return count
 
 
@@ -59,12 +64,20 @@ class _Reader:
         where = f"{self.path}, line {getattr(node, 'lineno', '?')}"
         raise _Refused(f"{where}: {what}. A config is read, not run: only data, `_base_` and names assigned before it")
 
+    def count(self, node: ast.AST, steps: int) -> None:
+        self.steps += steps
+        if self.steps > STEPS:
+            self.refuse(node, f"more than {STEPS} steps")
+
     def value(self, node: ast.expr):
-        self.steps += 1
-        if self.steps > LIMIT:
-            self.refuse(node, f"more than {LIMIT} steps")
+        self.count(node, 1)
         try:
-            return self._value(node)
+            value = self._value(node)
+            if isinstance(value, str | list | tuple | set | dict):  # what is copied counts as often as it is
+                if len(value) > LIMIT:
+                    self.refuse(node, f"more than {LIMIT} items")
+                self.count(node, len(value) // 100 if isinstance(value, str) else len(value))
+            return value
         except _Refused:
             raise
         except (TypeError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
@@ -93,17 +106,18 @@ class _Reader:
             case ast.UnaryOp() if type(node.op) in _OPERATORS:
                 return _OPERATORS[type(node.op)](self.value(node.operand))
             case ast.JoinedStr():
-                return "".join(self.text(part) for part in node.values)
+                return self.joined_text(node)
             case ast.Name():
                 if node.id not in self.names:
                     self.refuse(node, f"{node.id} is not assigned before")
                 return self.names[node.id]
             case ast.ListComp(generators=[ast.comprehension(target=ast.Name(id=name), ifs=[], iter=source)]):
-                outside, out = dict(self.names), []
+                outside, out = {key: self.names[key] for key in [name] if key in self.names}, []
                 for item in self.value(source):
                     self.names[name] = item
                     out.append(self.value(node.elt))
-                self.names = outside
+                self.names.pop(name, None)
+                self.names.update(outside)
                 return out
             case ast.Attribute() | ast.Subscript():
                 return self.member(node)
@@ -113,11 +127,15 @@ class _Reader:
         out = []
         for e in elements:
             out += list(self.value(e.value)) if isinstance(e, ast.Starred) else [self.value(e)]
+            if len(out) > LIMIT:
+                self.refuse(e, f"more than {LIMIT} items")
         return out
 
     def called(self, node: ast.Call, name: str, arguments: list):
         if name == "range" and len(range(*arguments)) > LIMIT:
             self.refuse(node, f"more than {LIMIT} items")
+        if name == "str":
+            self.count(node, sum(map(_size, arguments)))
         result = _CALLS[name](*arguments)
         return list(result) if name == "range" else result
 
@@ -134,17 +152,27 @@ class _Reader:
                 self.refuse(node, f"more than {LIMIT} items")
         result = _OPERATORS[type(op)](left, right)
         size = _size(result)
-        self.steps += size
+        self.count(node, size)
         if (isinstance(result, int) and abs(result) > 2**128) or size > LIMIT:
             self.refuse(node, "too large a value")
         return result
+
+    def joined_text(self, node: ast.JoinedStr) -> str:
+        out = ""
+        for part in node.values:
+            out += self.text(part)
+            if len(out) > LIMIT:
+                self.refuse(node, f"more than {LIMIT} letters")
+        return out
 
     def text(self, part: ast.expr) -> str:
         if isinstance(part, ast.Constant):
             return part.value
         if not isinstance(part, ast.FormattedValue) or part.format_spec is not None or part.conversion != -1:
             self.refuse(part, f"`{ast.unparse(part)[:60]}` is more than a value in a text")
-        return str(self.value(part.value))
+        value = self.value(part.value)
+        self.count(part, _size(value))
+        return str(value)
 
     @staticmethod
     def joined(pairs) -> dict:
@@ -174,8 +202,10 @@ class _Reader:
 
     def assign(self, target: ast.expr, value, own: dict) -> None:
         """`a = value`, `a, b = value`, `_base_.a.b = value`, `a["b"] = value`."""
-        if _size(value) > LIMIT:
+        size = _size(value)
+        if size > LIMIT:
             self.refuse(target, "too large a value")
+        self.count(target, size)
         match target:
             case ast.Name():
                 self.names[target.id] = own[target.id] = value
@@ -222,8 +252,10 @@ class _Reader:
             return self.value(ast.copy_location(ast.parse(base[1], mode="eval").body, node))
         names = dict(fileDirname=str(self.path.parent), fileBasename=self.path.name,
                      fileBasenameNoExtension=self.path.stem, fileExtname=self.path.suffix)  # fmt: skip
+        if text.count("{{") * 4096 > LIMIT * 10:
+            self.refuse(node, "too many templates")
         text = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda m: names.get(m[1], m[0]), text)
-        return re.sub(r"\{\{\s*\$(\w+)\s*:\s*(\S*?)\s*\}\}", lambda m: os.environ.get(m[1], m[2]), text)
+        return re.sub(r"\{\{\s*\$(\w+)\s*:\s*([^\s{}]*)\s*\}\}", lambda m: os.environ.get(m[1], m[2]), text)
 
 
 def _laid_over(base: dict, child: dict, path: Path, where: str = "") -> dict:
@@ -245,6 +277,8 @@ def _parsed(path: Path) -> tuple[list[ast.stmt] | dict, list]:
     """(statements of a .py file or the content of a .json file, its bases as they are written there)."""
     if path.suffix not in (".py", ".json"):
         raise ValueError(f"{path}: expected a .py or .json config")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path}: expected a config of at most {LARGEST} bytes, got {path.stat().st_size}")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
@@ -263,34 +297,58 @@ def _parsed(path: Path) -> tuple[list[ast.stmt] | dict, list]:
     return rest, reader.value(found[0].value) if found else []
 
 
-def read_config(path: str | Path, trail: tuple[Path, ...] = ()) -> dict:
-    """A config file (`.py` or `.json`) with its bases merged, as plain data. trail: the files that led here as bases.
+def _base_path(base: str, path: Path) -> Path:
+    """The file that `_base_` names: beside `path`, or, as in `mmdet::faster_rcnn/x.py`, among the configs that an installed
+    package brings along."""
+    package, scoped, name = base.partition("::")
+    if not scoped:
+        return path.parent / base
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"{path}: _base_: {base} is a config of the package {package}, which is not installed: copy it here"
+        )
+    return Path(spec.submodule_search_locations[0], ".mim", "configs", name)
 
-    Raises FileNotFoundError, or ValueError naming the file, the line and what was refused.
-    """
-    path = Path(path)
+
+def _read(path: Path, trail: tuple[Path, ...], files: list[Path]) -> dict:
+    """A config file with its bases merged. trail: the files that led here as bases; files: all that were read so far."""
     if not path.is_file():
         raise FileNotFoundError(f"no such config file: {path}" + (f", a base of {trail[-1]}" if trail else ""))
-    if path.resolve() in [p.resolve() for p in trail]:
+    path = path.resolve() if trail else path
+    if path.resolve() in trail:
         raise ValueError(f"{path}: is its own base, by way of {trail[-1]}")
+    files.append(path)
+    if len(files) > MOST_FILES or len(trail) > DEEPEST:
+        raise ValueError(f"{path}: more than {MOST_FILES} files of bases, or {DEEPEST} one on the other")
     content, parents = _parsed(path)
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list | tuple) or not all(isinstance(p, str) for p in parents):
-        raise ValueError(f"{path}: _base_: expected a path or a list of them, got {parents!r}")
+        raise ValueError(f"{path}: _base_: expected a path or a list of them, got {str(parents)[:60]}")
     bases = {}
     for parent in parents:
-        inherited = read_config(path.parent / parent, (*trail, path))
+        inherited = _read(_base_path(parent, path), (*trail, path.resolve()), files)
         twice = set(bases) & set(inherited)
         if twice:
             raise ValueError(f"{path}: {sorted(twice)} is in more than one of its bases")
         bases.update(inherited)
-    if isinstance(content, dict):
-        return _laid_over(bases, content, path)
-    reader, own = _Reader(path), {}
-    reader.names["_base_"] = bases
-    try:
+    own = content
+    if not isinstance(content, dict):
+        reader, own = _Reader(path), {}
+        reader.names["_base_"] = bases
         for s in content:
             reader.statement(s, own)
+    if max(map(_size, [*own.values(), *bases.values()]), default=0) > LIMIT:  # a container was put into itself
+        raise ValueError(f"{path}: too large a value, or one nested too deeply")
+    return _laid_over(bases, own, path)
+
+
+def read_config(path: str | Path) -> dict:
+    """A config file (`.py` or `.json`) with its bases merged, as plain data.
+
+    Raises FileNotFoundError, or ValueError naming the file, the line and what was refused.
+    """
+    try:
+        return _read(Path(path), (), [])
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
-    return _laid_over(bases, own, path)

@@ -8,8 +8,8 @@ from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.retinanet import RetinaNet
 from fastrcnn.models.rpn import RPN
 from fastrcnn.zoo.config_file import read_config
+from fastrcnn.zoo.recipes import DETECTORS
 
-DETECTORS = {"FasterRCNN": FasterRCNN, "RetinaNet": RetinaNet, "RPN": RPN}
 # Of a data_preprocessor: what shapes the model's input, and what a trainer of boxes reads or does not need.
 _PIXELS = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), bgr_to_rgb=False, pad_size_divisor=1)
 _LEFT_TO_TRAINING = {"type", "batch_augments", "pad_mask", "mask_pad_value", "pad_seg", "seg_pad_value",
@@ -165,13 +165,31 @@ def from_mmdet_config(path_or_dict: str | Path | dict) -> FasterRCNN | RetinaNet
         raise ValueError(f"config: a {kind} needs {missing}")
     built = build({"type": kind, **model, **options}, DETECTORS, "config")
     built.config = config
-    names = [m["classes"] for m in _metainfos(config) if "classes" in m]
-    if names and len(names[0]) == built.num_classes:
-        built.class_names = list(names[0])
+    names = _class_names(config)
+    if names is not None and len(names) == built.num_classes:
+        built.class_names = names
     return built
 
 
-def _metainfos(config: dict) -> list[dict]:
-    loader = config.get("test_dataloader") or {}
-    found = [config.get("metainfo"), (loader.get("dataset") or {}).get("metainfo"), config.get("data", {}).get("test")]
-    return [m for m in found if isinstance(m, dict)] + ([{"classes": config["classes"]}] if "classes" in config else [])
+def _class_names(config: dict) -> list[str] | None:
+    """What the config calls its classes: of the whole (MMDetection's `metainfo` or `classes`), else of the data that it
+    tests on, else of those that it trains on. Raises ValueError for what is no list of names."""
+    parts = [config, *(config.get(f"{part}_dataloader") for part in ("test", "val", "train")), config.get("data")]
+    for part in parts:
+        for found in _metainfos(part, 0 if part is config else 4):
+            names = found.get("classes", found.get("CLASSES"))
+            if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+                return list(names)
+            raise ValueError(f"config: classes: expected a list or tuple of names, got {str(names)[:60]!r}")
+    return None
+
+
+def _metainfos(part, depth: int) -> list[dict]:
+    """The dicts with class names in a dataset's configuration, those of its wrappers (`dataset`, `datasets`) included."""
+    if isinstance(part, list | tuple):
+        return [found for one in part for found in _metainfos(one, depth - 1)] if depth > 0 else []
+    if not isinstance(part, dict):
+        return []
+    here = [d for d in (part.get("metainfo"), part) if isinstance(d, dict) and {"classes", "CLASSES"} & set(d)]
+    inner = [part.get(key) for key in ("dataset", "datasets", "test", "val", "train")] if depth > 0 else []
+    return here + [found for one in inner for found in _metainfos(one, depth - 1)]

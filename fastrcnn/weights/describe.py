@@ -1,0 +1,178 @@
+"""The model that a checkpoint is of, as the arguments of its class: from the keys, or as our own files say it."""
+
+import json
+import re
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastrcnn.checkpoints.checkpoint import EXTRA_STATE, Checkpoint, metadata_json
+from fastrcnn.models.build import merge
+from fastrcnn.zoo.recipes import DETECTORS, NAMES, RECIPES, RPNS, Detector, model_config
+
+# The layers whose shape depends on the number of classes.
+CLASS_LAYERS = ("roi_head.bbox_head.fc_cls.", "roi_head.bbox_head.fc_reg.", "bbox_head.retina_cls.")
+_TELL = "name it, or build it with fastrcnn.models.from_mmdet_config and load the checkpoint with load_weights"
+# What a file may ask for before its weights are looked at: layers and anchors are built in loops, lists are multiplied.
+_COUNT = re.compile(r"(num_(?!classes|groups|heads)\w+|stacked_convs|scales_per_octave|depth|num)")
+_MOST_LAYERS, _LARGEST, _LONGEST, _DEEPEST = 2000, 1_000_000, 5000, 20
+
+
+def build(config: dict) -> Detector:
+    """The detector of a configuration: dict(type="FasterRCNN", backbone=...). Raises what its class raises."""
+    config = dict(config)
+    return DETECTORS[config.pop("type")](**config)
+
+
+def _names_a_file(init_cfg) -> bool:
+    return isinstance(init_cfg, dict) and "checkpoint" in init_cfg
+
+
+def _plain(value, where: str, depth: int = 0):
+    """A copy of a configuration as JSON keeps it. What it names to start from (files, addresses) is left out: the weights
+    are there. Raises ValueError for anything but data, or beyond what any model needs."""
+    if depth > _DEEPEST:
+        raise ValueError(f"{where}: nested too deeply")
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError(f"{where}: expected names as keys, got {[k for k in value if not isinstance(k, str)][:3]}")
+        kept = {k: v for k, v in value.items() if k != "pretrained" and not (k == "init_cfg" and _names_a_file(v))}
+        return {key: _plain(v, f"{where}.{key}" if where else key, depth + 1) for key, v in kept.items()}
+    if isinstance(value, list | tuple):
+        if len(value) > _LONGEST:
+            raise ValueError(f"{where}: expected at most {_LONGEST} items, got {len(value)}")
+        return [_plain(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, nn.Module):
+        kind = type(value).__name__
+        raise ValueError(f"{where}: a {kind} was handed in as a module, which no file can describe: build the model from "
+                         "MMDetection's dicts, or keep its state_dict() with torch.save")  # fmt: skip
+    if value is not None and not isinstance(value, str | bool | int | float):
+        raise ValueError(f"{where}: expected plain data, got a {type(value).__name__}")
+    most = _MOST_LAYERS if _COUNT.fullmatch(where.rpartition(".")[2]) else _LARGEST
+    if isinstance(value, int) and abs(value) > most:
+        raise ValueError(f"{where}: {value} is more than any model has")
+    return value
+
+
+def description(model: Detector) -> str:
+    """What `config_of` reads back: JSON of the arguments that a model was built with. Raises ValueError naming the part
+    that is no data."""
+    if DETECTORS.get(model.built.arguments["type"]) is not type(model):
+        raise ValueError(f"a file describes {', '.join(DETECTORS)}, got a {type(model).__name__} of its own")
+    return json.dumps(_plain(model.built.arguments, ""))
+
+
+def _named_by(state: dict[str, Tensor]) -> tuple[str, dict]:
+    """The zoo's name, and what differs from it, for a state dict in our keys, from its depths and widths."""
+    c4 = "roi_head.shared_head.layer4.0.conv1.weight" in state
+    stages = [f"backbone.layer{i}." for i in (1, 2, 3)] + ["roi_head.shared_head.layer4." if c4 else "backbone.layer4."]
+    blocks = tuple(len({k.removeprefix(s).split(".")[0] for k in state if k.startswith(s)}) for s in stages)
+    bottleneck = "backbone.layer1.0.conv3.weight" in state
+    depth = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}.get(
+        blocks
+    )
+    has_neck = any(key.startswith("neck.") for key in state)
+    if depth is not None and bottleneck and "roi_head.bbox_head.fc_cls.weight" in state and not has_neck:
+        deeper = dict(backbone=dict(depth=depth), **(dict(roi_head=dict(shared_head=dict(depth=depth))) if c4 else {}))
+        return "r50_c4" if c4 else "r50_dc5", {} if depth == 50 else deeper
+    if depth is None or "neck.fpn_convs.0.conv.weight" not in state:
+        raise ValueError(f"cannot tell the model from the checkpoint (blocks per stage {blocks}): {_TELL}")
+    alone = "roi_head.bbox_head.fc_cls.weight" not in state
+    kind = "retinanet_" if "bbox_head.retina_cls.weight" in state else "rpn_" if alone else ""
+    if "rpn_head.rpn_conv.1.conv.weight" in state or "bbox_head.cls_convs.0.gn.weight" in state:
+        return f"{kind}r{depth}_fpn_v2", {}
+    conv2 = state.get("backbone.layer1.0.conv2.weight")
+    if bottleneck and conv2 is not None and conv2.dim() == 4 and conv2.shape[0] != conv2.shape[1]:
+        groups = conv2.shape[0] // conv2.shape[1]
+        return f"{kind}x{depth}_{groups}x{conv2.shape[1]}d_fpn", {}
+    name = f"{kind}r{depth}_fpn"
+    if name not in (*NAMES, *RPNS):
+        raise ValueError(f"the checkpoint is of {name!r}, which is no named model: {_TELL}")
+    return name, {}
+
+
+def _named(name: str, num_classes: int | None, profile: str, *overrides: dict) -> dict:
+    config = model_config(name, num_classes, profile)
+    for changes in overrides:
+        config = merge(config, changes)
+    return {"type": RECIPES[name].kind.__name__, "profile": profile, **config}
+
+
+def _own(checkpoint: Checkpoint, name: str | None, source: str) -> dict:
+    """The configuration in one of our own files, after a look whether it is that of the weights beside it: nothing of its
+    size is built before."""
+    meta = checkpoint.meta
+    try:
+        if "detector" in meta:
+            config = _plain(metadata_json(meta, "detector", dict), "")
+        else:  # version 0.1 kept what differs from a named model
+            overrides = _plain(metadata_json(meta, "overrides", dict), "")
+            config = _named(name or str(meta.get("model")), checkpoint.num_classes, checkpoint.peer, overrides)
+        with torch.device("meta"):
+            shapes = build(config).state_dict()
+    except Exception as error:  # what a file says runs into any kind
+        raise ValueError(f"{source}: its metadata describe no model ({type(error).__name__}: {error})") from None
+    check_keys(shapes, checkpoint, source)
+    if name is not None and "detector" in meta:
+        network = ("type", "depth", "groups", "base_width")
+        asked = _named(name, None, checkpoint.peer)
+        found = [(c["type"], *(c["backbone"].get(key) for key in network)) for c in (asked, config)]
+        if found[0] != found[1]:
+            raise ValueError(f"{source} does not fit this model: it holds a {found[1]}, {name} is a {found[0]}")
+    return config
+
+
+def config_of(checkpoint: Checkpoint, num_classes: int, name: str | None, overrides: dict, source: str) -> dict:
+    """The configuration, for `build`, of the model that a checkpoint is of, with so many classes.
+
+    name: the model, where the checkpoint does not tell; overrides: laid over it. Raises ValueError where it does not tell,
+    or says what does not fit its weights.
+    """
+    if {"detector", "overrides"} & set(checkpoint.meta):
+        config = _own(checkpoint, name, source)
+        for parts in (("roi_head", "bbox_head"), ("bbox_head",)):
+            if parts[0] in config:
+                changed = dict(num_classes=num_classes)
+                for part in reversed(parts):
+                    changed = {part: changed}
+                config = merge(config, changed)
+        return merge(config, overrides)
+    told = checkpoint.meta.get("model")
+    name, differs = (name or told, {}) if name or told in RECIPES else _named_by(checkpoint.state)
+    unsaid = checkpoint.unsaid.said()
+    own = dict(backbone=dict(style=unsaid["style"])) if "style" in unsaid else {}
+    if "std" in unsaid:
+        own["data_preprocessor"] = dict(std=unsaid["std"])
+    return _named(name, num_classes, checkpoint.peer, own, differs, overrides)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+_OPTIONAL = (EXTRA_STATE, "num_batches_tracked", "loss_normalizer")  # what peers' files and exports are without
+
+
+def check_keys(own: dict[str, Tensor], checkpoint: Checkpoint, source: str) -> None:
+    """Raises ValueError naming what the state dict `own` of a model has that the checkpoint has not or in another shape,
+    and what is left over."""
+    state = checkpoint.state
+    missing = [k for k in own if k not in state and not k.endswith(_OPTIONAL)]
+    unexpected = [k for k in state if k not in own and not k.endswith(_OPTIONAL)]
+    shapes = [
+        f"{k} {list(state[k].shape)}, expected {list(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    problems = [
+        f"{what}: {_some(keys)}"
+        for what, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes))
+        if keys
+    ]
+    if problems:
+        hint, n = "", checkpoint.num_classes
+        if any(s.startswith(CLASS_LAYERS) for s in shapes):
+            hint = f". The file has {n} classes: build the model with num_classes={n}"
+        raise ValueError(f"{source} does not fit this model. " + "; ".join(problems) + hint)
