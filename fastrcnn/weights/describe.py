@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastrcnn.checkpoints.checkpoint import EXTRA_STATE, Checkpoint, metadata_json
+from fastrcnn.checkpoints.checkpoint import Checkpoint, metadata_json
+from fastrcnn.checkpoints.peer_options import OURS
 from fastrcnn.models.build import merge
 from fastrcnn.zoo.recipes import DETECTORS, NAMES, RECIPES, RPNS, Detector, model_config
 
@@ -152,7 +153,7 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
 
 
-_OPTIONAL = (EXTRA_STATE, "num_batches_tracked", "loss_normalizer")  # what peers' files and exports are without
+_OPTIONAL = (*OURS, "num_batches_tracked")  # what peers' files and exports are without
 
 
 def check_keys(own: dict[str, Tensor], checkpoint: Checkpoint, source: str) -> None:

@@ -85,11 +85,7 @@ def _apply(model: Detector, checkpoint: Checkpoint, source: str) -> Detector:
     check_keys(own, checkpoint, source)
     try:
         names, ids = checkpoint.categories()
-        config = (
-            metadata_json(checkpoint.meta, "config", dict)
-            if "detector" in checkpoint.meta and "config" in checkpoint.meta
-            else None
-        )
+        config = metadata_json(checkpoint.meta, "mmdet_config", dict) if "mmdet_config" in checkpoint.meta else None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     model.load_state_dict({k: v for k, v in checkpoint.state.items() if k in own}, strict=False)
