@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 from fastrcnn.checkpoints import detectron2
-from fastrcnn.checkpoints.peer_options import PeerOptions
+from fastrcnn.checkpoints.peer_options import EXTRA_STATE, PeerOptions
 from fastrcnn.models import RPN, RPNHead, StandardRoIHead, faster_rcnn
 from fastrcnn.models.build import merge
 from fastrcnn.weights import export_weights, infer_model, load_weights
@@ -56,7 +56,7 @@ def state_of(kind: str, depth: int, classes: int = 3) -> dict:
     """Our keys and shapes; values only in the RPN's output layers, since the rest is only renamed."""
     with torch.device("meta"):
         model = faster_rcnn(f"r50_{kind}", classes, "detectron2", **overrides(kind, depth))
-    state = {k: torch.zeros(()).expand(v.shape) for k, v in model.state_dict().items()}
+    state = {k: torch.zeros(()).expand(v.shape) for k, v in model.state_dict().items() if k != EXTRA_STATE}
     return {
         k: torch.randn(v.shape) if k.startswith(("rpn_head.rpn_cls", "rpn_head.rpn_reg")) else v
         for k, v in state.items()
