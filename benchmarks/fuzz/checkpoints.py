@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from fastrcnn.models import faster_rcnn
-from fastrcnn.weights import export_weights, infer_model, save
+from fastrcnn.weights import export_weights, infer_model, load_checkpoint, save
 from fastrcnn.zoo.config_file import read_config
 
 SMALL = dict(
@@ -92,7 +92,10 @@ def read(paths: list[str], seconds: float) -> None:
         signal.alarm(max(int(3 * seconds), 1))
         start = time.monotonic()
         try:
-            read_config(path) if Path(path).suffix in (".py", ".json") else infer_model(path)
+            if Path(path).suffix in (".py", ".json"):
+                read_config(path)
+            else:  # our own files say what they are of; the others are too small for a name
+                infer_model(path) if "_own" in path else load_checkpoint(path)
             how = "read"
         except (ValueError, OSError, ImportError) as error:
             how = f"refused ({type(error).__name__})"
