@@ -166,15 +166,14 @@ class Detector:
 
     @torch.inference_mode()
     def _detect(self, group: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor, Detections]]:
-        offset = self.model.label_offset
         images = [image for _, image in group]
         if self.device.type == "cuda":  # from pinned memory a copy does not make the host wait
             images = [image.pin_memory() for image in images]
-        results = self.model([image.to(self.device, non_blocking=True) for image in images])
+        results = self.model.detect(*self.model.prepare([image.to(self.device, non_blocking=True) for image in images]))
         counts = [len(r["scores"]) for r in results]
         keys = ("boxes", "scores", "labels")
         columns = (torch.cat([r[key] for r in results]).cpu().split(counts) for key in keys)
         for (index, image), boxes, scores, labels in zip(group, *columns):
             kept = scores > self.score_threshold
-            found = boxes[kept].float(), scores[kept].float(), labels[kept] - offset
+            found = boxes[kept].float(), scores[kept].float(), labels[kept]
             yield index, image, Detections(*found, self.class_names, self.category_ids)

@@ -10,6 +10,7 @@ from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.anchors import build_anchor_generator
 from fastrcnn.models.build import settings
 from fastrcnn.models.dense_head import DenseHead, flat_levels
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import build_loss, positive_weight
 from fastrcnn.models.matching import check_assigner
 from fastrcnn.models.post_process import check_nms, finish
@@ -67,7 +68,7 @@ class RetinaHead(DenseHead):
             anchor_generator, bbox_coder, loss_cls, loss_bbox, reg_decoded_bbox, train_cfg, test_cfg, profile
         )
         check_nms(test_cfg["nms"], "bbox_head test_cfg nms")
-        check_assigner(train_cfg["assigner"])
+        self.train_cfg = {**train_cfg, "assigner": check_assigner(train_cfg["assigner"])}
         if train_cfg["sampler"] != dict(type="PseudoSampler"):
             raise ValueError(f"sampler: RetinaNet trains on every anchor (PseudoSampler), got {train_cfg['sampler']}")
         if type(self.loss_cls).__name__ != "FocalLoss":
@@ -82,8 +83,23 @@ class RetinaHead(DenseHead):
         self.cls_convs, self.reg_convs = tower(), tower()
         self.retina_cls = nn.Conv2d(widths[-1], self.num_anchors * num_classes, 3, padding=1)
         self.retina_reg = nn.Conv2d(widths[-1], self.num_anchors * 4, 3, padding=1)
-        self.loss_normalizer = 100.0  # Detectron2's running mean of the number of positives starts there
+        self.register_load_state_dict_pre_hook(self._keep_normalizer)
         self.init_weights()
+
+    def set_profile(self, profile: str | Profile) -> None:
+        """Where the profile divides by a running mean of the number of positives (Detectron2's starts at 100), training
+        goes on from it, and it is part of the state dict; elsewhere the keys are MMDetection's alone."""
+        super().set_profile(profile)
+        mean = getattr(self, "loss_normalizer", torch.tensor(100.0, dtype=torch.float64))
+        self.register_buffer("loss_normalizer", mean, persistent=self.profile.dense_divisor == "running")
+
+    @staticmethod
+    def _keep_normalizer(module, state_dict: dict, prefix: str, *args) -> None:
+        """Checkpoints without it, Detectron2's among them, load strictly all the same."""
+        if module.profile.dense_divisor == "running":
+            state_dict.setdefault(f"{prefix}loss_normalizer", module.loss_normalizer)
+        else:
+            state_dict.pop(f"{prefix}loss_normalizer", None)
 
     def take_defaults(self, profile: Profile) -> None:
         """`set_profile`, and the peer's defaults of what MMDetection makes an argument: anchors, box loss, detections."""
@@ -114,28 +130,20 @@ class RetinaHead(DenseHead):
             deltas.append(conv_norm_act(reg, self.retina_reg, None, relu=False))
         return logits, deltas
 
-    def predict(
-        self,
-        logits: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        image_sizes: Tensor,
-        batch_shape: Sequence[int],
-        scale_factors: Tensor | None,
-    ) -> list[dict[str, Tensor]]:
-        """Detections of each image (see `RetinaNet.predict`): of each level the nms_pre best scores above score_thr, then
+    def predict(self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame) -> list[dict[str, Tensor]]:
+        """Detections of each image (see `BaseDetector.detect`): of each level the nms_pre best scores above score_thr, then
         NMS within each class."""
-        anchors = self.anchors(logits, batch_shape)
+        anchors = self.anchors(logits, frame)
         parts = []
-        for i, image_size in enumerate(image_sizes):
+        for i, image_size in enumerate(frame.sizes):
             parts += self._candidates([(c[i], d[i]) for c, d in zip(logits, deltas)], anchors, image_size)
         boxes, scores, labels = (torch.cat(p) for p in zip(*parts))
         counts = [sum(len(p[0]) for p in parts[i : i + len(anchors)]) for i in range(0, len(parts), len(anchors))]
         images = torch.arange(len(counts), device=boxes.device).repeat_interleave(
             torch.tensor(counts, device=boxes.device), output_size=sum(counts)
         )
-        cfg, p = self.test_cfg, self.profile
-        least = cfg["min_bbox_size"] if p.dense_drops_small else -1
-        return finish(boxes, scores, labels, images, image_sizes, scale_factors, cfg, p, least)
+        least = self.test_cfg["min_bbox_size"] if self.profile.dense_drops_small else -1
+        return finish(boxes, scores, labels, images, frame, self.test_cfg, self.profile, least)
 
     def _candidates(self, maps, anchors, image_size: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(boxes [K, 4], scores [K], labels [K]) of one image's levels."""
@@ -153,15 +161,10 @@ class RetinaHead(DenseHead):
         return found
 
     def loss(
-        self,
-        logits: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        image_sizes: Tensor,
-        batch_shape: Sequence[int],
-        targets: list[dict],
+        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame, targets: list[dict]
     ) -> tuple[Tensor, Tensor]:
         """(class loss, box loss), scalars. targets: dicts with boxes [M, 4], labels [M], optionally ignore_boxes [R, 4]."""
-        anchors, matches, _ = self.assigned(logits, image_sizes, batch_shape, targets)
+        anchors, matches, _ = self.assigned(logits, frame, targets)
         flat_logits, flat_deltas = flat_levels(logits, self.num_classes), flat_levels(deltas, 4)
         picked = []
         for i, target in enumerate(targets):
@@ -179,7 +182,7 @@ class RetinaHead(DenseHead):
         count = sum(counts)
         if self.profile.dense_divisor == "running":
             count = max(sum(len(rows[4]) for rows in picked), 1)
-            count = self.loss_normalizer = 0.9 * self.loss_normalizer + 0.1 * count
+            count = self.loss_normalizer.mul_(0.9).add_(0.1 * count).clone()
         return self._losses(*(torch.cat(column) for column in zip(*picked)), count)
 
     def _losses(self, logits, labels, deltas, anchors, boxes, divisor) -> tuple[Tensor, Tensor]:

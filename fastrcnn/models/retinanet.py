@@ -1,11 +1,11 @@
 """RetinaNet (Lin et al., "Focal Loss for Dense Object Detection", 2017): classes and boxes straight from every anchor."""
 
-import torch
 from torch import Tensor, nn
 
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.build import build
 from fastrcnn.models.fpn import FPN
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.retina_head import RetinaHead
 
 
@@ -51,21 +51,9 @@ class RetinaNet(BaseDetector):
         if isinstance(self.neck, FPN):
             self.neck.relu_before_extra_convs = self.profile.dense_extra_convs.get("relu_before_extra_convs", False)
 
-    @torch.no_grad()
-    def predict(self, batch: Tensor, image_sizes, scale_factors=None) -> list[dict[str, Tensor]]:
-        """Detections of each image: dict of boxes [N, 4] xyxy pixels, scores [N], labels [N], by descending score.
+    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
+        return self.bbox_head.predict(*self.bbox_head(self.extract_feat(batch)), frame)
 
-        batch [B, 3, H, W], normalised and padded; image_sizes [B, 2] (height, width) before padding; scale_factors [B, 2]
-        (width, height), new over old: boxes come back in the old image's coordinates; None leaves them as they are.
-        """
-        sizes = self._sizes(image_sizes, batch)
-        outs = self.bbox_head(self.extract_feat(batch))
-        return self.bbox_head.predict(*outs, sizes, batch.shape[2:], self._factors(scale_factors, batch))
-
-    def loss(self, batch: Tensor, image_sizes, targets: list[dict]) -> dict[str, Tensor]:
-        """The two losses under the profile's names. Arguments and errors as in `FasterRCNN.loss`, labels from 0."""
-        sizes = self._sizes(image_sizes, batch)
-        targets = self._checked(targets, batch)
-        outs = self.bbox_head(self.extract_feat(batch))
-        losses = self.bbox_head.loss(*outs, sizes, batch.shape[2:], targets)
+    def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:
+        losses = self.bbox_head.loss(*self.bbox_head(self.extract_feat(batch)), frame, targets)
         return dict(zip(self.profile.dense_losses, losses))

@@ -9,13 +9,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastrcnn.models.bbox_head import BBOX_HEADS
 from fastrcnn.models.build import build, settings
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import build_loss
 from fastrcnn.models.matching import assign, check_assigner
 from fastrcnn.models.post_process import check_nms, finish
 from fastrcnn.models.profiles import Profile, get_profile
 from fastrcnn.models.res_layer import ResLayer
 from fastrcnn.models.roi_extractors import ROI_EXTRACTORS
-from fastrcnn.models.sampling import check_sampler, sample_images
+from fastrcnn.models.sampling import build_sampler, sample_images
 from fastrcnn.ops._checks import coordinates
 
 TEST_CFG = dict(score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
@@ -48,8 +49,8 @@ class StandardRoIHead(nn.Module):
         self.train_cfg = settings(TRAIN_CFG, train_cfg, "roi_head train_cfg")
         self.test_cfg = settings(TEST_CFG, test_cfg, "roi_head test_cfg")
         check_nms(self.test_cfg["nms"], "roi_head test_cfg nms")
-        check_assigner(self.train_cfg["assigner"])
-        check_sampler(self.train_cfg["sampler"])
+        self.train_cfg["assigner"] = check_assigner(self.train_cfg["assigner"])
+        self.sampler = build_sampler(self.train_cfg["sampler"])
         self.set_profile(profile)
 
     def init_weights(self, state: Mapping[str, Tensor] | None = None) -> None:
@@ -75,18 +76,10 @@ class StandardRoIHead(nn.Module):
         return self.bbox_head(x if self.shared_head is None else self.shared_head(x))
 
     def predict(
-        self,
-        feats: Sequence[Tensor],
-        proposals: Tensor,
-        counts: Tensor,
-        image_sizes: Tensor,
-        scale_factors: Tensor | None,
+        self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, frame: Frame
     ) -> list[dict[str, Tensor]]:
-        """Detections of each image: dict of boxes [N, 4] xyxy pixels, scores [N], labels [N], by descending score.
-
-        proposals [B, P, 4], of which counts[b] rows are valid; image_sizes [B, 2] (height, width) before padding;
-        scale_factors [B, 2] (width, height): boxes come back in the coordinates of the unscaled image.
-        """
+        """Detections of each image (see `BaseDetector.detect`). proposals [B, P, 4] xyxy pixels of the batch, of which
+        counts[b] rows are valid."""
         batch, most, _ = proposals.shape
         valid = torch.arange(most, device=counts.device)[None] < counts[:, None]  # [B, P]
         image = torch.arange(batch, device=counts.device, dtype=proposals.dtype)[:, None, None].expand(-1, most, 1)
@@ -96,9 +89,9 @@ class StandardRoIHead(nn.Module):
         # Candidates first, decoding after: most class scores are far below the threshold.
         row, column, label = self.candidates(scores)
         images, moves = rois[row, 0].long(), deltas.unflatten(1, (-1, 4))[row, column]
-        limits = image_sizes.float()[images]
+        limits = frame.sizes.float()[images]
         boxes = self.bbox_head.bbox_coder.decode(rois[row, None, 1:], moves[:, None], limits)[:, 0]
-        return self.finish(boxes, scores[row, label], label, images, image_sizes, scale_factors)
+        return self.finish(boxes, scores[row, label], label, images, frame)
 
     def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(row, column of its box, label) of each of the scores [R, classes] above the threshold."""
@@ -106,22 +99,15 @@ class StandardRoIHead(nn.Module):
         return row, torch.zeros_like(label) if self.bbox_head.reg_class_agnostic else label, label
 
     def finish(
-        self,
-        boxes: Tensor,
-        scores: Tensor,
-        label: Tensor,
-        images: Tensor,
-        image_sizes: Tensor,
-        scale_factors: Tensor | None,
+        self, boxes: Tensor, scores: Tensor, label: Tensor, images: Tensor, frame: Frame
     ) -> list[dict[str, Tensor]]:
-        """Detections of each image from the candidates of all: `post_process.finish`, labels in the profile's numbers."""
+        """Detections of each image from the candidates of all (see `post_process.finish`)."""
         p = self.profile
         if p.min_box_size is not None:
             # As indices: a mask would be counted, and waited for, at each of the four.
             keep = ((boxes[:, 2:] - boxes[:, :2]) >= p.min_box_size).all(-1).nonzero()[:, 0]
             boxes, scores, label, images = boxes[keep], scores[keep], label[keep], images[keep]
-        found = finish(boxes, scores, label, images, image_sizes, scale_factors, self.test_cfg, p)
-        return [{**f, "labels": f["labels"] + p.label_offset} for f in found]
+        return finish(boxes, scores, label, images, frame, self.test_cfg, p)
 
     def loss(
         self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, targets: list[dict]
@@ -138,7 +124,7 @@ class StandardRoIHead(nn.Module):
         valid = torch.arange(proposals.shape[1], device=counts.device) < counts[:, None]
         boxes = torch.where(valid[..., None], proposals, 0.0)
         own = pad_sequence([torch.arange(len(t["boxes"]), device=gts.device) for t in targets], True, -2)  # [B, M]
-        add_gt = self.train_cfg["sampler"].get("add_gt_as_proposals", True)
+        add_gt = self.sampler.add_gt_as_proposals
         if add_gt and not self.profile.gt_first:
             boxes, valid = torch.cat([boxes, gts], 1), torch.cat([valid, own >= 0], 1)
         matches, max_iou = assign(boxes, targets, self.train_cfg["assigner"], self.profile)
@@ -170,7 +156,7 @@ class StandardRoIHead(nn.Module):
             return losses.reshape(len(indices), -1).sum(1)
 
         found = []
-        for i, sides in enumerate(sample_images(matches, self.train_cfg["sampler"], max_iou, loss_of)):
+        for i, sides in enumerate(sample_images(matches, self.sampler, max_iou, loss_of)):
             chosen = torch.cat(sides)
             owner = matches[i, chosen]
             found.append((rois_of(i, chosen), labels[i, owner], gts[i, owner]))

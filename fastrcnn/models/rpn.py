@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.build import build
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.rpn_head import RPNHead
 
 
@@ -56,21 +57,14 @@ class RPN(BaseDetector):
     @torch.no_grad()
     def proposals(self, batch: Tensor, image_sizes) -> list[tuple[Tensor, Tensor]]:
         """(boxes [K, 4] xyxy pixels, scores [K]) of each image after NMS, best first. As `FasterRCNN.proposals`."""
-        return [(found["boxes"], found["scores"]) for found in self.predict(batch, image_sizes)]
+        return [(found["boxes"], found["scores"]) for found in self.detect(batch, Frame.of(batch, image_sizes))]
 
-    @torch.no_grad()
-    def predict(self, batch: Tensor, image_sizes, scale_factors=None) -> list[dict[str, Tensor]]:
-        """The proposals as detections: dict of boxes [K, 4] xyxy pixels, scores [K], labels [K] (0). As
-        `FasterRCNN.predict`."""
-        sizes, head = self._sizes(image_sizes, batch), self.rpn_head
-        outs, factors = head(self.extract_feat(batch)), self._factors(scale_factors, batch)
-        boxes, scores, counts = head.predict(*outs, sizes, batch.shape[2:], head.test_cfg, factors)
+    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
+        head = self.rpn_head
+        boxes, scores, counts = head.predict(*head(self.extract_feat(batch)), frame, head.test_cfg)
         found = [(b[:n], s[:n]) for b, s, n in zip(boxes, scores, counts.tolist())]
         return [dict(boxes=b, labels=torch.zeros_like(s, dtype=torch.int64), scores=s) for b, s in found]
 
-    def loss(self, batch: Tensor, image_sizes, targets: list[dict]) -> dict[str, Tensor]:
-        """The two losses under the profile's names. As `FasterRCNN.loss`; labels, where given, are not read."""
-        sizes = self._sizes(image_sizes, batch)
-        targets = self._checked(targets, batch)
+    def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:
         outs = self.rpn_head(self.extract_feat(batch))
-        return dict(zip(self.rpn_head.loss_names, self.rpn_head.loss(*outs, sizes, batch.shape[2:], targets)))
+        return dict(zip(self.rpn_head.loss_names, self.rpn_head.loss(*outs, frame._replace(factors=None), targets)))

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.build import settings
 from fastrcnn.models.dense_head import DenseHead, flat_levels
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import build_loss, positive_weight
 from fastrcnn.models.matching import check_assigner
 from fastrcnn.models.post_process import check_nms, nms_limit
 from fastrcnn.models.profiles import Profile
-from fastrcnn.models.sampling import check_sampler, sample_images
+from fastrcnn.models.sampling import build_sampler, sample_images
 from fastrcnn.ops import decode_proposals, nms_padded
+from fastrcnn.ops._boxes import take_boxes
 
 TEST_CFG = dict(nms_pre=1000, max_per_img=1000, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=-1)
 TRAIN_CFG = dict(
@@ -65,8 +67,8 @@ class RPNHead(DenseHead):
             anchor_generator, bbox_coder, loss_cls, loss_bbox, reg_decoded_bbox, train_cfg, test_cfg, profile
         )
         check_proposal_cfg(test_cfg, "rpn_head test_cfg")
-        check_assigner(train_cfg["assigner"])
-        check_sampler(train_cfg["sampler"])
+        self.train_cfg = {**train_cfg, "assigner": check_assigner(train_cfg["assigner"])}
+        self.sampler = build_sampler(train_cfg["sampler"])
         if not self.bbox_coder.clip_border:
             raise ValueError("bbox_coder: an RPN's boxes are clipped to the image, expected clip_border=True")
         if not getattr(self.loss_cls, "use_sigmoid", False):
@@ -109,54 +111,47 @@ class RPNHead(DenseHead):
         return logits, deltas
 
     def predict(
-        self,
-        logits: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        image_sizes: Tensor,
-        batch_shape,
-        cfg: dict,
-        scale_factors: Tensor | None = None,
+        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame, cfg: dict
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Proposals after NMS: boxes [B, max_per_img, 4] xyxy pixels, scores [B, max_per_img], counts [B]; zeros beyond.
 
-        image_sizes [B, 2] (height, width) before padding; batch_shape: (height, width) of the padded batch; scale_factors
-        [B, 2] (width, height), new over old: boxes come back in pixels of the unscaled image.
+        cfg: nms_pre, min_bbox_size, nms and max_per_img. With frame.factors boxes come back in pixels of the original
+        image.
         """
-        p = self.profile
+        p, factors = self.profile, frame.factors
         # Where boxes are scaled back before NMS, min_bbox_size counts the original's pixels.
-        early = scale_factors is not None and p.rescale_before_nms
-        strides = self.anchor_generator.level_strides([x.shape[2:] for x in logits], self.grid_shape(batch_shape))
+        early = factors is not None and p.rescale_before_nms
+        strides = self.anchor_generator.level_strides([x.shape[2:] for x in logits], self.grid_shape(frame))
         base = self.base_anchors(logits[0].device)
         boxes, scores, levels, counts = decode_proposals(
-            logits, deltas, base, strides, image_sizes, cfg["nms_pre"], self.bbox_coder.means, self.bbox_coder.stds,
+            logits, deltas, base, strides, frame.sizes, cfg["nms_pre"], self.bbox_coder.means, self.bbox_coder.stds,
             symmetric_clip=p.symmetric_clip, topk_on=p.rpn_topk_on, score=p.rpn_nms_on,
             min_size=p.rpn_min_size if early else max(p.rpn_min_size, cfg["min_bbox_size"]),
         )  # fmt: skip
-        factor = None if scale_factors is None else (1.0 / scale_factors).repeat(1, 2)[:, None]
+        factor = None if factors is None else (1.0 / factors).repeat(1, 2)[:, None]
         if early:
             boxes = boxes * factor
             large = (boxes[..., 2:] - boxes[..., :2] > cfg["min_bbox_size"]).all(-1) & (levels >= 0)
             # Shapes stay static: the large ones move to the front and are counted.
             counts, first = large.sum(1), large.int().sort(dim=1, descending=True, stable=True).indices
-            boxes = boxes.gather(1, first[..., None].expand(-1, -1, 4))
-            scores, levels = scores.gather(1, first), levels.gather(1, first)
+            boxes, scores, levels = take_boxes(boxes, first), scores.gather(1, first), levels.gather(1, first)
         groups = None if cfg["nms"].get("class_agnostic") else levels
         most = nms_limit(cfg["nms"], cfg["max_per_img"])
         keep, counts = nms_padded(boxes, scores, groups, cfg["nms"]["iou_threshold"], most, counts)
         kept = keep.clamp(min=0)
-        boxes = boxes.gather(1, kept[..., None].expand(-1, -1, 4)) * (keep >= 0)[..., None]
+        boxes = take_boxes(boxes, kept) * (keep >= 0)[..., None]
         if factor is not None and not early:
             boxes = boxes * factor
         return boxes, scores.gather(1, kept) * (keep >= 0), counts
 
     def loss(
-        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], image_sizes: Tensor, batch_shape, targets: list[dict]
+        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame, targets: list[dict]
     ) -> tuple[Tensor, Tensor]:
         """(objectness loss, box loss), scalars. targets: dicts with boxes [M, 4] and optionally ignore_boxes [R, 4]."""
-        anchors, matches, max_iou = self.assigned(logits, image_sizes, batch_shape, targets)
+        anchors, matches, max_iou = self.assigned(logits, frame, targets)
         flat_logits, flat_deltas = flat_levels(logits, 1)[..., 0], flat_levels(deltas, 4)
         picked, sampled, floor = [], 0, 0
-        picks = sample_images(matches, self.train_cfg["sampler"], max_iou)
+        picks = sample_images(matches, self.sampler, max_iou)
         for i, (target, (pos, neg)) in enumerate(zip(targets, picks)):
             chosen = torch.cat([pos, neg])
             labels = (matches[i, chosen] >= 0).long()
@@ -166,7 +161,7 @@ class RPNHead(DenseHead):
             sampled += len(chosen)
             floor += max(len(pos), 1) + max(len(neg), 1)
         scores, labels, moves, boxes, truth = (torch.cat(column) for column in zip(*picked))
-        num = self.train_cfg["sampler"]["num"] * len(matches)
+        num = self.sampler.num * len(matches)
         avg_factor = dict(floored=floor, sampled=max(sampled, 1), num=num)[self.profile.rpn_divisor]
         weight = positive_weight(labels > 0, self.train_cfg["pos_weight"])
         return self.loss_cls(scores, labels, avg_factor, weight), self.box_loss(moves, boxes, truth, avg_factor)
