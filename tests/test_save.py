@@ -142,6 +142,16 @@ def test_mmdetections_keys_are_the_keys():
         assert_same(plain, source)
 
 
+def test_what_training_has_counted_is_kept(tmp_path):
+    model = MODELS["retinanet"]()
+    model.bbox_head.loss_normalizer.fill_(7.0)
+    assert infer_model(save(model, tmp_path / "m.pth")).bbox_head.loss_normalizer == 7
+    torch.save(model.state_dict(), tmp_path / "s.pth")
+    fresh = retinanet("retinanet_r18_fpn", 3, **BODY, bbox_head=dict(in_channels=16))
+    assert load_weights(fresh, tmp_path / "s.pth").bbox_head.loss_normalizer == 7
+    assert not any("normalizer" in k for k in export_weights(model, "detectron2"))
+
+
 def test_loading_ones_own_state_changes_nothing_else():
     model = of_a_config()
     model.backbone.requires_grad_(False)
