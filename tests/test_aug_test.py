@@ -10,7 +10,7 @@ from fastrcnn.models.build import merge
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.profiles import PROFILES
 from fastrcnn.models.retinanet import RetinaNet
-from fastrcnn.zoo.recipes import model_config, retinanet_config
+from fastrcnn.zoo.recipes import model_config
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
 SMALL = dict(backbone=dict(base_channels=16), neck=dict(in_channels=[16, 32, 64, 128], out_channels=32))
@@ -55,7 +55,7 @@ def two_stages(profile="mmdet", **more) -> FasterRCNN:
 def retina(profile="mmdet") -> RetinaNet:
     torch.manual_seed(1)
     over = dict(SMALL, bbox_head=dict(in_channels=32, feat_channels=32, stacked_convs=1))
-    return lively(RetinaNet(**common(profile), **merge(retinanet_config("retinanet_r18_fpn", 3, profile), over)))
+    return lively(RetinaNet(**common(profile), **merge(model_config("retinanet_r18_fpn", 3, profile), over)))
 
 
 def proposer(profile="mmdet") -> RPN:

@@ -111,6 +111,40 @@ def built(model=(), **config):
         )
 
 
+NAMES = [f"c{i}" for i in range(80)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(metainfo=dict(classes=NAMES)),
+        dict(metainfo=dict(CLASSES=tuple(NAMES))),
+        dict(classes=NAMES),
+        dict(train_dataloader=dict(dataset=dict(type="RepeatDataset", dataset=dict(metainfo=dict(classes=NAMES))))),
+        dict(train_dataloader=dict(dataset=dict(datasets=[dict(metainfo=dict(classes=NAMES))]))),
+        dict(val_dataloader=dict(dataset=dict(metainfo=dict(classes=NAMES)))),
+        dict(data=dict(train=dict(classes=NAMES))),
+        dict(data=dict(test=[dict(classes=NAMES)])),
+    ],
+)
+def test_the_names_of_the_classes_are_found(config):
+    assert built(**config).class_names == NAMES
+
+
+def test_what_names_no_classes_and_what_no_model_has_is_named():
+    assert built(metainfo=dict(classes=None)).class_names is None
+    for classes in ("tree", "classes.txt", [1, 2]):
+        with pytest.raises(ValueError, match="classes: expected a list or tuple of names"):
+            built(metainfo=dict(classes=classes))
+    with pytest.raises(ValueError, match=r"config: model roi_head bbox_head num_shared_fcs: 1000000000 is more"):
+        built(dict(roi_head=dict(bbox_head=dict(num_shared_fcs=10**9))))
+    deep: dict = {}
+    for _ in range(5000):
+        deep = dict(x=deep)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        built(dict(backbone=deep))
+
+
 def test_several_necks_are_named():
     with pytest.raises(ValueError, match=r"neck.*FPN, BFP"):
         built(dict(neck=[dict(type="FPN"), dict(type="BFP")]))

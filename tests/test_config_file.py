@@ -113,11 +113,49 @@ def test_what_a_config_may_say(tmp_path, monkeypatch):
         "a = ['x'] * 10\n" + "a = [a] * 10\n" * 8,
         "a = dict()\n" + "a = dict(x=a, y=a)\n" * 45,
         "a = 'x'\n" + "a += a\n" * 45,
+        "a = [0]\n" + "a = [*a, *a]\n" * 45,
+        "a = [0] * 50000\nb = [" + "list(a), " * 30000 + "]\n",
+        "a = [0] * 50000\nb = [" + "a[1:], " * 30000 + "]\n",
+        "a = dict()\n" + "a = dict(x=dict(a, **a), y=a)\n" * 45,
+        "a = [0] * 50000\n" + "b = a\n" * 30000,
+        "a = [[0] * 100] * 400\nb = f'" + "{a}" * 3000 + "'\n",
+        "a = [[0] * 100] * 400\nb = [" + "str(a), " * 3000 + "]\n",
+        "a = '" + "{{ fileDirname }}" * 20000 + "'\n",
+        "a = '" + "{{$A:" * 20000 + "'\n",
+        "a = []\n" + "a = [a]\n" * 30000,
+        "a = dict(x=1)\na['x'] = a\nb = a\n",
     ],
+    ids=range(16),
 )
 def test_a_value_that_grows_without_end_is_refused(tmp_path, text):
-    with pytest.raises(ValueError, match=r"config\.py, line \d+: .*too large|config\.py, line \d+: more than"):
+    with pytest.raises(ValueError, match=r"config\.py, line \d+: .*too (large|many)|config\.py, line \d+: more than"):
         read_config(write(tmp_path, "config.py", text))
+
+
+@pytest.mark.parametrize("text", ["a = dict()\na['x'] = a\n", "a = " + "(" * 150 + "1" + ",)" * 150 + "\n",
+                                  "a" + ".a" * 5000 + " = 1\n", "a = 1" + " + 1" * 5000 + "\n",
+                                  "a = 1\n" * 500_000], ids=range(5))  # fmt: skip
+def test_no_depth_and_no_length_escapes(tmp_path, text):
+    with pytest.raises(ValueError, match=r"config\.py"):
+        read_config(write(tmp_path, "config.py", text))
+
+
+def test_bases_are_counted(tmp_path):
+    for i in range(150):  # each base twice: 2 ** 150 readings
+        write(tmp_path, f"{i}.py", f"_base_ = ['{i + 1}.py', '{i + 1}.py']\n")
+    write(tmp_path, "150.py", "")
+    with pytest.raises(ValueError, match="more than 200 files of bases, or 100 one on the other"):
+        read_config(tmp_path / "0.py")
+
+
+def test_a_base_of_another_package(tmp_path, monkeypatch):
+    child = write(tmp_path, "child.py", "_base_ = 'somedet::faster/base.py'\nx = dict(b=2)\n")
+    with pytest.raises(ValueError, match=r"child\.py: _base_: somedet::faster.* package somedet, .*not installed"):
+        read_config(child)
+    write(tmp_path, "site/somedet/__init__.py", "raise RuntimeError('it is not imported')")
+    write(tmp_path, "site/somedet/.mim/configs/faster/base.py", "x = dict(a=1)\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert read_config(child) == dict(x=dict(a=1, b=2))
 
 
 def test_a_dict_over_a_list_is_an_error_at_any_depth(tmp_path):

@@ -12,7 +12,7 @@ from fastrcnn.models.dense_head import flat_levels
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import GIoULoss, SmoothL1Loss
 from fastrcnn.models.profiles import PROFILES
-from fastrcnn.zoo.recipes import retinanet_config
+from fastrcnn.zoo.recipes import model_config
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
 SQUARES = dict(type="AnchorGenerator", strides=[32], ratios=[1.0], scales=[1])
@@ -290,7 +290,7 @@ def test_anchors_of_three_sizes_an_octave(profile, start):
 @pytest.mark.parametrize("profile, p6, p7", [("mmdet", -1, -1), ("torchvision", -6, 0), ("detectron2", -1, 0)])
 def test_where_p6_and_p7_come_from(profile, p6, p7):
     # C5 is 1 everywhere; a lateral doubles it, an output convolution triples that; P6 negates its source, P7 keeps it.
-    cfg = retinanet_config("retinanet_r18_fpn", 1, profile)["neck"]
+    cfg = model_config("retinanet_r18_fpn", 1, profile)["neck"]
     fpn = FPN(**{k: v for k, v in cfg.items() if k != "type"} | dict(in_channels=[1] * 4, out_channels=1))
     with torch.no_grad():
         for conv in (*fpn.lateral_convs, *fpn.fpn_convs):

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fastrcnn.checkpoints.pretrained import SHORT_NAMES
+from fastrcnn.checkpoints.pretrained import SHORT_NAMES, pretrained_state
 from fastrcnn.models import ResNet, faster_rcnn, from_mmdet_config
 from fastrcnn.models.res_layer import ResLayer
 from fastrcnn.weights import load_pretrained
@@ -29,6 +29,11 @@ def file(classifier, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
     torch.save(classifier.state_dict(), path)
     return str(path)
+
+
+def start(module: nn.Module) -> None:
+    """As the detector's `init_weights`, which reads the file that a part names."""
+    module.init_weights(pretrained_state(*module.pretrained))
 
 
 def small(depth=50, **options) -> ResNet:
@@ -57,7 +62,7 @@ def test_a_resnet_starts_as_the_classifier_it_names(classifier, file, way):
     named = dict(pretrained=file) if way == "pretrained" else dict(init_cfg=dict(type="Pretrained", checkpoint=file))
     backbone = ResNet(18, **named).eval()
     assert not torch.equal(backbone.conv1.weight, classifier.conv1.weight)  # building reads nothing
-    backbone.init_weights()
+    start(backbone)
     assert_has(backbone, classifier.state_dict())
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -70,18 +75,18 @@ def test_a_resnet_starts_as_the_classifier_it_names(classifier, file, way):
 def test_building_does_not_look_for_the_file():
     backbone = ResNet(18, base_channels=4, pretrained="nowhere.pth")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        backbone.init_weights()
+        start(backbone)
 
 
 def test_a_stage_that_was_not_built_is_left(classifier, file):
     backbone = ResNet(18, num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,), pretrained=file)
-    backbone.init_weights()
+    start(backbone)
     assert_has(backbone, classifier.state_dict())
 
 
 def test_c4s_last_stage_starts_from_the_same_file(classifier, file):
     layer = ResLayer(18, stage=3, pretrained=file)
-    layer.init_weights()
+    start(layer)
     assert_has(layer, classifier.state_dict())
     assert set(layer.state_dict()) == {k for k in classifier.state_dict() if k.startswith("layer4.")}
 
@@ -120,7 +125,7 @@ def test_a_detectors_backbone_by_its_prefix(prefix, small_file, tmp_path):
     torch.save({f"backbone.{k}": v for k, v in state.items()} | {"neck.x": torch.ones(1)}, tmp_path / "detector.pth")
     checkpoint = str(tmp_path / "detector.pth")
     backbone = small(init_cfg=dict(type="Pretrained", checkpoint=checkpoint, prefix=prefix))
-    backbone.init_weights()
+    start(backbone)
     assert_has(backbone, state)
     with pytest.raises(ValueError, match=r"lacks bn1\.bias"):
         load_pretrained(small(), checkpoint)
@@ -131,7 +136,7 @@ def test_residual_branches_start_at_zero_only_without_a_file(small_file):
     assert not small().layer1[0].bn3.weight.any()
     backbone = small(pretrained=path)
     assert backbone.layer1[0].bn3.weight.all()
-    backbone.init_weights()
+    start(backbone)
     assert backbone.layer1[0].bn3.weight.all()
 
 
@@ -146,7 +151,7 @@ def test_plugins_and_offsets_keep_their_own_start(small_file):
     load_pretrained(backbone, path)
     assert_has(backbone, state, added)
     assert_has(backbone, own | state)
-    backbone.init_weights()
+    start(backbone)
     assert_has(backbone, state, added)
     assert all(not v.any() for k, v in backbone.state_dict().items() if "conv_offset" in k)
 
@@ -179,22 +184,6 @@ def test_what_a_file_lacks_or_has_in_another_shape_is_named(small_file, tmp_path
     dcn = small(dcn=dict(type="DCN"), stage_with_dcn=(False, False, False, True))
     refused(dcn, path, r"has layer4\.0\.conv2\.conv_offset\.weight \[27, 64, 3, 3\], expected \[18, 64, 3, 3\]")
     refused(ResNet(34, base_channels=8), path, "does not fit the ResNet")
-
-
-def test_short_names_are_the_publishers_addresses(classifier, tmp_path, monkeypatch):
-    fetched = []
-
-    def download(url, target, digest, progress):
-        fetched.append((url, digest))
-        torch.save(classifier.state_dict(), target)
-
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert_has(load_pretrained(ResNet(18), "torchvision://resnet18"), classifier.state_dict())
-    load_pretrained(ResNet(18), "modelzoo://resnet18")  # its first name, and the file is there by now
-    assert fetched == [("https://download.pytorch.org/models/resnet18-f37072fd.pth", "f37072fd")]
-    weights = torchvision.models.get_model_weights("resnet18").IMAGENET1K_V1
-    assert SHORT_NAMES["torchvision://resnet18"] == weights.url
 
 
 def test_every_short_name_ends_in_a_checksum():

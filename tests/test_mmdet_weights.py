@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fastrcnn.checkpoints import mmdet
-from fastrcnn.checkpoints.mmdet import CAFFE_INPUT
+from fastrcnn.checkpoints.peer_options import PeerOptions
 from fastrcnn.models import RPN, faster_rcnn, from_mmdet_config
 from fastrcnn.weights import export_weights, infer_model, load_checkpoint, load_weights, pretrained_model
 
+CAFFE_INPUT = dict(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
 RGB = dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bgr_to_rgb=True)
 BGR123 = dict(mean=(1, 2, 3), std=(4, 5, 6), bgr_to_rgb=False)
 RGB123 = dict(BGR123, bgr_to_rgb=True)
@@ -29,7 +30,7 @@ V3 = """model = dict(
     """
 
 
-def read(text: str) -> dict:
+def read(text: str) -> PeerOptions:
     return mmdet.profile_options({}, dict(cfg=text))
 
 
@@ -53,8 +54,7 @@ def read(text: str) -> dict:
     ],
 )
 def test_style_and_statistics_are_read_from_the_text(text, style, pixels):
-    expected = ({} if style is None else dict(style=style)) | ({} if pixels is None else dict(data_preprocessor=pixels))
-    assert read(text) == expected
+    assert read(text) == PeerOptions(style=style, **(pixels or {}))
 
 
 @pytest.mark.parametrize(
@@ -67,16 +67,20 @@ def test_style_and_statistics_are_read_from_the_text(text, style, pixels):
         "mean=None, std=None",
         "type='DetDataPreprocessor'",
         "mean=[1, 2, 3",
+        "mean=(" + "-" * 100_000 + "1), std=(1, 1, 1)",
+        "mean=[" * 10_000 + "}" * 10_000,
+        "mean=[1, 2, 3" + " " * 100_000 + "x",
     ],
+    ids=range(10),
 )
 def test_what_is_not_three_numbers_is_not_taken(part):
-    assert read(f"data_preprocessor=dict({part})") == {}
-    assert read(f"data_preprocessor=dict({part})\n{CAFFE}") == dict(style="caffe", data_preprocessor=CAFFE_INPUT)
+    assert read(f"data_preprocessor=dict({part})") == PeerOptions()
+    assert read(f"data_preprocessor=dict({part})\n{CAFFE}") == PeerOptions(style="caffe", **CAFFE_INPUT)
 
 
 def test_the_statistics_of_a_box_coder_are_not_the_inputs():
     coder = "bbox_coder=dict(target_means=[0, 0, 0], target_stds=[1, 1, 1]), mean=[1, 2, 3], std=[4, 5, 6]"
-    assert read(coder) == {}
+    assert read(coder) == PeerOptions()
 
 
 def small(**options):
@@ -95,8 +99,8 @@ def test_the_model_takes_them_over():
 
 def test_early_offsets_are_found_beside_the_convolution():
     old = {"rpn_head.rpn_cls.weight": torch.zeros(3, 8, 1, 1), "backbone.layer2.0.conv2_offset.weight": torch.ones(1)}
-    state, profile, _, _ = load_checkpoint(old)
-    assert profile == "mmdet" and set(state) == {
+    checkpoint = load_checkpoint(old)
+    assert checkpoint.peer == "mmdet" and set(checkpoint.state) == {
         "rpn_head.rpn_cls.weight",
         "backbone.layer2.0.conv2.conv_offset.weight",
     }

@@ -51,6 +51,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from fastrcnn.models import RPNHead, StandardRoIHead, faster_rcnn
 from fastrcnn.models.frame import Frame
@@ -78,45 +79,13 @@ def test_every_item_is_named_and_has_its_tests():
             assert f"\ndef {name}(" in (Path(__file__).parent / file).read_text(), (number, file, name)
 
 
-@pytest.mark.parametrize(
-    "field, mmdet, torchvision, detectron2",
-    [
-        ("bgr", False, False, True),
-        ("mean", (123.675, 116.28, 103.53), (0.485, 0.456, 0.406), (103.53, 116.28, 123.675)),
-        ("std", (58.395, 57.12, 57.375), (0.229, 0.224, 0.225), (1.0, 1.0, 1.0)),
-        ("resize", "opencv", "interpolate", "pillow"),
-        ("round_anchors", False, True, False),
-        ("strides_from_grid", False, True, False),
-        ("symmetric_clip", True, False, False),
-        ("rpn_topk_on", "sigmoid", "logits", "logits"),
-        ("rpn_nms_on", "sigmoid", "sigmoid", "logits"),
-        ("rpn_post_nms_train", 1000, 2000, 1000),
-        ("low_quality", "last_gt", "argmax", "argmax"),
-        ("min_pos_iou", 0.3, 0.0, 0.0),
-        ("sampling_ratio", 0, 2, 0),
-        ("aligned", True, False, True),
-        ("rescale_before_nms", True, False, False),
-        ("anchors_inside", True, False, False),
-        ("rpn_divisor", "floored", "sampled", "num"),
-        ("min_box_size", None, 1e-2, None),
-        ("gt_first", True, False, False),
-        ("label_offset", 0, 1, 0),
-    ],
-)
-def test_golden(field, mmdet, torchvision, detectron2):
-    assert [getattr(PROFILES[n], field) for n in NAMES] == [mmdet, torchvision, detectron2]
-
-
-@pytest.mark.parametrize(
-    "name, losses",
-    [
-        ("mmdet", {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}),
-        ("torchvision", {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}),
-        ("detectron2", {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}),
-    ],
-)
-def test_loss_names(name, losses):
-    assert set(PROFILES[name].losses) == losses
+def test_torchvisions_constants_are_its_own():
+    theirs, p = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None), PROFILES["torchvision"]
+    pool, heads = theirs.roi_heads.box_roi_pool, theirs.roi_heads
+    assert (list(p.mean), list(p.std)) == (theirs.transform.image_mean, theirs.transform.image_std)
+    assert p.rpn_post_nms_train == theirs.rpn.post_nms_top_n() == 2000
+    assert p.sampling_ratio == pool.sampling_ratio and p.min_box_size == 1e-2
+    assert heads.box_coder.weights == tuple(1 / s for s in (0.1, 0.1, 0.2, 0.2))
 
 
 def test_torchvisions_least_proposal_is_a_thousandth_of_a_pixel():

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
 
 from fastrcnn.checkpoints import torchvision as torchvision_weights
-from fastrcnn.checkpoints.checkpoint import EXTRA_STATE
+from fastrcnn.checkpoints.peer_options import EXTRA_STATE
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import RPN, ResNet, ResNeXt, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, faster_rcnn
 from fastrcnn.models.build import merge

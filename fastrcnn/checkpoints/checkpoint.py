@@ -8,14 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from fastrcnn.checkpoints import detectron2, mmdet, torchvision
-from fastrcnn.checkpoints.peer_options import PeerOptions, from_text
+from fastrcnn.checkpoints.peer_options import EXTRA_STATE, PeerOptions, from_text
 from fastrcnn.checkpoints.read import check_finite, read_tensors, within
 
 PEERS = {"torchvision": torchvision, "detectron2": detectron2, "mmdet": mmdet}
 ANCHORS = tuple(anchor for peer in PEERS.values() for anchor in peer.ANCHORS)  # of which every detector has one
-EXTRA_STATE = (
-    "_extra_state"  # a detector's profile and options as the bytes of a text, among the keys of its state dict
-)
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,8 @@ def _said(state: dict[str, Tensor], meta: dict, peer: str) -> tuple[str, PeerOpt
         meta["peer"] = bytes(state.pop(EXTRA_STATE).flatten()[:10_000].long().clamp(0, 255).tolist()).decode()
     if peer == "mmdet" and "peer" in meta:
         profile, options = from_text(meta["peer"])
+        if profile == "mmdet":  # its own configuration's text says more than the model that was saved
+            options = mmdet.profile_options(state, meta).over(options)
     else:
         profile, options = str(meta.get("profile", peer)), PEERS[peer].profile_options(state, meta)
         options = _of_first_files(meta).over(options)

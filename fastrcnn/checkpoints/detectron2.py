@@ -17,7 +17,7 @@ import re
 import torch
 from torch import Tensor
 
-from fastrcnn.checkpoints.peer_options import PeerOptions
+from fastrcnn.checkpoints.peer_options import OURS, PeerOptions
 
 _RULES = [
     (r"^backbone\.bottom_up\.stem\.conv1\.weight$", r"backbone.conv1.weight"),
@@ -153,7 +153,7 @@ def export(state: dict[str, Tensor], ratios: int = 3) -> dict[str, Tensor]:
     anchors = len(state.get("rpn_head.rpn_cls.weight", ()))
     out = {}
     for key, value in state.items():
-        if key.endswith("num_batches_tracked"):
+        if key.endswith(("num_batches_tracked", *OURS)):
             continue  # Detectron2's frozen norms do not count
         # Detectron2 has no deformable convolutions in the last stage of a C4.
         full = re.sub(r"^roi_head\.shared_head\.(?=layer4\.)(?!.*conv_offset)", "backbone.", key)

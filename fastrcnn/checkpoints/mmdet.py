@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor
 
-from fastrcnn.checkpoints.peer_options import PeerOptions
+from fastrcnn.checkpoints.peer_options import OURS, PeerOptions
 
 CAFFE_INPUT = PeerOptions(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
 
@@ -49,7 +49,7 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """MMDetection's keys are ours."""
-    return dict(state)
+    return {key: value for key, value in state.items() if not key.endswith(OURS)}
 
 
 _LONGEST = 1_000_000  # letters of a configuration's text that are looked at

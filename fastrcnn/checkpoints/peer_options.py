@@ -5,6 +5,10 @@ import json
 from dataclasses import dataclass
 
 Colour = tuple[float, float, float]
+EXTRA_STATE = (
+    "_extra_state"  # a detector's profile and options as the bytes of a text, among the keys of its state dict
+)
+OURS = (EXTRA_STATE, ".loss_normalizer")  # ends of keys that no peer's model has
 
 
 def _colour(value) -> Colour:

@@ -70,9 +70,11 @@ def _reader(path: Path):
         first = file.read(16)
     if first.startswith(b"PK\x03\x04") or first.startswith(_TORCH_MAGIC[: len(first)]):
         return _read_torch
-    if first[8:9] == b"{" or path.suffix.lower() == ".safetensors":
+    if first[8:9] == b"{" and int.from_bytes(first[:8], "little") + 8 <= path.stat().st_size:
         return _read_safetensors
-    return _read_pickle if first.startswith(b"\x80") or path.suffix.lower() == ".pkl" else _read_torch
+    if first.startswith(b"\x80") or path.suffix.lower() == ".pkl":
+        return _read_pickle
+    return _read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch
 
 
 def _state_of(content: Mapping, depth: int = 3) -> Mapping | None:

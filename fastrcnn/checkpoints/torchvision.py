@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor
 
-from fastrcnn.checkpoints.peer_options import PeerOptions
+from fastrcnn.checkpoints.peer_options import OURS, PeerOptions
 
 # (pattern, replacement), the first that matches; {i} below is a level or layer index.
 _RULES = [
@@ -118,6 +118,8 @@ def export(state: dict[str, Tensor]) -> dict[str, Tensor]:
     fcs = {"0": "5"} if v2 else {"0": "fc6", "1": "fc7"}
     out = {}
     for key, value in state.items():
+        if key.endswith(OURS):
+            continue
         fc = re.match(r"^roi_head\.bbox_head\.shared_fcs\.(\d)\.(.*)$", key)
         if fc and fc[1] in fcs:
             new = f"roi_heads.box_head.{fcs[fc[1]]}.{fc[2]}"

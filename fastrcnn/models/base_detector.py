@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastrcnn.checkpoints.checkpoint import EXTRA_STATE
-from fastrcnn.checkpoints.peer_options import PeerOptions, from_text, to_text
+from fastrcnn.checkpoints.peer_options import EXTRA_STATE, PeerOptions, from_text, to_text
 from fastrcnn.checkpoints.pretrained import pretrained_state
 from fastrcnn.models.build import build
 from fastrcnn.models.fpn import FPN

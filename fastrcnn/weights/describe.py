@@ -1,22 +1,21 @@
 """The model that a checkpoint is of, as the arguments of its class: from the keys, or as our own files say it."""
 
 import json
-import re
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastrcnn.checkpoints.checkpoint import EXTRA_STATE, Checkpoint, metadata_json
+from fastrcnn.checkpoints.checkpoint import Checkpoint, metadata_json
+from fastrcnn.checkpoints.peer_options import OURS
 from fastrcnn.models.build import merge
+from fastrcnn.zoo.config_file import check_amount
 from fastrcnn.zoo.recipes import DETECTORS, NAMES, RECIPES, RPNS, Detector, model_config
 
 # The layers whose shape depends on the number of classes.
 CLASS_LAYERS = ("roi_head.bbox_head.fc_cls.", "roi_head.bbox_head.fc_reg.", "bbox_head.retina_cls.")
 _TELL = "name it, or build it with fastrcnn.models.from_mmdet_config and load the checkpoint with load_weights"
-# What a file may ask for before its weights are looked at: layers and anchors are built in loops, lists are multiplied.
-_COUNT = re.compile(r"(num_(?!classes|groups|heads)\w+|stacked_convs|scales_per_octave|depth|num)")
-_MOST_LAYERS, _LARGEST, _LONGEST, _DEEPEST = 2000, 1_000_000, 5000, 20
+_LONGEST, _DEEPEST = 5000, 20  # lists and nests of a configuration in a file
 
 
 def build(config: dict) -> Detector:
@@ -50,9 +49,7 @@ def _plain(value, where: str, depth: int = 0):
                          "MMDetection's dicts, or keep its state_dict() with torch.save")  # fmt: skip
     if value is not None and not isinstance(value, str | bool | int | float):
         raise ValueError(f"{where}: expected plain data, got a {type(value).__name__}")
-    most = _MOST_LAYERS if _COUNT.fullmatch(where.rpartition(".")[2]) else _LARGEST
-    if isinstance(value, int) and abs(value) > most:
-        raise ValueError(f"{where}: {value} is more than any model has")
+    check_amount(value, where.rpartition(".")[2], where)
     return value
 
 
@@ -152,7 +149,7 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
 
 
-_OPTIONAL = (EXTRA_STATE, "num_batches_tracked", "loss_normalizer")  # what peers' files and exports are without
+_OPTIONAL = (*OURS, "num_batches_tracked")  # what peers' files and exports are without
 
 
 def check_keys(own: dict[str, Tensor], checkpoint: Checkpoint, source: str) -> None:

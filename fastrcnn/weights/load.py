@@ -87,22 +87,18 @@ def load_weights(model: Detector, path_or_url: str | Path | Mapping, norm_eps: f
 
 
 def _apply(model: Detector, checkpoint: Checkpoint, source: str) -> Detector:
-    own = model.state_dict()
-    check_keys(own, checkpoint, source)
+    check_keys(model.state_dict(), checkpoint, source)
     try:
         names, ids = checkpoint.categories()
-        config = (
-            metadata_json(checkpoint.meta, "config", dict)
-            if "detector" in checkpoint.meta and "config" in checkpoint.meta
-            else None
-        )
+        config = metadata_json(checkpoint.meta, "mmdet_config", dict) if "mmdet_config" in checkpoint.meta else None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    model.load_state_dict({k: v for k, v in checkpoint.state.items() if k in own}, strict=False)
     # Within the profile it was built for, the model's own choices (a caffe-style C4, say) are what the file does not
     # contradict; elsewhere the peer's defaults are.
     unsaid = PeerOptions() if model.built.profile == checkpoint.peer else checkpoint.unsaid
     model.follow(checkpoint.peer, checkpoint.options.over(unsaid))
+    own = model.state_dict()  # with what training in this profile keeps
+    model.load_state_dict({k: v for k, v in checkpoint.state.items() if k in own}, strict=False)
     model.class_names = names if names and len(names) == model.num_classes else None
     model.category_ids = ids if ids and len(ids) == model.num_classes else None
     model.config = config or model.config

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrcnn.checkpoints import detectron2
-from fastrcnn.checkpoints.checkpoint import EXTRA_STATE, PEERS
-from fastrcnn.checkpoints.peer_options import to_text
+from fastrcnn.checkpoints.checkpoint import PEERS
+from fastrcnn.checkpoints.peer_options import EXTRA_STATE, to_text
 from fastrcnn.layers.builders import ConvWS2d
 from fastrcnn.models.resnet import Bottleneck
 from fastrcnn.models.rpn_head import RPNHead
@@ -45,9 +45,6 @@ def export_weights(model: Detector, peer: str) -> dict[str, Tensor]:
             f"the model follows the profile {model.profile.name!r}: its weights would give other boxes in {peer}"
         )
     state, head = _tensors(model), getattr(model, "rpn_head", None)
-    state = {
-        k: v for k, v in state.items() if not k.endswith("loss_normalizer")
-    }  # training's, and Detectron2 saves none
     if peer == "detectron2" and isinstance(head, RPNHead):
         anchors = head.anchor_generator  # ratio by ratio, or already in Detectron2's order
         exported = detectron2.export(state, len(anchors.ratios) if anchors.scale_major else 1)
@@ -116,7 +113,7 @@ def save(model: Detector, path: str | Path, notes: Mapping[str, str] | None = No
     path = writable(path)
     meta = dict(detector=description(model), peer=to_text(model.profile.name, model.peer_options), **_categories(model))
     if model.config is not None:
-        meta["config"] = json.dumps(model.config, default=str)
+        meta["mmdet_config"] = json.dumps(model.config, default=str)
     content, suffix = dict(meta={**(notes or {}), **meta}, state_dict=_tensors(model)), path.suffix.lower()
     if suffix == ".safetensors":
         try:

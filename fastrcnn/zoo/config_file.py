@@ -50,6 +50,17 @@ def _size(value) -> int:
     return count
 
 
+# Layers and anchors are built in loops, so a number of them is time.
+_COUNT = re.compile(r"num_(?!classes|groups|heads)\w+|stacked_convs|scales_per_octave|depth|num")
+
+
+def check_amount(value, key: str, where: str) -> None:
+    """Raises ValueError for a number in a model's configuration that is beyond any model."""
+    most = 2000 if _COUNT.fullmatch(key) else 1_000_000
+    if isinstance(value, int) and abs(value) > most:
+        raise ValueError(f"{where}: {value} is more than any model has")
+
+
 class _Refused(ValueError):
     """Says already where it happened."""
 

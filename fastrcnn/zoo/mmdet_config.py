@@ -7,7 +7,7 @@ from fastrcnn.models.build import build
 from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.retinanet import RetinaNet
 from fastrcnn.models.rpn import RPN
-from fastrcnn.zoo.config_file import read_config
+from fastrcnn.zoo.config_file import check_amount, read_config
 from fastrcnn.zoo.recipes import DETECTORS
 
 # Of a data_preprocessor: what shapes the model's input, and what a trainer of boxes reads or does not need.
@@ -112,6 +112,7 @@ def _modernised(content, what: str = "model"):
     if isinstance(content, list | tuple):
         return type(content)(_modernised(v, what) for v in content)
     if not isinstance(content, dict):
+        check_amount(content, what.rpartition(" ")[2], f"config: {what}")
         return content
     out = {k: _modernised(v, f"{what} {k}") for k, v in content.items()}
     if out.get("type") == "RoIAlign":
@@ -131,6 +132,13 @@ def from_mmdet_config(path_or_dict: str | Path | dict) -> FasterRCNN | RetinaNet
     is not understood or not supported.
     """
     config = dict(path_or_dict) if isinstance(path_or_dict, dict) else read_config(path_or_dict)
+    try:
+        return _from_config(config)
+    except RecursionError:
+        raise ValueError("config: nested too deeply") from None
+
+
+def _from_config(config: dict) -> FasterRCNN | RetinaNet | RPN:
     if "model" not in config and "type" not in config:
         raise ValueError(f"config: expected a key 'model' or 'type', got {sorted(config)}")
     model = config.get("model", config)
@@ -178,6 +186,8 @@ def _class_names(config: dict) -> list[str] | None:
     for part in parts:
         for found in _metainfos(part, 0 if part is config else 4):
             names = found.get("classes", found.get("CLASSES"))
+            if names is None:
+                continue
             if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
                 return list(names)
             raise ValueError(f"config: classes: expected a list or tuple of names, got {str(names)[:60]!r}")
