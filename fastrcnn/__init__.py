@@ -6,7 +6,7 @@
 
 from fastrcnn import models, ops
 from fastrcnn.inference import Detections, Detector
-from fastrcnn.weights import load_weights
+from fastrcnn.weights import load_weights, save
 
 __version__ = "0.1.0"
-__all__ = ["Detections", "Detector", "load_weights", "models", "ops"]
+__all__ = ["Detections", "Detector", "load_weights", "models", "ops", "save"]

@@ -37,6 +37,8 @@ def _names_and_ids(model: BaseDetector) -> tuple[list[str], list[int]]:
     if names is None:
         names = {90: by_id, 80: in_use, 91: ["N/A", *by_id]}.get(model.num_classes)
         names = names or (["object"] if isinstance(model, RPN) else [f"class {i}" for i in range(model.num_classes)])
+    if model.category_ids is not None:
+        return list(names), list(model.category_ids)
     if list(names) == in_use:
         return list(names), [by_id.index(name) + 1 for name in in_use]
     if list(names) == ["N/A", *by_id]:  # torchvision's RetinaNet, which counts from an unused 0

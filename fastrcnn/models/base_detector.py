@@ -42,6 +42,7 @@ class BaseDetector(nn.Module):
         self.backbone = build(backbone, BACKBONES, "backbone")
         self.neck = None if neck is None else build(neck, {"FPN": FPN}, "neck")
         self.class_names: list[str] | None = None
+        self.category_ids: list[int] | None = None  # by label, of the annotations that it was trained on
 
     def _built(self, dense_head: nn.Module) -> None:
         """What a subclass says when its parts stand: the head that proposes or detects on every level, and, for a return to

@@ -9,7 +9,7 @@ from fastrcnn.weights.load import (
     pretrained_model,
 )
 from fastrcnn.weights.named import named_model
-from fastrcnn.weights.save import export_weights, model_metadata
+from fastrcnn.weights.save import export_weights, model_metadata, save, writable
 
 __all__ = [
     "coco_address",
@@ -21,4 +21,6 @@ __all__ = [
     "model_metadata",
     "named_model",
     "pretrained_model",
+    "save",
+    "writable",
 ]

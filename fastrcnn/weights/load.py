@@ -216,9 +216,18 @@ def _apply(model, state, profile, options, meta, source, norm_eps) -> None:
     if norm_eps is not None:
         options["norm_eps"] = norm_eps
     model.set_peer_options(**options)
-    names = meta.get("class_names")
-    names = names.split("\n") if isinstance(names, str) else mmdet.class_names(meta)
+    names, ids = _categories(meta)
     model.class_names = names if names and len(names) == model.num_classes else None
+    model.category_ids = ids if ids and len(ids) == model.num_classes else None
+
+
+def _categories(meta: dict) -> tuple[list[str] | None, list[int] | None]:
+    """(class names, category ids) by label: of a file of ours, or the names that MMDetection keeps."""
+    if "categories" in meta:
+        rows = json.loads(meta["categories"])
+        return tuple([row[key] for row in rows] if all(key in row for row in rows) else None for key in ("name", "id"))
+    names = meta.get("class_names")
+    return names.split("\n") if isinstance(names, str) else mmdet.class_names(meta), None
 
 
 def load_pretrained(module: nn.Module, checkpoint: str | Path, prefix: str = "") -> nn.Module:

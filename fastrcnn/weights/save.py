@@ -1,7 +1,11 @@
 """Writes our own checkpoints, and the peers' keys for those who go back."""
 
 import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fastrcnn.checkpoints import detectron2, mmdet
@@ -52,11 +56,80 @@ def export_weights(model: Detector, peer: str) -> dict[str, Tensor]:
 
 
 def model_metadata(name: str, model: Detector, overrides: dict) -> dict[str, str]:
-    """What `infer_model` reads back from a safetensors file of ours."""
-    names = "\n".join(model.class_names or [])
+    """What `infer_model` reads back from a file of ours."""
     options = model.peer_options()
     backbone = {"style": options["style"]} if "style" in options else {}
     if "norm_eps" in options:
         backbone["norm_cfg"] = dict(eps=options["norm_eps"])
     overrides = merge(overrides, dict(data_preprocessor=options["data_preprocessor"], backbone=backbone))
-    return dict(model=name, profile=model.profile.name, overrides=json.dumps(overrides), class_names=names)
+    return dict(model=name, profile=model.profile.name, overrides=json.dumps(overrides), **_categories(model))
+
+
+def _categories(model: Detector) -> dict[str, str]:
+    """The classes as COCO's list of dicts: names in the order of the labels, and ids where the model has some."""
+    names, ids = model.class_names, model.category_ids
+    if names is None and ids is None:
+        return {}
+    for what, values in (("class_names", names), ("category_ids", ids)):
+        if values is not None and len(values) != model.num_classes:
+            raise ValueError(f"{what}: expected one for each of the {model.num_classes} classes, got {len(values)}")
+    rows: list[dict] = [{} for _ in range(model.num_classes)]
+    for row, name in zip(rows, names or ()):
+        row["name"] = str(name)
+    for row, number in zip(rows, ids or ()):
+        row["id"] = int(number)
+    return dict(categories=json.dumps(rows))
+
+
+def writable(path: str | Path) -> Path:
+    """`path`, where `save` can write: its folder is made. Ask before a long training.
+
+    Raises ValueError for a suffix other than .safetensors, .pth and .pt, OSError where nothing can be written.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"{path}: expected a name that ends in .safetensors, .pth or .pt")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is no file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = _beside(path)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
+
+
+def _beside(path: Path) -> Path:
+    """Where a file is written before it takes the name `path`: in its folder, so that the renaming is one step."""
+    return path.with_name(f".{path.name[:80]}.{os.getpid()}.part")
+
+
+def save(model: Detector, path: str | Path, notes: Mapping[str, str] | None = None) -> Path:
+    """Writes a model so that `infer_model`, `load_weights` and `--weights` give the same model again: weights, structure,
+    profile, class names and category ids. Returns the path.
+
+    path: .safetensors (needs the package safetensors), .pth or .pt; its folder is made, and a file of that name is replaced
+    only when the new one is whole. notes: texts to keep in the file's metadata. Raises what `writable` raises, ImportError,
+    and ValueError for a model that a file cannot describe.
+    """
+    path = writable(path)
+    meta = {**(notes or {}), **model_metadata(model.zoo_name, model, model.zoo_overrides)}
+    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    if path.suffix.lower() == ".safetensors":
+        try:
+            from safetensors.torch import save as safetensors_bytes
+        except ImportError:
+            raise ImportError("writing .safetensors needs the package safetensors: pip install safetensors") from None
+    part = _beside(path)
+    try:
+        with open(part, "wb") as file:
+            if path.suffix.lower() == ".safetensors":
+                file.write(safetensors_bytes(state, meta))
+            else:
+                torch.save(dict(meta=meta, state_dict=state), file)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
