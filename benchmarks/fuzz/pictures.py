@@ -1,9 +1,10 @@
 """Damaged pictures for the decoder: `python benchmarks/fuzz/pictures.py --minutes 15 --seed 0`.
 
-Small pictures of every format that is read are damaged from a seed (bits, bytes, lengths, parts of other files; PNGs also inside
-their chunks, with checksums that fit) and decoded in a subprocess with 3 GiB of memory and 20 seconds a picture. Each must give
-pixels or a ValueError. A picture that ends the process, or does anything else, is written to --keep under its number, and the
-run goes on with the next one; the exit status is the number of such pictures, at most 99.
+Small pictures of every format that is read are damaged from a seed (bits, bytes, lengths, parts of other files; PNGs
+also inside their chunks, with checksums that fit) and decoded in a subprocess with 3 GiB of memory and 20 seconds a
+picture. Each must give pixels or a ValueError. A picture that ends the process, or does anything else, is written to
+--keep under its number, and the run goes on with the next one; the exit status is the number of such pictures, at most
+99.
 """
 
 import argparse
@@ -37,8 +38,11 @@ FORMATS = {
     "JPEG2000": ("RGB", "L"),
     "PPM": ("RGB", "L", "1"),
 }
-OPTIONS = {"JPEG": ({}, dict(progressive=True)), "TIFF": ({}, dict(compression="tiff_lzw"), dict(compression="tiff_deflate")),
-           "WEBP": ({}, dict(lossless=True))}  # fmt: skip
+OPTIONS = {
+    "JPEG": ({}, dict(progressive=True)),
+    "TIFF": ({}, dict(compression="tiff_lzw"), dict(compression="tiff_deflate")),
+    "WEBP": ({}, dict(lossless=True)),
+}
 
 
 def whole_pictures() -> list[tuple[str, bytes]]:
@@ -153,7 +157,8 @@ def main() -> int:
             print(run.stderr[-2000:])
             return 99
         for row in rows:
-            number, kind, outcome = int(row[0]), row[1], row[2] if len(row) > 2 and row[2] else f"dead: {run.returncode}"
+            number, kind = int(row[0]), row[1]
+            outcome = row[2] if len(row) > 2 and row[2] else f"dead: {run.returncode}"
             if kind == "MiB":
                 largest = max(largest, int(outcome))
                 break

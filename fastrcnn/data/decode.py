@@ -1,7 +1,7 @@
 """Bytes of a picture to pixels: which decoder reads what, how large a picture may be, turning, 8 bits a value.
 
-JPEG is read by torchvision as long as it has a decoder (it is quicker than Pillow's and gives the same pixels), all else by
-Pillow, whose decoders are fuzzed in public: torchvision's PNG decoder ends the process on damaged files.
+JPEG is read by torchvision as long as it has a decoder (it is quicker than Pillow's and gives the same pixels), all
+else by Pillow, whose decoders are fuzzed in public: torchvision's PNG decoder ends the process on damaged files.
 """
 
 import io
@@ -52,8 +52,8 @@ def max_bytes() -> float:
 
 
 def decode(data: bytes) -> Tensor:
-    """uint8 [3, H, W] RGB of the bytes of a picture, the first of several, turned as its EXIF orientation says; an alpha
-    channel is dropped. Raises ValueError with the reason where they cannot be read."""
+    """uint8 [3, H, W] RGB of the bytes of a picture, the first of several, turned as its EXIF orientation says; an
+    alpha channel is dropped. Raises ValueError with the reason where they cannot be read."""
     from PIL import Image, UnidentifiedImageError
 
     if not data:
@@ -75,8 +75,8 @@ def decode(data: bytes) -> Tensor:
 
 
 def check_size(image) -> None:
-    """Raises DecompressionBombError for a PIL image of more pixels than `max_pixels`, before any is decoded: also where the
-    tiles of a TIFF are larger than the picture."""
+    """Raises DecompressionBombError for a PIL image of more pixels than `max_pixels`, before any is decoded: also
+    where the tiles of a TIFF are larger than the picture."""
     from PIL import Image
 
     sizes = [image.size]
@@ -101,8 +101,9 @@ def _jpeg(data: bytes) -> Tensor | None:
 
 
 def pixels_of(image) -> Tensor:
-    """uint8 [3, H, W] RGB of a PIL image, turned as its EXIF orientation says. 16 bits a value keep their high byte, floats
-    are 0..1. Raises ValueError where the values are not in such a range, and whatever Pillow raises while it decodes."""
+    """uint8 [3, H, W] RGB of a PIL image, turned as its EXIF orientation says. 16 bits a value keep their high byte,
+    floats are 0..1. Raises ValueError where the values are not in such a range, and whatever Pillow raises while it
+    decodes."""
     check_size(image)
     if image.mode == "I":  # 16 bits in Pillow's 32
         array = np.asarray(image)
@@ -128,8 +129,8 @@ def _turned(pixels: Tensor, image) -> Tensor:
 
 
 def bytes_of(array: np.ndarray) -> Tensor:
-    """uint8 [3, H, W] of an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (the alpha channel is dropped), uint8, uint16 (its
-    high byte) or float in 0..1. Raises TypeError or ValueError saying what came."""
+    """uint8 [3, H, W] of an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (the alpha channel is dropped), uint8,
+    uint16 (its high byte) or float in 0..1. Raises TypeError or ValueError saying what came."""
     if array.dtype.kind not in "uf" or array.dtype.itemsize > 8 or (array.dtype.kind == "u" and array.itemsize > 2):
         raise TypeError(f"expected uint8, uint16 or floats in 0..1, got {array.dtype}")
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):

@@ -18,8 +18,8 @@ def is_address(source: str) -> bool:
 
 
 def read_bytes(source: str, limit: float) -> bytes:
-    """The content of a file or an http(s) address. Raises OSError with the reason: also for what is no regular file (a pipe, a
-    device) and for more than `limit` bytes."""
+    """The content of a file or an http(s) address. Raises OSError with the reason: also for what is no regular file (a
+    pipe, a device) and for more than `limit` bytes."""
     return _fetch(source, limit) if is_address(source) else _read_file(source, limit)
 
 
@@ -47,8 +47,8 @@ def _count(read, limit: float, deadline: float = float("inf")) -> bytes:
 
 
 def _fetch(address: str, limit: float) -> bytes:
-    """In a thread that is left behind when the time is over: a server that sends its head byte by byte outlasts every time
-    limit of a socket."""
+    """In a thread that is left behind when the time is over: a server that sends its head byte by byte outlasts every
+    time limit of a socket."""
     answers: queue.SimpleQueue = queue.SimpleQueue()
     deadline = time.monotonic() + TIMEOUT_S
     quoted = urllib.parse.quote(address, safe="%/:=&?~#+!$,;'@()*[]")

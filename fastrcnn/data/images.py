@@ -19,10 +19,11 @@ class ImageError(ValueError):
 
 
 def read_image(source: str | os.PathLike) -> Tensor:
-    """uint8 [3, H, W] RGB from a file or an http(s) address, turned as its EXIF orientation says; an alpha channel is dropped.
+    """uint8 [3, H, W] RGB from a file or an http(s) address, turned as its EXIF orientation says; an alpha channel is
+    dropped.
 
-    Raises ImageError, also for what is no regular file, for more pixels than `fastrcnn.data.decode.max_pixels`, and for an
-    address whose answer takes longer than 30 s.
+    Raises ImageError, also for what is no regular file, for more pixels than `fastrcnn.data.decode.max_pixels`, and
+    for an address whose answer takes longer than 30 s.
     """
     name = os.fsdecode(source)
     try:
@@ -39,10 +40,10 @@ def read_image(source: str | os.PathLike) -> Tensor:
 def as_image(source, name: str = "image") -> Tensor:
     """uint8 [3, H, W] RGB from a path, an address, a PIL image, an array or a tensor.
 
-    Arrays are [H, W, 3] in the order red, green, blue (cv2's are the other way round: `array[..., ::-1]`), [H, W, 4] (the alpha
-    channel is dropped) or [H, W] (grey); tensors [3, H, W], [4, H, W] or [1, H, W]. Values are uint8, uint16 (of which the high
-    byte counts) or float in 0..1. A PIL image is turned as its EXIF orientation says, like the same file.
-    Raises ImageError, TypeError or ValueError naming what came.
+    Arrays are [H, W, 3] in the order red, green, blue (cv2's are the other way round: `array[..., ::-1]`), [H, W, 4]
+    (the alpha channel is dropped) or [H, W] (grey); tensors [3, H, W], [4, H, W] or [1, H, W]. Values are uint8,
+    uint16 (of which the high byte counts) or float in 0..1. A PIL image is turned as its EXIF orientation says, like
+    the same file. Raises ImageError, TypeError or ValueError naming what came.
     """
     if isinstance(source, str | os.PathLike):
         return read_image(source)
@@ -82,8 +83,8 @@ def _from_tensor(tensor: Tensor) -> Tensor:
 
 
 def list_images(source: str | os.PathLike) -> list[str]:
-    """The image files of a folder (by suffix, not recursive), a glob pattern, or the file or address itself; sorted. What is
-    not there, or may not be looked into, is given as it is: reading it says what is wrong."""
+    """The image files of a folder (by suffix, not recursive), a glob pattern, or the file or address itself; sorted.
+    What is not there, or may not be looked into, is given as it is: reading it says what is wrong."""
     text = os.fsdecode(source)
     if is_address(text):
         return [text]
