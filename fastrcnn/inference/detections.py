@@ -42,7 +42,7 @@ class Detections:
         rows = np.arange(len(self))[index.cpu().numpy() if isinstance(index, Tensor) else index]
         if rows.ndim > 1:
             raise IndexError(f"expected one index, mask or slice over the {len(self)} objects, got {index!r}")
-        rows = torch.from_numpy(np.atleast_1d(rows))
+        rows = torch.from_numpy(np.atleast_1d(rows).copy())
         return Detections(self.boxes[rows], self.scores[rows], self.labels[rows], self.class_names, self.category_ids)
 
     def __iter__(self) -> Iterator["Detections"]:
