@@ -188,6 +188,52 @@ def test_class_names_and_category_ids():
     assert set(found.names) <= set(NAMES) and found.names[0] == NAMES[int(found.labels[0])]
 
 
+def test_a_model_comes_out_of_what_wraps_it(detector):
+    (expected,) = detector(picture())
+    for wrap in (nn.DataParallel, torch.optim.swa_utils.AveragedModel, lambda m: torch.compile(m, backend="eager")):
+        assert_same(Detector(wrap(tiny()), device="cpu")(picture())[0], expected)
+
+
+def test_category_ids_are_the_models_own():
+    model = tiny()
+    model.class_names, model.category_ids = NAMES, [7, 1, 3]
+    (found,) = Detector(model, device="cpu")(picture())
+    own = dict(zip(NAMES, [7, 1, 3]))
+    assert [row["category_id"] for row in found.to_coco()] == [own[name] for name in found.names]
+
+
+def test_a_picture_that_cannot_be_looked_at_stops_a_call_and_not_a_stream(detector):
+    thin, good = np.zeros((1, 20_000, 3), np.uint8), picture()
+    for batch_size in (1, 2):
+        results = {i: found for i, _, found in detector.stream([good, thin, thin, good], batch_size)}
+        assert [isinstance(results[i], ImageError) for i in range(4)] == [False, True, True, False]
+        assert "images[1]" in str(results[1]) and "20000 x 1" in str(results[1]) and "\n" not in str(results[1])
+    with pytest.raises(ImageError, match=r"images\[1\]"):
+        detector([good, thin])
+
+
+def test_boxes_that_are_no_numbers_are_an_error():
+    model = tiny()
+    nn.init.constant_(model.roi_head.bbox_head.fc_reg.bias, float("nan"))
+    with pytest.raises(FloatingPointError, match=r"images\[0\]"):
+        Detector(model, device="cpu")(picture())
+
+
+def test_images_of_many_shapes_do_not_wait_for_ever(detector):
+    shapes = [(64 + 2 * i, 80) for i in range(14)]
+    read = 0
+
+    def images():
+        nonlocal read
+        for shape in shapes:
+            read += 1
+            yield np.zeros((*shape, 3), np.uint8)
+
+    first = next(detector.stream(images(), batch_size=2))
+    assert first[0] == 0 and read < len(shapes)
+    assert sorted(i for i, _, _ in detector.stream(images(), batch_size=2)) == list(range(14))
+
+
 @pytest.mark.parametrize("profile", ["mmdet", "torchvision"])
 def test_a_detector_from_a_file(tmp_path, profile):
     path = saved(tmp_path / "cells.safetensors", profile)
@@ -207,11 +253,25 @@ def test_a_detector_from_a_file(tmp_path, profile):
         (("r18_fpn",), dict(precision="fp8"), ValueError, "precision"),
         (("r18_fpn",), dict(score_threshold=1.5), ValueError, "score_threshold"),
         (("r18_fpn",), dict(score_threshold=float("nan")), ValueError, "score_threshold"),
+        (("r18_fpn",), dict(score_threshold="high"), ValueError, "score_threshold"),
+        (("r18_fpn",), dict(device="gpu"), ValueError, "device.*'gpu'"),
+        (("r18_fpn",), dict(device="meta"), ValueError, "device"),
+        ((nn.Linear(2, 2),), {}, TypeError, "model_or_name.*Linear"),
+        ((None,), {}, TypeError, "model_or_name.*NoneType"),
+        (("r18_fpn", 3), {}, TypeError, "weights.*int"),
+        (({"a": torch.zeros(2)},), {}, ValueError, "state dict"),
     ],
 )
 def test_bad_arguments_are_named(arguments, options, error, names):
     with pytest.raises(error, match=names):
-        Detector(*arguments, device="cpu", **options)
+        Detector(*arguments, **{"device": "cpu", **options})
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, "2"])
+def test_a_bad_batch_size_is_named(detector, batch_size):
+    for call in (detector, detector.stream):
+        with pytest.raises(ValueError, match="batch_size"):
+            call([picture()], batch_size)
 
 
 def test_weights_beside_a_model_and_a_device_that_is_not_there():
@@ -231,13 +291,29 @@ THREE = Detections(
 @pytest.mark.parametrize(
     "index, rows",
     [(slice(0, 2), [0, 1]), (slice(None, None, 2), [0, 2]), (torch.tensor([2, 0]), [2, 0]),
-     (torch.tensor([False, True, True]), [1, 2]), (THREE.scores > 0.5, [0, 1]), ([1], [1])],
+     (torch.tensor([False, True, True]), [1, 2]), (THREE.scores > 0.5, [0, 1]), ([1], [1]), (0, [0]), (-1, [2]),
+     (np.int64(1), [1]), (torch.tensor(2), [2]), (slice(None, None, -1), [2, 1, 0]), ([], []),
+     (np.array([True, False, True]), [0, 2])],
 )  # fmt: skip
 def test_slicing(index, rows):
     part = THREE[index]
     assert torch.equal(part.boxes, THREE.boxes[rows]) and torch.equal(part.scores, THREE.scores[rows])
     assert part.labels.tolist() == [THREE.labels.tolist()[r] for r in rows]
     assert (part.class_names, part.category_ids, len(part)) == (NAMES, [4, 5, 9], len(rows))
+
+
+def test_iteration_gives_the_objects_and_nothing_beyond():
+    assert [(len(one), one.names, one.boxes.shape) for one in THREE] == [(1, [n], (1, 4)) for n in THREE.names]
+    for index in (3, -4, (0, 1), torch.tensor([True]), None, "a"):
+        with pytest.raises(IndexError):
+            THREE[index]
+
+
+def test_detections_without_names_are_numbered():
+    plain = Detections(THREE.boxes, THREE.scores, THREE.labels)
+    assert plain.names == ["class 2", "class 0", "class 2"]
+    assert [row["category_id"] for row in plain.to_coco()] == [3, 1, 3]
+    assert plain.draw(np.zeros((80, 120, 3), np.uint8)).any()
 
 
 def test_aliases_and_coco_results():
@@ -265,8 +341,8 @@ def test_drawing_changes_the_boxes_edges_and_nothing_far_from_them():
 def test_drawing_on_every_kind_of_image_and_beyond_its_edges(tmp_path):
     array = picture(40, 50)
     Image.fromarray(array).save(tmp_path / "a.png")
-    boxes = torch.tensor([[-20.0, -20, 500, 500], [30, 39, 30, 39]])
-    wild = Detections(boxes, torch.ones(2), torch.tensor([0, 1]), NAMES)
+    boxes = torch.tensor([[-20.0, -20, 500, 500], [30, 39, 30, 39], [-torch.inf, 3, 1e30, torch.nan]])
+    wild = Detections(boxes, torch.ones(3), torch.tensor([0, 1, 2]), ["red", "\udcff\n", "x" * 10_000])
     drawn = wild.draw(array)
     assert drawn.shape == (3, 40, 50)
     for image in (tmp_path / "a.png", Image.fromarray(array), torch.from_numpy(array).permute(2, 0, 1)):

@@ -11,9 +11,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")]
 
 
+def printable(text) -> str:
+    """`text` with everything escaped that a terminal might obey or cannot show: names come from outside."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def fail(message) -> None:
     """One sentence and exit status 1, in place of a traceback."""
-    err.print(f"fastrcnn: {message}", style="red", markup=False, soft_wrap=True)
+    err.print(printable(f"fastrcnn: {message}"), style="red", markup=False, soft_wrap=True)
     raise typer.Exit(1)
 
 

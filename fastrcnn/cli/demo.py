@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Device, Precision, console
+from fastrcnn.cli.common import Device, Precision, console, open_detector, printable
 from fastrcnn.cli.detect import run_detector
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -18,22 +18,20 @@ def demo(
     precision: Precision = "auto",
 ) -> None:
     """Find blood cells in a picture that comes with the package, with weights that come with it: no network needed."""
-    from fastrcnn import Detector
     from fastrcnn._extension import kernel_table
 
     start = time.perf_counter()
-    detector = Detector(str(ASSETS / "demo.safetensors"), None, device, precision, score_threshold=0.5)
-    source = ASSETS / "demo.jpg"
-    done, failed, objects = run_detector(detector, [str(source)], out, None, None, True)
-    if failed or not done:
+    detector = open_detector(None, str(ASSETS / "demo.safetensors"), device, precision, 0.5)
+    images, objects = run_detector(detector, [str(ASSETS / "demo.jpg")], out, None, None, True)
+    if not images["done"]:
         raise typer.Exit(1)
     kernels = kernel_table()
     compiled = sum(row[detector.device.type] == "kernel" for row in kernels.values())
     for name, count in objects.most_common():
         console.print(f"{count:4d}  {name}")
     seconds = time.perf_counter() - start
-    console.print(
+    line = (
         f"{sum(objects.values())} cells found in {seconds:.1f} s on {detector.device} ({detector.precision}), "
-        f"{compiled} of {len(kernels)} operators by kernels. Look at {out / 'demo.jpg'}",
-        soft_wrap=True,
+        f"{compiled} of {len(kernels)} operators by kernels. Look at {out / 'demo.jpg'}"
     )
+    console.print(printable(line), markup=False, soft_wrap=True)

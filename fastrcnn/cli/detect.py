@@ -1,14 +1,16 @@
 """fastrcnn detect."""
 
 import time
+import warnings
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastrcnn.cli.common import Device, Precision, console, err, fail, open_detector
+from fastrcnn.cli.common import Device, Precision, console, err, fail, open_detector, printable
 
 
 def selected(names: list[str], wanted: str | None) -> set[int] | None:
@@ -21,22 +23,34 @@ def selected(names: list[str], wanted: str | None) -> set[int] | None:
     return {i for i, name in enumerate(names) if name in asked}
 
 
-def run_detector(detector, sources: list[str], out: Path, classes: set[int] | None, batch: int | None, pictures: bool):
-    """`write_detections` with a progress bar and the unreadable images named. Returns (images done, failed, objects)."""
+def run_detector(
+    detector, sources: list[str], out: Path, classes: set[int] | None, batch: int | None, pictures: bool
+) -> tuple[Counter, Counter]:
+    """`write_detections` with a progress bar, and what failed named. Returns how many images were "done", "unreadable"
+    and "not written", and how many objects there are of each name. Ends the command where results cannot be
+    written."""
     from fastrcnn.inference.output import write_detections
 
+    warnings.filterwarnings("ignore", module="PIL")  # about what is in a picture: it is read, or it is named below
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    failed, objects = 0, Counter()
-    with Progress(*columns, console=err, transient=True, disable=len(sources) < 2) as progress:
-        task = progress.add_task("detecting", total=len(sources))
-        for found in write_detections(detector, sources, out, classes, batch, pictures):
-            progress.advance(task)
-            if isinstance(found, Exception):
-                failed += 1
-                err.print(f"skipped {found}", style="yellow", markup=False, soft_wrap=True)
-            else:
-                objects.update(found.names)
-    return len(sources) - failed, failed, objects
+    images, objects = Counter(), Counter()
+    try:
+        with (
+            Progress(*columns, console=err, transient=True, disable=len(sources) < 2) as progress,
+            closing(write_detections(detector, sources, out, classes, batch, pictures)) as results,
+        ):
+            task = progress.add_task("detecting", total=len(sources))
+            for found in results:
+                progress.advance(task)
+                if isinstance(found, Exception):
+                    images["not written" if isinstance(found, OSError) else "unreadable"] += 1
+                    err.print(printable(f"skipped {found}"), style="yellow", markup=False, soft_wrap=True)
+                else:
+                    images["done"] += 1
+                    objects.update(found.names)
+    except OSError as error:
+        fail(error)
+    return images, objects
 
 
 def detect(
@@ -57,17 +71,22 @@ def detect(
 ) -> None:  # fmt: skip
     """Find objects in images: pictures with boxes, names and scores, and COCO-format JSON."""
     from fastrcnn.data import list_images
+    from fastrcnn.inference.output import check_folder
 
     paths = [path for source in sources for path in list_images(source)]
     if not paths:
         fail(f"no images found in {' '.join(sources)}")
+    try:
+        check_folder(out)
+    except OSError as error:
+        fail(error)
     detector = open_detector(model, weights, device, precision, score)
     start = time.perf_counter()
-    done, failed, objects = run_detector(detector, paths, out, selected(detector.class_names, classes), batch, pictures)
+    images, objects = run_detector(detector, paths, out, selected(detector.class_names, classes), batch, pictures)
     seconds = time.perf_counter() - start
     what = ", ".join(f"{n} {name}" for name, n in objects.most_common(6)) or "nothing"
-    skipped = f", {failed} unreadable (named above)" if failed else ""
-    line = f"{done} of {len(paths)} images in {seconds:.1f} s{skipped}: {what}. See {out}/"
-    console.print(line, markup=False, soft_wrap=True)
+    failed = "".join(f", {images[k]} {k} (named above)" for k in ("unreadable", "not written") if images[k])
+    line = f"{images['done']} of {len(paths)} images in {seconds:.1f} s{failed}: {what}. See {out}/"
+    console.print(printable(line), markup=False, soft_wrap=True)
     if failed:
         raise typer.Exit(1)

@@ -1,6 +1,7 @@
 """The objects found in one image."""
 
 import colorsys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 from fastrcnn.data.images import as_image
+
+FAR = 1e6  # pixels; Pillow's pen takes no larger number
+LETTERS = 60  # of a name on a picture
 
 
 def _colour(label: int) -> tuple[int, int, int]:
@@ -33,10 +37,17 @@ class Detections:
         return len(self.boxes)
 
     def __getitem__(self, index) -> "Detections":
-        """A selection by boolean mask, index tensor or slice."""
-        return Detections(
-            self.boxes[index], self.scores[index], self.labels[index], self.class_names, self.category_ids
-        )
+        """A selection by boolean mask, indices, slice, or one whole number, which gives the Detections of that one
+        object. Raises IndexError for what is not there."""
+        rows = np.arange(len(self))[index.cpu().numpy() if isinstance(index, Tensor) else index]
+        if rows.ndim > 1:
+            raise IndexError(f"expected one index, mask or slice over the {len(self)} objects, got {index!r}")
+        rows = torch.from_numpy(np.atleast_1d(rows).copy())
+        return Detections(self.boxes[rows], self.scores[rows], self.labels[rows], self.class_names, self.category_ids)
+
+    def __iter__(self) -> Iterator["Detections"]:
+        """The objects one by one, each as Detections of one."""
+        return (self[i] for i in range(len(self)))
 
     @property
     def xyxy(self) -> np.ndarray:
@@ -53,15 +64,18 @@ class Detections:
     @property
     def names(self) -> list[str]:
         """The class name of each object."""
-        return [self.class_names[i] for i in self.labels.tolist()]
+        return [self._name(i) for i in self.labels.tolist()]
+
+    def _name(self, label: int) -> str:
+        return self.class_names[label] if label < len(self.class_names) else f"class {label}"
 
     def to_coco(self, image_id: int = 0) -> list[dict]:
         """COCO result dicts: image_id, category_id, bbox (x, y, width, height; pixels), score."""
         xywh = torch.cat([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], 1).tolist()
         rows = zip(xywh, self.scores.tolist(), self.labels.tolist())
         return [
-            dict(image_id=image_id, category_id=self.category_ids[label], bbox=[round(v, 2) for v in box],
-                 score=round(score, 5))
+            dict(image_id=image_id, category_id=(self.category_ids or range(1, label + 2))[label],
+                 bbox=[round(v, 2) for v in box], score=round(score, 5))
             for box, score, label in rows
         ]  # fmt: skip
 
@@ -83,17 +97,18 @@ class Detections:
 
         image: whatever `Detector` takes: path, PIL image, array or tensor.
         """
-        from PIL import Image, ImageDraw, ImageFont  # torchvision brings it
+        from PIL import Image, ImageDraw, ImageFont
 
-        picture = Image.fromarray(as_image(image).permute(1, 2, 0).numpy())
+        picture = Image.fromarray(as_image(image).permute(1, 2, 0).cpu().numpy())
         pen = ImageDraw.Draw(picture)
         unit = max(picture.size) / 640  # line and letter sizes grow with the picture
         width, font = max(1, round(1.6 * unit)), ImageFont.load_default(size=max(10.0, 11 * unit))
         for i in reversed(range(len(self))):
-            x1, y1, x2, y2 = self.boxes[i].tolist()
+            x1, y1, x2, y2 = self.boxes[i].nan_to_num().clamp(-FAR, FAR).tolist()
             colour = _colour(int(self.labels[i]))
             pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=width)
-            text = f"{self.class_names[int(self.labels[i])]} {self.scores[i]:.2f}"
+            name = self._name(int(self.labels[i]))[:LETTERS].encode("utf-8", "replace").decode()
+            text = f"{name} {self.scores[i]:.2f}"
             left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
             height, pad = bottom - top, 2 * unit
             # Above the box where there is room, inside otherwise, and never out of the picture.

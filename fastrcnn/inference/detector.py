@@ -1,9 +1,11 @@
 """Images in, objects out: reading, batching by shape, precision, names."""
 
 import copy
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,6 @@ from fastrcnn.data.images import ImageError, as_image
 from fastrcnn.inference.detections import Detections
 from fastrcnn.layers import fold_batch_norm
 from fastrcnn.models.base_detector import BaseDetector
-from fastrcnn.models.preprocess import resized_size
 from fastrcnn.models.rpn import RPN
 from fastrcnn.weights import coco_address, infer_model
 from fastrcnn.weights.named import named_model
@@ -20,10 +21,13 @@ from fastrcnn.zoo.recipes import NAMES, RPNS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READERS = 2  # threads that decode ahead of the model
+Answer = tuple[int, Tensor | None, Detections | Exception]
+WAITING = 4  # full batches' worth of images that wait for others of their shape
 
 
 def _coco_names() -> tuple[list[str], list[str]]:
-    """COCO's names by id 1..90 (torchvision's labels, with "N/A" gaps) and the 80 in use (MMDetection's, Detectron2's)."""
+    """COCO's names by id 1..90 (torchvision's labels, with "N/A" gaps) and the 80 in use (MMDetection's,
+    Detectron2's)."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
     by_id = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
@@ -47,35 +51,68 @@ def _names_and_ids(model: BaseDetector) -> tuple[list[str], list[int]]:
 
 
 def as_device(device: str | torch.device) -> torch.device:
-    """The device that a name stands for; "auto" is CUDA where there is one. Raises ValueError where there is none."""
-    if device == "auto":
+    """The device that a name stands for; "auto" is CUDA where there is one. Raises ValueError where there is none of
+    it."""
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device} was asked for, but torch sees no CUDA device")
-    return device
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {found} was asked for, but torch sees no CUDA device")
+    try:
+        usable = found.type != "meta" and torch.empty(1, device=found) is not None
+    except Exception:  # each backend has its own way to say that it is not there
+        usable = False
+    if not usable:
+        raise ValueError(f"device: {found} was asked for, but torch cannot use it here")
+    return found
+
+
+class _Picture(NamedTuple):
+    index: int
+    name: str  # for messages
+    image: Tensor | Exception  # uint8 [3, H, W], or why it cannot be read
+
+
+def _read(index: int, source) -> _Picture:
+    name = os.fsdecode(source) if isinstance(source, str | os.PathLike) else f"images[{index}]"
+    try:
+        return _Picture(index, name, as_image(source, name))
+    except Exception as error:  # whatever is wrong with one image, the others are looked at
+        return _Picture(index, name, error)
+
+
+def _failure(error: Exception, picture: _Picture) -> Exception:
+    """What torch says in one line that names the picture; an error that a caller may look for keeps its kind."""
+    height, width = picture.image.shape[1:]
+    kept = (MemoryError, FloatingPointError, torch.OutOfMemoryError)
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    said = f"{picture.name}: no detection in {width} x {height} pixels ({reason})"
+    return type(error)(said) if type(error) in kept else ImageError(said)
 
 
 class Detector:
     """Finds objects: `Detector("r50_fpn", weights="coco")("street.jpg")[0].boxes`.
 
-    model_or_name: a FasterRCNN, RetinaNet or RPN (copied, not changed), a name from `fastrcnn models`, or a checkpoint
-    file or address from which the model is inferred. weights: a checkpoint of MMDetection, torchvision or Detectron2,
-    "coco" for published ones, or None. device: "auto", "cpu", "cuda", "cuda:1"... precision: "fp32", "bf16", "fp16";
-    "auto" is fp32 on a CPU, so that a checkpoint gives its old numbers, and bf16 on CUDA. Objects below score_threshold
-    are left out.
+    model_or_name: a FasterRCNN, RetinaNet or RPN (copied, not changed; also as torch.compile or DataParallel wraps
+    it), a name from `fastrcnn models`, or a checkpoint (file, address or state dict) from which the model is inferred.
+    weights: a checkpoint of MMDetection, torchvision or Detectron2, "coco" for published ones, or None. device:
+    "auto", "cpu", "cuda", "cuda:1"... precision: "fp32", "bf16", "fp16"; "auto" is fp32 on a CPU, so that a checkpoint
+    gives its old numbers, and bf16 on CUDA. Objects below score_threshold are left out.
     """
 
     def __init__(
         self,
-        model_or_name: BaseDetector | str,
-        weights: str | None = None,
+        model_or_name: nn.Module | str | os.PathLike | Mapping,
+        weights: str | os.PathLike | Mapping | None = None,
         device: str | torch.device = "auto",
         precision: str = "auto",
         score_threshold: float = 0.05,
     ):
-        if not 0.0 <= score_threshold <= 1.0:
-            raise ValueError(f"score_threshold: expected a number in [0, 1], got {score_threshold}")
+        if not isinstance(score_threshold, int | float) or not 0.0 <= score_threshold <= 1.0:
+            raise ValueError(f"score_threshold: expected a number in [0, 1], got {score_threshold!r}")
         self.device = as_device(device)
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
@@ -99,11 +136,22 @@ class Detector:
                 m.to(memory_format=torch.channels_last)
 
     @staticmethod
-    def _model(model_or_name: BaseDetector | str, weights: str | None) -> BaseDetector:
-        if isinstance(model_or_name, BaseDetector):
+    def _model(model_or_name, weights) -> BaseDetector:
+        model = model_or_name
+        while isinstance(model, nn.Module) and not isinstance(model, BaseDetector):
+            # What torch.compile, DataParallel and AveragedModel put around a model.
+            model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if isinstance(model, BaseDetector):
             if weights is not None:
                 raise ValueError("weights: expected None beside a model; load them with fastrcnn.load_weights first")
-            return copy.deepcopy(model_or_name)
+            return copy.deepcopy(model)
+        if isinstance(model_or_name, Mapping) and weights is None:
+            return infer_model(model_or_name)
+        if not isinstance(model_or_name, str | os.PathLike):
+            expected = "a FasterRCNN, RetinaNet or RPN of fastrcnn, a model's name, or a checkpoint"
+            raise TypeError(f"model_or_name: expected {expected}, got {type(model_or_name).__name__}")
+        if not isinstance(weights, str | os.PathLike | Mapping | None):
+            raise TypeError(f"weights: expected a path, an address or a state dict, got {type(weights).__name__}")
         name = str(model_or_name)
         if name not in (*NAMES, *RPNS):
             if weights is not None:
@@ -111,69 +159,99 @@ class Detector:
             return infer_model(name)
         if weights is None:
             return named_model(name)
-        return infer_model(coco_address(name) if weights == "coco" else weights, name)
+        return infer_model(coco_address(name) if isinstance(weights, str) and weights == "coco" else weights, name)
 
     def __call__(self, images, batch_size: int | None = None) -> list[Detections]:
-        """Objects of each image, in order. images: one or a list of paths, addresses, PIL images, arrays ([H, W, 3]) and
-        tensors ([3, H, W]); uint8, or floats in 0..1.
+        """Objects of each image, in order. images: one or a list of paths, addresses, PIL images, arrays [H, W, 3] and
+        tensors [3, H, W], both with the colours in the order red, green, blue (turn cv2's arrays: `array[..., ::-1]`);
+        uint8, or floats in 0..1. PIL images are turned as their EXIF orientation says, as files are; an alpha channel
+        is dropped.
 
         Raises ImageError for an image that cannot be read, before any is looked at; `stream` goes on instead.
         """
-        single = not isinstance(images, Sequence | Iterable) or isinstance(images, str) or hasattr(images, "shape")
-        read = [as_image(image, f"images[{i}]") for i, image in enumerate([images] if single else images)]
-        results = {i: found for i, _, found in self.stream(read, batch_size)}
-        return [results[i] for i in range(len(read))]
+        single = not isinstance(images, Iterable) or isinstance(images, str) or hasattr(images, "shape")
+        read = []
+        for index, image in enumerate([images] if single else images):
+            read.append(_read(index, image))
+            if isinstance(read[-1].image, Exception):
+                raise read[-1].image
+        results: list = [None] * len(read)
+        for index, _, found in self._detect_all(read, self._batch_size(batch_size)):
+            if isinstance(found, Exception):
+                raise found
+            results[index] = found
+        return results
 
-    def stream(
-        self, images: Iterable, batch_size: int | None = None
-    ) -> Iterator[tuple[int, Tensor | None, Detections | Exception]]:
-        """(index, image uint8 [3, H, W], Detections), or (index, None, the error) for an image that cannot be read, as they
-        are done: images of one shape wait for each other until there are `batch_size` (default 8 on CUDA, 1 on a CPU,
-        where a batch gains nothing). Reading runs ahead in threads.
+    def stream(self, images: Iterable, batch_size: int | None = None) -> Iterator[Answer]:
+        """(index, image uint8 [3, H, W], Detections), or (index, None, the error) for an image that cannot be read or
+        looked at, as they are done: images of one shape wait for each other until there are `batch_size` (default 8 on
+        CUDA, 1 on a CPU, where a batch gains nothing), or too many wait. Reading runs ahead in threads.
         """
-        batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
-        waiting: dict[tuple, list[tuple[int, Tensor]]] = {}
-        for index, image in self._read_ahead(images, batch_size):
-            if isinstance(image, Exception):
-                yield index, None, image
+        size = self._batch_size(batch_size)
+        return self._detect_all(self._read_ahead(images, size), size)
+
+    def _batch_size(self, batch_size: int | None) -> int:
+        if batch_size is None:
+            return 8 if self.device.type == "cuda" else 1
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected a whole number above 0, got {batch_size!r}")
+        return batch_size
+
+    @staticmethod
+    def _read_ahead(images: Iterable, batch_size: int) -> Iterator[_Picture]:
+        pending: deque[Future[_Picture]] = deque()
+        pool = ThreadPoolExecutor(READERS)
+        try:
+            for index, image in enumerate(images):
+                pending.append(pool.submit(_read, index, image))
+                if len(pending) > READERS + batch_size:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _detect_all(self, pictures: Iterable[_Picture], batch_size: int) -> Iterator[Answer]:
+        waiting: dict[tuple, list[_Picture]] = {}  # by shape
+        for picture in pictures:
+            if isinstance(picture.image, Exception):
+                yield picture.index, None, picture.image
                 continue
-            p = self.model.data_preprocessor
-            shape = resized_size(*image.shape[1:], p.min_size, p.max_size, p.profile.resize)
+            shape = tuple(picture.image.shape)
             group = waiting.setdefault(shape, [])
-            group.append((index, image))
+            group.append(picture)
             if len(group) == batch_size:
                 yield from self._detect(waiting.pop(shape))
+            elif sum(map(len, waiting.values())) > WAITING * batch_size:
+                yield from self._detect(waiting.pop(next(iter(waiting))))
         for group in waiting.values():
             yield from self._detect(group)
 
-    @staticmethod
-    def _read_ahead(images: Iterable, batch_size: int) -> Iterator[tuple[int, Tensor | Exception]]:
-        def read(image) -> Tensor | Exception:
-            try:
-                return as_image(image)
-            except (ImageError, TypeError, ValueError) as error:
-                return error
-
-        pending: deque[tuple[int, Future]] = deque()
-        with ThreadPoolExecutor(READERS) as pool:
-            for index, image in enumerate(images):
-                pending.append((index, pool.submit(read, image)))
-                if len(pending) > READERS + batch_size:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            for index, future in pending:
-                yield index, future.result()
+    def _detect(self, group: list[_Picture]) -> Iterator[Answer]:
+        """A group together; one by one where that fails, so that each picture answers for itself."""
+        try:
+            results: list = self._results([picture.image for picture in group])
+        except (RuntimeError, ValueError, MemoryError, FloatingPointError) as error:
+            results = [_failure(error, group[0])] if len(group) == 1 else []
+        if not results:
+            for picture in group:
+                yield from self._detect([picture])
+        for picture, found in zip(group, results):
+            yield picture.index, None if isinstance(found, Exception) else picture.image, found
 
     @torch.inference_mode()
-    def _detect(self, group: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor, Detections]]:
-        images = [image for _, image in group]
+    def _results(self, images: list[Tensor]) -> list[Detections]:
         if self.device.type == "cuda":  # from pinned memory a copy does not make the host wait
-            images = [image.pin_memory() for image in images]
+            images = [image.pin_memory() if image.device.type == "cpu" else image for image in images]
         results = self.model.detect(*self.model.prepare([image.to(self.device, non_blocking=True) for image in images]))
         counts = [len(r["scores"]) for r in results]
         keys = ("boxes", "scores", "labels")
         columns = (torch.cat([r[key] for r in results]).cpu().split(counts) for key in keys)
-        for (index, image), boxes, scores, labels in zip(group, *columns):
-            kept = scores > self.score_threshold
-            found = boxes[kept].float(), scores[kept].float(), labels[kept]
-            yield index, image, Detections(*found, self.class_names, self.category_ids)
+        return [self._above_threshold(*row) for row in zip(*columns)]
+
+    def _above_threshold(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Detections:
+        kept = scores > self.score_threshold
+        boxes, scores = boxes[kept].float(), scores[kept].float()
+        if not bool(boxes.isfinite().all() and scores.isfinite().all()):
+            raise FloatingPointError(f"the model gives boxes that are no numbers, in {self.precision}")
+        return Detections(boxes, scores, labels[kept], self.class_names, self.category_ids)

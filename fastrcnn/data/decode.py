@@ -1,0 +1,147 @@
+"""Bytes of a picture to pixels: which decoder reads what, how large a picture may be, turning, 8 bits a value.
+
+JPEG is read by torchvision as long as it has a decoder (it is quicker than Pillow's and gives the same pixels), all
+else by Pillow, whose decoders are fuzzed in public: torchvision's PNG decoder ends the process on damaged files.
+"""
+
+import io
+import math
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Pillow's decoders that run no other program and need no other file, with the suffixes of their files.
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+ORIENTATION, TILE_WIDTH, TILE_HEIGHT = 0x0112, 0x0142, 0x0143  # tags of EXIF and TIFF
+# EXIF orientation -> (transposed, sides then flipped) of a picture [3, H, W]
+TURNS = {2: (False, [2]), 3: (False, [1, 2]), 4: (False, [1]), 5: (True, []), 6: (True, [2]), 7: (True, [1, 2]),
+         8: (True, [1])}  # fmt: skip
+BYTES_A_PIXEL = 4  # of a file, at most
+
+
+def max_pixels() -> float:
+    """How many pixels a picture may have, 89 million where nobody says otherwise: Pillow's own limit,
+    `PIL.Image.MAX_IMAGE_PIXELS` (None: no limit), or what the environment variable FASTRCNN_MAX_PIXELS says.
+
+    Raises ValueError where the variable is no number above 0.
+    """
+    from PIL import Image
+
+    if said := os.environ.get("FASTRCNN_MAX_PIXELS"):
+        if not (said.isdecimal() and int(said)):
+            raise ValueError(f"FASTRCNN_MAX_PIXELS: expected a whole number above 0, got {said!r}")
+        Image.MAX_IMAGE_PIXELS = int(said)
+    return math.inf if Image.MAX_IMAGE_PIXELS is None else Image.MAX_IMAGE_PIXELS
+
+
+def max_bytes() -> float:
+    """How long the file of a picture may be: four bytes for every pixel that it may have."""
+    return BYTES_A_PIXEL * max_pixels()
+
+
+def decode(data: bytes) -> Tensor:
+    """uint8 [3, H, W] RGB of the bytes of a picture, the first of several, turned as its EXIF orientation says; an
+    alpha channel is dropped. Raises ValueError with the reason where they cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise ValueError("the file is empty")
+    max_pixels()
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(SUFFIXES)) as image:
+            check_size(image)
+            pixels = _jpeg(data) if image.format in ("JPEG", "MPO") else None
+            return pixels_of(image) if pixels is None else _turned(pixels, image)
+    except UnidentifiedImageError:
+        raise ValueError(f"not an image, or a damaged one (expected {', '.join(SUFFIXES)})") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{error} The limit is PIL.Image.MAX_IMAGE_PIXELS or FASTRCNN_MAX_PIXELS") from None
+    except MemoryError:
+        raise ValueError("there is no memory for its pixels") from None
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise ValueError(f"damaged image ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+def check_size(image) -> None:
+    """Raises DecompressionBombError for a PIL image of more pixels than `max_pixels`, before any is decoded: also
+    where the tiles of a TIFF are larger than the picture."""
+    from PIL import Image
+
+    sizes = [image.size]
+    tags = getattr(image, "tag_v2", {})
+    if TILE_WIDTH in tags and TILE_HEIGHT in tags:
+        sizes.append((tags[TILE_WIDTH], tags[TILE_HEIGHT]))
+    for width, height in sizes:
+        if width * height > max_pixels():
+            raise Image.DecompressionBombError(
+                f"{width} x {height} pixels are more than the limit of {max_pixels():,}."
+            )
+
+
+def _jpeg(data: bytes) -> Tensor | None:
+    """torchvision's decoder; None where it does not take the file, or is no longer there."""
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except (ImportError, RuntimeError):
+        return None
+
+
+def pixels_of(image) -> Tensor:
+    """uint8 [3, H, W] RGB of a PIL image, turned as its EXIF orientation says. 16 bits a value keep their high byte,
+    floats are 0..1. Raises ValueError where the values are not in such a range, and whatever Pillow raises while it
+    decodes."""
+    check_size(image)
+    if image.mode == "I":  # 16 bits in Pillow's 32
+        array = np.asarray(image)
+        if array.min() < 0 or array.max() > 0xFFFF or 0 < array.max() <= 0xFF:
+            raise ValueError(f"expected 16-bit values in mode I, got {array.min()} to {array.max()}: "
+                             "convert the picture to mode L or I;16")  # fmt: skip
+        array = array.astype(np.uint16)
+    elif image.mode.startswith("I;16") or image.mode == "F":
+        array = np.asarray(image)
+    else:
+        array = np.array(image.convert("RGB"))
+    return _turned(bytes_of(array), image)
+
+
+def _turned(pixels: Tensor, image) -> Tensor:
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # damaged EXIF data in a picture that is whole
+        orientation = None
+    transposed, sides = TURNS.get(orientation, (False, []))
+    pixels = pixels.transpose(1, 2) if transposed else pixels
+    return pixels.flip(sides) if sides else pixels
+
+
+def bytes_of(array: np.ndarray) -> Tensor:
+    """uint8 [3, H, W] of an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (the alpha channel is dropped), uint8,
+    uint16 (its high byte) or float in 0..1. Raises TypeError or ValueError saying what came."""
+    if array.dtype.kind not in "uf" or array.dtype.itemsize > 8 or (array.dtype.kind == "u" and array.itemsize > 2):
+        raise TypeError(f"expected uint8, uint16 or floats in 0..1, got {array.dtype}")
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ValueError(f"expected an array [H, W, 3], [H, W, 4] or [H, W], got {list(array.shape)}")
+    array = array[:, :, None] if array.ndim == 2 else array[:, :, :3]
+    if array.dtype.kind == "f":
+        with np.errstate(all="ignore"):
+            array = np.round(array * np.float32(255) if array.itemsize < 4 else array * 255)
+        if not (array.min() >= 0 and array.max() <= 255):  # NaN is neither
+            raise ValueError(f"expected floats in 0..1, got {array.min() / 255:.4g} to {array.max() / 255:.4g}")
+    elif array.itemsize == 2:
+        array = array >> 8
+    array = np.ascontiguousarray(array, dtype=np.uint8)
+    return torch.from_numpy(array).permute(2, 0, 1).expand(3, -1, -1)
