@@ -211,10 +211,13 @@ def meta_of(path) -> tuple[dict, dict]:
 
 
 HOSTILE = dict(
-    list=[1], null=None, text="x", type=dict(type="os.system"), unknown=dict(nosuch=1), weights=dict(weights="https://x/y"),
+    list=[1], null=None, text="x", type=dict(type="os.system"), unknown=dict(nosuch=1),
+    weights=dict(weights="https://x/y"),
     backbone=dict(backbone="x"), neck=dict(neck=[dict(type="FPN")] * 3), classes=dict(num_classes=7),
     layers=dict(roi_head=dict(type="StandardRoIHead", bbox_roi_extractor={}, bbox_head=dict(num_shared_convs=10**9))),
-    channels=dict(neck=dict(NECK, type="FPN", out_channels=10**9)), depth=dict(backbone=dict(type="ResNet", depth=152)),
+    channels=dict(neck=dict(NECK, type="FPN", out_channels=10**9)),
+    memory=dict(neck=dict(NECK, type="FPN", out_channels=10**5, num_outs=5)),
+    depth=dict(backbone=dict(type="ResNet", depth=152)),
 )  # fmt: skip
 
 
