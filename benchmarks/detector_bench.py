@@ -13,7 +13,7 @@ import torch
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from fastrcnn import Detector
-from fastrcnn.cli import ASSETS
+from fastrcnn.cli.demo import ASSETS
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.training.demo import HELD_OUT_SEED
 from fastrcnn.weights import infer_model

@@ -25,15 +25,25 @@ def single(sizes, args, rates):
             times = timing.paired(ours, rival, args.device, args.quick)
             floor = rates.floor_ms(timing.count_bytes(boxes, scores))
             yield timing.row("nms", name, boxes.dtype, args.device, times[0], "torchvision", times[1], floor, error)
+            # The same without the wait for the number of survivors, as the detector calls it.
+            padded = partial(ops.nms_padded, boxes[None], scores[None], None, threshold, n)
+            kept, count = padded()
+            error = same_indices(kept[0, : count[0]], rival(), name)
+            times = timing.paired(padded, rival, args.device, args.quick)
+            yield timing.row(
+                "nms_padded", name, boxes.dtype, args.device, times[0], "torchvision", times[1], floor, error
+            )
 
 
 def levels(images, args, rates):
-    """RPN-like: 4,273 boxes an image in 5 levels."""
+    """RPN-like: 4,273 boxes an image in 5 levels; of several images they come by score, as decode_proposals gives them."""
     per_level = torch.tensor([1000, 1000, 1000, 1000, 273])
     groups = torch.arange(5).repeat_interleave(per_level).to(args.device)
     n = len(groups)
     boxes = torch.stack([timing.detector_like_boxes(n, args.device, i) for i in range(images)])
     scores = torch.rand(images, n, generator=torch.Generator().manual_seed(1)).to(args.device)
+    if images > 1:
+        scores = torch.cat([s.sort(1, descending=True).values for s in scores.split(per_level.tolist(), 1)], 1)
 
     def rival():
         return [torchvision.ops.batched_nms(b, s, groups, 0.7) for b, s in zip(boxes, scores)]

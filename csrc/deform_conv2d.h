@@ -44,7 +44,7 @@ inline DeformConv make_deform_conv(const Tensor& input, const Tensor& offset, co
     return (input.size(2 + axis) + 2 * padding[axis] - reach) / stride[axis] + 1;
   };
   DeformShape s;
-  s.batch = input.size(0), s.channels = input.size(1);
+  s.batch = input.size(0), s.channels = as_int("input", input.size(1));
   s.height = as_int("input", input.size(2)), s.width = as_int("input", input.size(3));
   s.kernel_h = as_int("weight", weight.size(2)), s.kernel_w = as_int("weight", weight.size(3));
   s.stride_h = as_int("stride", stride[0]), s.stride_w = as_int("stride", stride[1]);
@@ -52,15 +52,20 @@ inline DeformConv make_deform_conv(const Tensor& input, const Tensor& offset, co
   s.dilation_h = as_int("dilation", dilation[0]), s.dilation_w = as_int("dilation", dilation[1]);
   as_int("padding", input.size(2) + 2 * padding[0]), as_int("padding", input.size(3) + 2 * padding[1]);
   s.out_h = as_int("stride", out_size(0)), s.out_w = as_int("stride", out_size(1));
-  const int64_t filters = weight.size(0), group_channels = weight.size(1), taps = s.taps();
+  const int64_t filters = weight.size(0), group_channels = weight.size(1);
+  const int64_t taps = s.taps = as_int("weight", weight.size(2) * weight.size(3));
+  s.pixels = s.height * s.width;
   CHECK_ARGUMENT(group_channels > 0 && taps > 0 && s.channels > 0 && s.channels % group_channels == 0,
                  "weight must be [O, C / groups, kh, kw] for an input of C channels");
-  s.groups = s.channels / group_channels;
-  s.offset_groups = offset.size(1) / (2 * taps);
+  CHECK_ARGUMENT(taps * s.channels < (int64_t{1} << 31), "weight: kh * kw * C must be below 2^31");
+  s.group_channels = static_cast<int>(group_channels), s.groups = static_cast<int>(s.channels / group_channels);
+  s.offset_groups = as_int("offset", offset.size(1) / (2 * taps));
   CHECK_ARGUMENT(filters % s.groups == 0, "weight: O must be a multiple of the groups");
   CHECK_ARGUMENT(s.offset_groups > 0 && s.channels % s.offset_groups == 0,
                  "offset must have 2 * kh * kw channels for each of its groups, which must divide C");
+  s.offset_group_channels = static_cast<int>(s.channels / s.offset_groups);
   CHECK_SHAPE(offset, s.batch, s.offset_groups * taps * 2, s.out_h, s.out_w);
+  s.positions = as_int("offset", int64_t{s.out_h} * s.out_w);
   std::optional<Tensor> m;
   if (mask) {
     CHECK_ARGUMENT(mask->dim() == 4 && mask->size(0) == s.batch && mask->size(1) == s.offset_groups * taps &&
@@ -77,7 +82,7 @@ inline DeformConv make_deform_conv(const Tensor& input, const Tensor& offset, co
 
 // Rows whose columns fill about `bytes`, but no more than there are.
 inline int64_t rows_at_once(const DeformConv& p, int64_t bytes, int64_t element) {
-  const int64_t row = p.shape.taps() * p.shape.channels * element;
+  const int64_t row = element * p.shape.taps * p.shape.channels;
   return std::min(std::max<int64_t>(bytes / row, 1), std::max<int64_t>(p.shape.rows(), 1));
 }
 
@@ -107,7 +112,7 @@ DeformGradients deform_backward(const DeformConv& p, const Tensor& grad, const T
                                 const Tensor& weight, const std::optional<Tensor>& mask, int64_t step,
                                 const Im2col& im2col, const Col2im& col2im) {
   const DeformShape& s = p.shape;
-  const int64_t rows = s.rows(), filters = p.weight.size(1), taps = s.taps(), planes = s.offset_groups * taps;
+  const int64_t rows = s.rows(), filters = p.weight.size(1), taps = s.taps, planes = s.offset_groups * taps;
   CHECK_SHAPE(grad, s.batch, s.groups * filters, s.out_h, s.out_w);
   const auto zeros = [&](std::vector<int64_t> shape) {
     Tensor t = empty_like_device(input, shape, p.acc);
@@ -134,9 +139,9 @@ DeformGradients deform_backward(const DeformConv& p, const Tensor& grad, const T
   const auto typed = [](const Tensor& t, const Tensor& like) {
     return t.scalar_type() == like.scalar_type() ? t : torch::stable::to(t, like.scalar_type());
   };
-  grad_weight = torch::stable::view(grad_weight, {s.groups, filters, taps, s.group_channels()});
+  grad_weight = torch::stable::view(grad_weight, {s.groups, filters, taps, s.group_channels});
   grad_weight = torch::stable::view(torch::stable::contiguous(torch::stable::transpose(grad_weight, 2, 3)),
-                                    {s.groups * filters, s.group_channels(), s.kernel_h, s.kernel_w});
+                                    {s.groups * filters, s.group_channels, s.kernel_h, s.kernel_w});
   return {as_image(grad_input, input), typed(grad_offset, offset), typed(grad_weight, weight),
           mask ? typed(grad_mask, *mask) : grad_mask};
 }

@@ -12,26 +12,33 @@
 
 namespace fastrcnn {
 
+// Where a row stands: its image, and its position (y, x) on the output map.
+struct DeformRow {
+  int64_t image;
+  int position, y, x;
+};
+
 struct DeformShape {
-  int64_t batch, channels, groups, offset_groups;
+  int64_t batch, channels;
+  int groups, offset_groups;
   int height, width, out_h, out_w, kernel_h, kernel_w;
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int taps, pixels, positions;                // of the kernel; of an input and of an output map
+  int group_channels, offset_group_channels;  // channels / groups, channels / offset_groups
 
-  HOST_DEVICE int taps() const { return kernel_h * kernel_w; }
-  HOST_DEVICE int64_t pixels() const { return static_cast<int64_t>(height) * width; }
-  HOST_DEVICE int64_t positions() const { return static_cast<int64_t>(out_h) * out_w; }
-  HOST_DEVICE int64_t rows() const { return batch * positions(); }
-  HOST_DEVICE int64_t group_channels() const { return channels / groups; }
-  HOST_DEVICE int64_t offset_group_channels() const { return channels / offset_groups; }
-  // Of the column of channel c and tap k in row r, where the columns hold `count` rows.
-  HOST_DEVICE int64_t column(int64_t r, int k, int64_t c, int64_t count) const {
-    const int64_t n = group_channels(), g = c / n;
-    return ((g * count + r) * taps() + k) * n + c - g * n;
+  HOST_DEVICE int64_t rows() const { return batch * positions; }
+  HOST_DEVICE DeformRow row(int64_t r) const {
+    const int position = static_cast<int>(r % positions);
+    return {r / positions, position, position / out_w, position % out_w};
   }
-  // Of the mask of tap k of offset group d at row r; the two offsets are plane 2 * index and the next one.
-  HOST_DEVICE int64_t plane(int64_t r, int64_t d, int k) const {
-    return (r / positions() * offset_groups + d) * taps() + k;
+  // Of the column of channel c and tap k in row r, where the columns hold `count` rows. I: int64_t, or int where it fits.
+  template <class I>
+  HOST_DEVICE I column(I r, int k, int c, I count) const {
+    const int g = c / group_channels;
+    return ((g * count + r) * taps + k) * group_channels + (c - g * group_channels);
   }
+  // Of the mask of tap k of offset group d of an image; the two offsets are plane 2 * index and the next one.
+  HOST_DEVICE int64_t plane(int64_t image, int d, int k) const { return (image * offset_groups + d) * taps + k; }
 };
 
 // The four pixels around a point: (low y, low x), (low y, high x), (high y, low x), (high y, high x).
@@ -49,12 +56,11 @@ struct Corners {
 // Where tap k of offset group d reads for row r. No corner lies inside for a point outside [-1, height) x [-1, width):
 // written as !(in range) so that a NaN is outside, too. At -1 the value is 0 but the slope is that of the border.
 template <class T>
-HOST_DEVICE Corners<T> deform_corners(const DeformShape& s, const T* offset, int64_t r, int64_t d, int k) {
-  const int64_t positions = s.positions(), position = r % positions, at = 2 * s.plane(r, d, k) * positions + position;
-  const int p = static_cast<int>(position / s.out_w), q = static_cast<int>(position % s.out_w);
-  const int i = k / s.kernel_w, j = k % s.kernel_w;
-  const T y = static_cast<T>(p * s.stride_h - s.padding_h + i * s.dilation_h) + offset[at];
-  const T x = static_cast<T>(q * s.stride_w - s.padding_w + j * s.dilation_w) + offset[at + positions];
+HOST_DEVICE Corners<T> deform_corners(const DeformShape& s, const T* offset, const DeformRow& r, int d, int k) {
+  const int64_t at = 2 * s.plane(r.image, d, k) * s.positions + r.position;
+  const int i = k / s.kernel_w, j = k - i * s.kernel_w;
+  const T y = static_cast<T>(r.y * s.stride_h - s.padding_h + i * s.dilation_h) + offset[at];
+  const T x = static_cast<T>(r.x * s.stride_w - s.padding_w + j * s.dilation_w) + offset[at + s.positions];
   Corners<T> c = {};
   if (!(y >= T(-1) && y < static_cast<T>(s.height) && x >= T(-1) && x < static_cast<T>(s.width))) return c;
   const T low_y = std::floor(y), low_x = std::floor(x);
@@ -78,8 +84,8 @@ struct Taps {
 };
 
 template <class T>
-HOST_DEVICE T deform_scale(const DeformShape& s, const T* mask, int64_t r, int64_t d, int k) {
-  return mask == nullptr ? T(1) : mask[s.plane(r, d, k) * s.positions() + r % s.positions()];
+HOST_DEVICE T deform_scale(const DeformShape& s, const T* mask, const DeformRow& r, int d, int k) {
+  return mask == nullptr ? T(1) : mask[s.plane(r.image, d, k) * s.positions + r.position];
 }
 
 // What corner n adds with; 0 where outside.
@@ -89,7 +95,7 @@ HOST_DEVICE T deform_weight(const Corners<T>& c, int n, T scale) {
 }
 
 template <class T>
-HOST_DEVICE Taps<T> deform_taps(const DeformShape& s, const T* offset, const T* mask, int64_t r, int64_t d, int k) {
+HOST_DEVICE Taps<T> deform_taps(const DeformShape& s, const T* offset, const T* mask, const DeformRow& r, int d, int k) {
   const Corners<T> c = deform_corners(s, offset, r, d, k);
   const T scale = deform_scale(s, mask, r, d, k);
   Taps<T> taps = {};
@@ -104,8 +110,8 @@ HOST_DEVICE Taps<T> deform_taps(const DeformShape& s, const T* offset, const T* 
 
 // Gradients of one point from dot[n] = sum over channels of (column gradient * corner n).
 template <class T>
-HOST_DEVICE void deform_point_gradients(const DeformShape& s, const Corners<T>& c, const T* dot, T scale, int64_t r,
-                                        int64_t d, int k, T* grad_offset, T* grad_mask) {
+HOST_DEVICE void deform_point_gradients(const DeformShape& s, const Corners<T>& c, const T* dot, T scale,
+                                        const DeformRow& r, int d, int k, T* grad_offset, T* grad_mask) {
   T value = T(0), along_y = T(0), along_x = T(0);
   for (int n = 0; n < 4; ++n) {
     if (!c.inside[n]) continue;
@@ -113,10 +119,10 @@ HOST_DEVICE void deform_point_gradients(const DeformShape& s, const Corners<T>& 
     along_y += c.slope_y(n) * dot[n];
     along_x += c.slope_x(n) * dot[n];
   }
-  const int64_t positions = s.positions(), plane = s.plane(r, d, k), position = r % positions;
-  grad_offset[2 * plane * positions + position] = along_y * scale;
-  grad_offset[(2 * plane + 1) * positions + position] = along_x * scale;
-  if (grad_mask != nullptr) grad_mask[plane * positions + position] = value;
+  const int64_t plane = s.plane(r.image, d, k);
+  grad_offset[2 * plane * s.positions + r.position] = along_y * scale;
+  grad_offset[(2 * plane + 1) * s.positions + r.position] = along_x * scale;
+  if (grad_mask != nullptr) grad_mask[plane * s.positions + r.position] = value;
 }
 
 }  // namespace fastrcnn

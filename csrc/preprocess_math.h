@@ -52,13 +52,13 @@ HOST_DEVICE Entry<T, O, R> table_entry(const Normalization<Value<T, R>>& n, int 
 
 // The two neighbours on one axis of a bilinear resize, and the weight of the second.
 template <class W>
-struct Tap {
+struct ResizeTap {
   int low, high;
   W weight;
 };
 
 // OpenCV's resize of bytes: weights of 11 bits. Columns beyond the border stand alone; rows count with both weights.
-HOST_DEVICE Tap<int> opencv_tap(int i, int size, double scale, bool columns) {
+HOST_DEVICE ResizeTap<int> opencv_tap(int i, int size, double scale, bool columns) {
   const float at = static_cast<float>((i + 0.5) * scale - 0.5), low = std::floor(at);
   const int k = static_cast<int>(low);
   const bool alone = columns && (k < 0 || k >= size - 1);
@@ -72,7 +72,7 @@ HOST_DEVICE int opencv_pixel(int top, int bottom, int weight) {  // never above 
 
 // torch's bilinear interpolation, with the products that its CPU and CUDA builds fuse.
 template <class V>
-HOST_DEVICE Tap<V> interpolate_tap(int i, int size, double scale) {
+HOST_DEVICE ResizeTap<V> interpolate_tap(int i, int size, double scale) {
   const V at = std::fma(static_cast<V>(scale), static_cast<V>(i) + V(0.5), V(-0.5));
   if (at < V(0)) return {0, size > 1 ? 1 : 0, V(0)};
   const int low = static_cast<int>(at) < size ? static_cast<int>(at) : size - 1;

@@ -7,7 +7,7 @@
 
 namespace fastrcnn {
 
-struct Level {
+struct FeatureMap {
   void* data;
   int64_t stride_n, stride_c;
   int height, width;
@@ -20,7 +20,7 @@ struct Problem {
   bool aligned;
   int64_t channels, batch;
   LevelRule rule;
-  std::vector<Level> levels;
+  std::vector<FeatureMap> levels;
 };
 
 const std::vector<double> kAnyLevel = {1, 0, 0, 0, 0};  // the rule for one map

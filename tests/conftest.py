@@ -53,6 +53,15 @@ def full_precision():
 
 
 @pytest.fixture
+def two_threads():
+    """torch's own interpolation sums in another order where it has one thread, and its last bits change."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def need_kernel():
     """need_kernel("nms", device, dtype): skips where that dtype has no kernel on the device, since the test would compare
     the reference with itself; fails on the CPU where the operator has none at all."""

@@ -3,12 +3,14 @@ import torch
 from torch import nn
 
 from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.inference.augment import View, aug_test, aug_test_rpn, det_tta, flip_boxes
 from fastrcnn.models import RPN, FasterRCNN, StandardRoIHead, faster_rcnn
-from fastrcnn.models.aug_test import View, aug_test, aug_test_rpn, det_tta, flip_boxes
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder
+from fastrcnn.models.build import merge
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.profiles import PROFILES
 from fastrcnn.models.retinanet import RetinaNet
-from fastrcnn.models.zoo import merge, model_config, retinanet_config
+from fastrcnn.zoo.recipes import model_config, retinanet_config
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
 SMALL = dict(backbone=dict(base_channels=16), neck=dict(in_channels=[16, 32, 64, 128], out_channels=32))
@@ -129,7 +131,7 @@ class GivenProposals(nn.Module):
     def forward(self, feats):
         return feats, feats
 
-    def predict(self, logits, deltas, image_sizes, batch_shape, cfg):
+    def predict(self, logits, deltas, frame, cfg):
         boxes, scores = (torch.tensor(v) for v in next(self.answers))
         return boxes[None], scores[None], torch.tensor([len(scores)])
 
@@ -292,7 +294,7 @@ def test_one_plain_view_averaged_is_the_second_stage_on_the_merged_proposals(pro
     assert 5 < len(boxes) < len(proposed)  # levels suppress one another
     feats, count = model.extract_feat(batch), torch.tensor([len(boxes)])
     with torch.no_grad():
-        (own,) = model.roi_head.predict(feats, boxes[None], count, sizes, factors)
+        (own,) = model.outside(model.roi_head.predict(feats, boxes[None], count, Frame(sizes, (64, 96), factors)))
     assert_same(aug_test(model, [image], AS_IT_IS, [None])[0], own, 0.0 if profile == "mmdet" else 1e-3)
 
 

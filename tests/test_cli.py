@@ -15,8 +15,8 @@ from fastrcnn import Detector
 from fastrcnn.cli import app
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import faster_rcnn
-from fastrcnn.models.zoo import NAMES
 from fastrcnn.weights import model_metadata
+from fastrcnn.zoo.recipes import NAMES
 
 OVERRIDES = dict(
     min_size=96,

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torchvision.models import detection
 
-from fastrcnn.models.complexity import complexity
-from fastrcnn.models.zoo import NAMES, named_model
+from fastrcnn.weights.named import named_model
+from fastrcnn.zoo.complexity import complexity
+from fastrcnn.zoo.recipes import NAMES
 
 
 def on_meta(name: str, num_classes: int = 80, profile: str | None = None, **overrides):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastrcnn.models import from_mmdet_config
-from fastrcnn.models.zoo import merge, model_config
+from fastrcnn.models.build import merge
+from fastrcnn.zoo.recipes import model_config
 
 
 def write(folder, name, text):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastrcnn.models.config_file import read_config
+from fastrcnn.zoo.config_file import read_config
 
 
 def write(folder, name, text):

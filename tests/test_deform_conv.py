@@ -7,8 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
+from fastrcnn.checkpoints import mmdet
 from fastrcnn.layers.deform_conv import DeformConv2dPack, ModulatedDeformConv2dPack
-from fastrcnn.weights import mmdet
 
 LAYERS = [DeformConv2dPack, ModulatedDeformConv2dPack]
 

@@ -9,9 +9,10 @@ import torch
 from fastrcnn.models import FPN, RetinaHead, RPNHead, retinanet
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder
 from fastrcnn.models.dense_head import flat_levels
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import GIoULoss, SmoothL1Loss
 from fastrcnn.models.profiles import PROFILES
-from fastrcnn.models.zoo import retinanet_config
+from fastrcnn.zoo.recipes import retinanet_config
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
 SQUARES = dict(type="AnchorGenerator", strides=[32], ratios=[1.0], scales=[1])
@@ -40,7 +41,7 @@ def test_levels_are_flattened_in_the_order_of_the_anchors():
     assert flat.shape == (2, row, 5)
     anchors = dict(SQUARES, strides=[16, 32], ratios=[0.5, 1.0, 2.0])
     head = RetinaHead(5, 4, anchor_generator=anchors)
-    grid = torch.cat(head.anchors(maps, (64, 96)))
+    grid = torch.cat(head.anchors(maps, Frame(SIZES, (64, 96))))
     assert grid.shape == (row, 4)
     centre = (grid[:, :2] + grid[:, 2:]) / 2
     ratio = (grid[:, 3] - grid[:, 1]) / (grid[:, 2] - grid[:, 0])
@@ -51,7 +52,7 @@ def test_levels_are_flattened_in_the_order_of_the_anchors():
 
 @pytest.mark.parametrize("profile", PROFILE_NAMES)
 def test_anchors_between_the_thresholds_are_ignored(profile):
-    anchors, matches, iou = squares(profile).assigned(MAPS, SIZES, (64, 96), [dict(boxes=WIDE)])
+    anchors, matches, iou = squares(profile).assigned(MAPS, Frame(SIZES, (64, 96)), [dict(boxes=WIDE)])
     assert anchors.shape == (6, 4) and anchors[2].tolist() == [48, -16, 80, 16]
     torch.testing.assert_close(iou[0, :3], torch.tensor([0.0, 31 / 71, 32 / 70]))
     assert matches.tolist() == [[-1, -2, 0, -1, -1, -1]]  # anchor 2 is the best that there is
@@ -60,9 +61,9 @@ def test_anchors_between_the_thresholds_are_ignored(profile):
 def test_thresholds_come_from_the_assigner():
     rules = dict(type="MaxIoUAssigner", pos_iou_thr=0.43, neg_iou_thr=0.43, match_low_quality=False)
     head = squares(train_cfg=dict(assigner=rules))
-    assert head.assigned(MAPS, SIZES, (64, 96), [dict(boxes=WIDE)])[1].tolist() == [[-1, 0, 0, -1, -1, -1]]
+    assert head.assigned(MAPS, Frame(SIZES, (64, 96)), [dict(boxes=WIDE)])[1].tolist() == [[-1, 0, 0, -1, -1, -1]]
     head = squares(train_cfg=dict(assigner=dict(rules, pos_iou_thr=0.9)))
-    assert (head.assigned(MAPS, SIZES, (64, 96), [dict(boxes=WIDE)])[1] < 0).all()
+    assert (head.assigned(MAPS, Frame(SIZES, (64, 96)), [dict(boxes=WIDE)])[1] < 0).all()
 
 
 @pytest.mark.parametrize("kind", [RetinaHead, RPNHead])
@@ -71,7 +72,7 @@ def test_anchors_in_another_images_padding_are_left_out_in_mmdetection_only(kind
     best_outside = torch.tensor([[12.0, -16.0, 36.0, 16.0]])  # IoU 20 / 36 with anchor 1, 4 / 52 with anchor 0
     targets = [dict(boxes=torch.zeros(0, 4)), dict(boxes=best_outside)]
     for profile in PROFILE_NAMES:
-        matches = squares(profile, kind).assigned([torch.zeros(2, 2, 2, 3)], sizes, (64, 96), targets)[1]
+        matches = squares(profile, kind).assigned([torch.zeros(2, 2, 2, 3)], Frame(sizes, (64, 96)), targets)[1]
         assert matches[0].tolist() == [-1] * 6
         # An RPN asks for an IoU of 0.3 of the best anchor, too.
         inside = [0 if kind is RetinaHead else -1, -2, -2, -1, -2, -2]
@@ -81,7 +82,7 @@ def test_anchors_in_another_images_padding_are_left_out_in_mmdetection_only(kind
 def test_an_allowed_border_leaves_out_the_anchors_that_cross_it():
     for border, used in ((-1, 6), (0, 2), (17, 6)):  # two anchors lie in the picture wholly
         head = squares(train_cfg=dict(allowed_border=border))
-        matches = head.assigned(MAPS, SIZES, (64, 96), [dict(boxes=torch.zeros(0, 4))])[1]
+        matches = head.assigned(MAPS, Frame(SIZES, (64, 96)), [dict(boxes=torch.zeros(0, 4))])[1]
         assert int((matches == -1).sum()) == used and int((matches == -2).sum()) == 6 - used
 
 
@@ -92,7 +93,7 @@ def test_ignore_regions_take_anchors_out_where_asked():
     for threshold, expected in ((-1, [-1, -1]), (0.5, [-2, -2]), (0.8, [-2, -1])):  # covers 1 and 3/4 of two anchors
         rules = dict(type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.4, ignore_iof_thr=threshold)
         head = squares(train_cfg=dict(assigner=rules))
-        assert head.assigned(MAPS, SIZES, (64, 96), [target])[1].tolist() == [[*expected, -1, -1, -1, 0]]
+        assert head.assigned(MAPS, Frame(SIZES, (64, 96)), [target])[1].tolist() == [[*expected, -1, -1, -1, 0]]
 
 
 def test_boxes_are_compared_as_deltas_or_decoded():
@@ -127,7 +128,7 @@ def test_a_profile_decides_rounding_and_the_lower_clip():
         (base,) = head.base_anchors(torch.device("cpu"))
         torch.testing.assert_close(base, torch.tensor([[-half, -half, half, half]]))
         assert head.bbox_coder.symmetric_clip == (profile == "mmdet")
-        (grid,) = head.anchors(MAPS, (64, 96))
+        (grid,) = head.anchors(MAPS, Frame(SIZES, (64, 96)))
         torch.testing.assert_close(grid[4], torch.tensor([32 - half, 32 - half, 32 + half, 32 + half]))
 
 
@@ -135,7 +136,7 @@ def test_torchvision_derives_the_strides_from_the_padded_size():
     maps = [torch.zeros(1, 2, 2, 3)]
     for profile, step in (("mmdet", [32, 32]), ("torchvision", [40, 45]), ("detectron2", [32, 32])):
         head = squares(profile)
-        (grid,) = head.anchors(maps, (90, 120))
+        (grid,) = head.anchors(maps, Frame(SIZES, (90, 120)))
         assert (grid[4, :2] - grid[0, :2]).tolist() == step
 
 
@@ -172,7 +173,7 @@ def with_losses(profile):
 @pytest.mark.parametrize("profile, divisor", [("mmdet", 1), ("torchvision", 1), ("detectron2", 0.9 * 100 + 0.1)])
 def test_losses_by_hand_with_one_positive(profile, divisor):
     logits, deltas = maps_of()
-    cls, box = with_losses(profile).loss([logits], [deltas], SIZES, (64, 96), [truth(LAST, labels=[1])])
+    cls, box = with_losses(profile).loss([logits], [deltas], Frame(SIZES, (64, 96)), [truth(LAST, labels=[1])])
     assert cls.item() == pytest.approx(focal_sum(logits[0], {(1, 1, 2)}) / divisor, rel=1e-5)
     moved = sum(box_element(d, profile) for d in deltas[0, :, 1, 2].tolist())
     assert box.item() == pytest.approx(moved / divisor, rel=1e-5)
@@ -185,7 +186,7 @@ def test_divisors_of_a_batch(profile):
     # Two objects in the first image, none in the second, which mmdet counts as one positive.
     logits, deltas = maps_of(2)
     targets = [truth(FIRST, LAST, labels=[0, 1]), truth()]
-    cls, box = with_losses(profile).loss([logits], [deltas], SIZES.expand(2, 2), (64, 96), targets)
+    cls, box = with_losses(profile).loss([logits], [deltas], Frame(SIZES.expand(2, 2), (64, 96)), targets)
     sums = focal_sum(logits[0], {(0, 0, 0), (1, 1, 2)}), focal_sum(logits[1], set())
     moved = sum(box_element(d, profile) for at in ((0, 0), (1, 2)) for d in deltas[0, :, at[0], at[1]].tolist())
     if profile == "torchvision":  # each image by its own positives, then their mean
@@ -202,7 +203,7 @@ def test_detectron2s_divisor_runs_from_a_hundred():
     for target, count in ((truth(FIRST, LAST, labels=[0, 1]), 2), (truth(), 1), (truth(LAST, labels=[0]), 1)):
         where = {0: set(), 1: {(0, 1, 2)}, 2: {(0, 0, 0), (1, 1, 2)}}[len(target["boxes"])]
         normalizer = 0.9 * normalizer + 0.1 * count
-        cls, _ = head.loss([logits], [deltas], SIZES, (64, 96), [target])
+        cls, _ = head.loss([logits], [deltas], Frame(SIZES, (64, 96)), [target])
         assert cls.item() == pytest.approx(focal_sum(logits[0], where) / normalizer, rel=1e-5)
         assert head.loss_normalizer == pytest.approx(normalizer)
     assert normalizer == pytest.approx(73.252)
@@ -212,7 +213,9 @@ def test_detectron2s_divisor_runs_from_a_hundred():
 def test_anchors_between_the_thresholds_have_no_loss(profile):
     # Anchor 2 is the best (32 / 70), anchor 1 lies between 0.4 and 0.5 (31 / 71).
     logits, deltas = maps_of()
-    cls, box = with_losses(profile).loss([logits], [deltas], SIZES, (64, 96), [dict(truth(labels=[0]), boxes=WIDE)])
+    cls, box = with_losses(profile).loss(
+        [logits], [deltas], Frame(SIZES, (64, 96)), [dict(truth(labels=[0]), boxes=WIDE)]
+    )
     (cls + box).backward()
     assert (logits.grad[0] != 0).any(0).tolist() == [[True, False, True], [True, True, True]]
     assert (deltas.grad[0] != 0).any(0).tolist() == [[False, False, True], [False, False, False]]
@@ -224,7 +227,7 @@ def test_pos_weight_weighs_the_positives_in_every_class():
     losses = {}
     for weight in (-1, 0, 1, 3):
         head = squares(train_cfg=dict(pos_weight=weight))
-        losses[weight] = head.loss([logits], [deltas], SIZES, (64, 96), [truth(LAST, labels=[1])])
+        losses[weight] = head.loss([logits], [deltas], Frame(SIZES, (64, 96)), [truth(LAST, labels=[1])])
     positive = focal(logits[0, 0, 1, 2].item(), False) + focal(logits[0, 1, 1, 2].item(), True)
     assert losses[-1] == losses[0] == losses[1]
     assert (losses[3][0] - losses[1][0]).item() == pytest.approx(2 * positive, rel=1e-4)
@@ -310,7 +313,7 @@ def test_the_relu_before_p7_is_taken_over(profile, start):
 def test_how_many_detections_are_kept(profile, start):
     head, sides = named(profile, start).bbox_head, (8, 4, 2, 1, 1)
     maps = [[torch.zeros(1, n * 9, side, side) for side in sides] for n in (1, 4)]  # 774 anchors of score 1/2
-    (found,) = head.predict(*maps, torch.tensor([[64, 64]]), (64, 64), None)
+    (found,) = head.predict(*maps, Frame(torch.tensor([[64, 64]]), (64, 64)))
     assert len(found["boxes"]) == (300 if profile == "torchvision" else 100)
 
 
@@ -321,7 +324,7 @@ def test_box_losses_and_their_divisor_by_hand(profile, start):
         head.anchor_generator = squares().anchor_generator
     deltas = torch.zeros(1, 4, 2, 3)
     deltas[0, :2, 1, 2] = torch.tensor([0.5, 0.05])
-    _, box = head.loss([torch.zeros(1, 1, 2, 3)], [deltas], SIZES, (64, 96), [truth(LAST, labels=[0])])
+    _, box = head.loss([torch.zeros(1, 1, 2, 3)], [deltas], Frame(SIZES, (64, 96)), [truth(LAST, labels=[0])])
     # Detectron2 has a smooth L1 of beta 0.1, and counts the one positive after a hundred.
     smooth = (0.5 - 0.1 / 2) + 0.5 * 0.05**2 / 0.1
     assert box.item() == pytest.approx(smooth / 90.1 if profile == "detectron2" else 0.55)

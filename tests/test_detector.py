@@ -10,8 +10,8 @@ from fastrcnn import Detections, Detector
 from fastrcnn.data import ImageError
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import faster_rcnn
-from fastrcnn.models.zoo import named_model
 from fastrcnn.weights import model_metadata
+from fastrcnn.weights.named import named_model
 
 OVERRIDES = dict(
     min_size=96,

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
+from fastrcnn.checkpoints import detectron2
+from fastrcnn.checkpoints.read import fetch
 from fastrcnn.models import RPN, RPNHead, StandardRoIHead, faster_rcnn
-from fastrcnn.models.zoo import merge, model_config
-from fastrcnn.weights import detectron2, export_weights, files, infer_model, load_checkpoint, load_weights
+from fastrcnn.models.build import merge
+from fastrcnn.weights import export_weights, infer_model, load_checkpoint, load_weights
+from fastrcnn.zoo.recipes import model_config
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 NORM = ("weight", "bias", "running_mean", "running_var")
@@ -384,11 +387,11 @@ def test_a_download_is_checked_by_the_md5_that_its_name_ends_in(tmp_path, monkey
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     address = f"https://example.com/139/model_final_{hashlib.md5(content).hexdigest()[:6]}.pkl"
-    assert files.fetch(address).read_bytes() == content
-    assert files.fetch(address).is_file() and calls == [None]  # kept; SHA-256 is not asked for
+    assert fetch(address).read_bytes() == content
+    assert fetch(address).is_file() and calls == [None]  # kept; SHA-256 is not asked for
     damaged = "https://example.com/139/model_final_000000.pkl"
     for _ in range(2):
         with pytest.raises(ValueError, match=r"model_final_000000\.pkl: the download is damaged"):
-            files.fetch(damaged)
+            fetch(damaged)
         assert not (tmp_path / "checkpoints" / "model_final_000000.pkl").exists()
     assert len(calls) == 3

@@ -5,10 +5,11 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from emulated_cuda.build import compile_source, link, translate
+from emulated_cuda.build import CSRC, build, build_program, translate
 
 KERNELS = """
 #include <cuda_runtime.h>
@@ -24,36 +25,68 @@ __global__ void block_sum(const int* values, int* sums) {
     sum += lane >= step ? below : 0;
   }
   if (lane == 31) of_warp[i / 32] = sum;
-#if BARRIER
-  __syncthreads();
-#endif
   const int voters = __syncthreads_count(lane == 31);
   if (i == 0) sums[blockIdx.x] = of_warp[0] + of_warp[1] + of_warp[2] + of_warp[3] + 1000 * voters;
 }
 template <int V>
-__global__ void early_read(int* out) {
-  __shared__ int word[2];
-  if (threadIdx.x < 2) word[threadIdx.x] = 0;
-  __syncthreads();
-  if (threadIdx.x == 0) word[0] = V;
-#if BARRIER
-  __syncthreads();
-#endif
-  if (threadIdx.x == 127) out[0] = word[0];
+__global__ void early_read(int* out, bool barrier) {
+  __shared__ int word;
+  if (threadIdx.x == 0) word = V;
+  if (barrier) __syncthreads();
+  if (threadIdx.x == 127) out[blockIdx.x] = word;
 }
 __global__ void half_way() {
   if (threadIdx.x < 64) __shfl_sync(~0u, 1, 0);
   if (threadIdx.x % 2 == 0) __any_sync(~0u, 1);
 }
+// Each block waits for the one before, whose number it goes on from.
+struct Chain {
+  unsigned ticket;
+  volatile unsigned long long word[64];
+  volatile int flag[64];
+  int number[64];
+};
+__global__ void chain(Chain* c, bool ticket, bool one_word) {
+  if (threadIdx.x > 0) return;
+  const unsigned drawn = ticket ? atomicAdd(&c->ticket, 1u) : blockIdx.x;
+  unsigned before = 0;
+  if (drawn > 0 && one_word) {
+    unsigned long long word;
+    while ((word = c->word[drawn - 1]) >> 32 == 0) __nanosleep(20);
+    before = word;
+  } else if (drawn > 0) {
+    while (c->flag[drawn - 1] == 0) __nanosleep(20);
+    before = c->number[drawn - 1];
+  }
+  if (one_word) {
+    c->word[drawn] = 1ull << 32 | (before + 1);
+  } else {
+    c->number[drawn] = before + 1;
+    c->flag[drawn] = 1;
+  }
+  if (drawn == gridDim.x - 1) c->number[drawn] = before + 1;
+}
 int main(int, char** arguments) {
-  int values[256], sums[2], seen = 0;
+  const char what = arguments[1][0], fault = arguments[2][0];
+  int values[256], sums[2], seen[8] = {};
   for (int i = 0; i < 256; ++i) values[i] = i;
-  if (arguments[1][0] == 'd') half_way<<<1, 64>>>();
-  block_sum<<<2, dim3(128), 128 * sizeof(int)>>>(values, sums);
-  early_read<7><<<1, 128>>>(&seen);
-  printf("%d %d %d", sums[0], sums[1], seen);
+  if (what == 'd') half_way<<<1, 64>>>();
+  if (what == 's') {
+    block_sum<<<2, dim3(128), 128 * sizeof(int)>>>(values, sums);
+    printf("%d %d", sums[0], sums[1]);
+  }
+  if (what == 'e') {
+    early_read<7><<<8, 128>>>(seen, fault != 'b');
+    for (int word : seen) printf("%d ", word);
+  }
+  if (what == 'c') {
+    static Chain c;
+    chain<<<64, 32>>>(&c, fault != 't', fault != 'w');
+    printf("%d", c.number[63]);
+  }
 }
 """
+UNDEFINED = int.from_bytes(b"\xa5" * 4, "little", signed=True)
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64",
@@ -61,34 +94,89 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=[1, 0], ids=["with barriers", "without"])
-def program(request, tmp_path_factory) -> tuple[bool, Path]:
-    folder = tmp_path_factory.mktemp("kernels")
-    source = folder / "kernels.cpp"
-    source.write_text(f"#define BARRIER {request.param}\n" + translate(KERNELS))
-    compile_source(source, folder / "kernels.o")
-    link([folder / "kernels.o"], folder / "kernels", shared=False)
-    return bool(request.param), folder / "kernels"
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("kernels") / "program"
+    build_program(translate(KERNELS), path)
+    return path
 
 
-def run(program: Path, what: str, order: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "EMULATED_CUDA_ORDER": order}
-    return subprocess.run([program, what], env=environment, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def sanitised(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sanitised") / "program"
+    build_program(translate(KERNELS), path, sanitised=True)
+    return path
+
+
+def run(
+    program: Path, what: str, fault: str = "none", seed: int = 1, order: str | None = None
+) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "EMULATED_CUDA_SEED": str(seed), "TSAN_OPTIONS": "exitcode=66"}
+    environment.pop("EMULATED_CUDA_ORDER", None)
+    if order:
+        environment["EMULATED_CUDA_ORDER"] = order
+    command = [
+        *(["setarch", "-R"] if shutil.which("setarch") else []),
+        program,
+        what,
+        fault,
+    ]  # as ThreadSanitizer wants it
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_shuffles_votes_and_dynamic_shared_memory(program):
+    assert run(program, "sums").stdout.split() == [str(sum(range(128)) + 4000), str(sum(range(128, 256)) + 4000)]
 
 
 def test_one_of_the_two_orders_shows_a_missing_barrier(program):
-    right, path = program
-    results = [run(path, "sums", order).stdout.split() for order in ("forward", "reverse")]
-    expected = [str(sum(range(128)) + 4000), str(sum(range(128, 256)) + 4000)]
-    assert [r[:2] for r in results] == [expected] * 2  # __syncthreads_count is a barrier as well
-    assert sorted(r[2] for r in results) == (["7", "7"] if right else ["0", "7"])
+    right = ["7"] * 8
+    for how in ({"order": "forward"}, {"order": "reverse"}, {"seed": 1}, {"seed": 2}):
+        assert run(program, "early", **how).stdout.split() == right
+    assert run(program, "early", "barrier", order="forward").stdout.split() == right
+    assert str(UNDEFINED) in run(program, "early", "barrier", order="reverse").stdout.split()
+    for seed in (1, 2):  # each block goes its own way
+        assert run(program, "early", "barrier", seed).stdout.split() != right
 
 
 def test_an_operation_that_not_all_lanes_reach_is_an_error_not_a_hang(program):
-    result = run(program[1], "deadlock", "forward")
+    result = run(program, "deadlock")
     assert result.returncode != 0
     assert "deadlock" in result.stderr
     assert re.search(r"block \(0, 0, 0\)", result.stderr)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_chain_of_blocks_needs_tickets(program, seed):
+    assert run(program, "chain", seed=seed).stdout == "64"
+    result = run(program, "chain", "ticket", seed)
+    assert result.returncode != 0
+    assert "every resident block waits" in result.stderr
+
+
+@pytest.mark.parametrize("what, fault", [("chain", "word in two"), ("early", "barrier")])
+def test_thread_sanitizer_sees_memory_that_nothing_orders(sanitised, what, fault):
+    clean = run(sanitised, what)
+    assert clean.returncode == 0, clean.stderr
+    wrong = run(sanitised, what, fault)
+    assert wrong.returncode == 66
+    assert "data race" in wrong.stderr
+
+
+def test_nms_without_its_ticket_is_an_error(tmp_path):
+    def without(text: str) -> str:
+        faulty, replaced = re.subn(r"atomicAdd\(p\.ticket, 1u\)", "blockIdx.x", text)
+        assert replaced == 1
+        return faulty
+
+    build(tmp_path / "nms.so", ["nms"], edit=without)
+    call = f"""
+import torch, fastrcnn.ops
+torch.ops.load_library({str(tmp_path / "nms.so")!r})  # for a kernel registered twice the later one answers
+fastrcnn.ops.nms(torch.rand(6000, 4).cumsum(1), torch.rand(6000), 0.5)
+"""
+    result = subprocess.run([sys.executable, "-c", call], cwd=CSRC.parent, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "every resident block waits" in result.stderr
 
 
 def test_launches_with_template_arguments_and_dynamic_shared_memory_are_translated():
@@ -96,4 +184,4 @@ def test_launches_with_template_arguments_and_dynamic_shared_memory_are_translat
     assert "<<<" not in text
     assert "::emulated::launch(dim3(f(a, b), 2),  kThreads,  n * 4, [=] { k<T, 4>(emulated_args...); })" in text
     assert "(x, g(y, z));" in text
-    assert "float* s = static_cast<float*>(::emulated::dynamic_shared());" in text
+    assert "float* s = reinterpret_cast<float*>(::emulated::here.dynamic_shared);" in text

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torchvision.models import detection
 
+from fastrcnn.checkpoints import torchvision
 from fastrcnn.models import faster_rcnn
-from fastrcnn.models.zoo import merge
-from fastrcnn.weights import export_weights, infer_model, load_weights, torchvision
+from fastrcnn.models.build import merge
+from fastrcnn.weights import export_weights, infer_model, load_weights
 
 CONSTRUCTORS = [detection.fasterrcnn_resnet50_fpn, detection.fasterrcnn_resnet50_fpn_v2]
 

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
 
+from fastrcnn.checkpoints import torchvision as torchvision_weights
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import faster_rcnn
 from fastrcnn.models.profiles import PROFILES
-from fastrcnn.weights import torchvision as torchvision_weights
 
 CLASSES = 10
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
@@ -208,8 +208,8 @@ def test_images_without_objects_train(profile):
 def test_targets_are_scaled_with_the_image_and_not_changed():
     model = tiny().train()
     seen = {}
-    original = model.loss
-    model.loss = lambda batch, sizes, targets: seen.update(targets=targets) or original(batch, sizes, targets)
+    original = model.losses
+    model.losses = lambda batch, frame, targets: seen.update(targets=targets) or original(batch, frame, targets)
     targets = targets_of("mmdet", 1)
     targets[0] = dict(targets[0], ignore_boxes=torch.tensor([[0.0, 0.0, 10.0, 20.0]]))
     before = targets[0]["boxes"].clone()
@@ -228,6 +228,9 @@ BAD_TARGETS = [
     (dict(boxes=BOX, labels=torch.tensor([-1])), r"targets\[1\].*labels.*-1"),
     (dict(boxes=BOX, labels=torch.tensor([1, 1])), r"targets\[1\].*1 boxes but 2 labels"),
     (dict(boxes=BOX), r"targets\[1\].*labels"),
+    (dict(boxes=BOX, labels=torch.tensor([1.7])), r"targets\[1\].*integer labels"),
+    (dict(boxes=torch.tensor([[5.0, 8.0, float("inf"), 50.0]]), labels=torch.tensor([1])), r"targets\[1\].*finite"),
+    (dict(boxes=BOX[0], labels=torch.tensor([1])), r"targets\[1\].*\[N, 4\]"),
 ]
 
 
@@ -235,8 +238,10 @@ BAD_TARGETS = [
 @pytest.mark.parametrize("profile", ["mmdet", "torchvision"])
 def test_a_bad_target_is_named(target, message, profile):
     model = tiny(profile).train()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         model([picture(64, 90)] * 2, [targets_of(profile)[0], target])
+    with pytest.raises(ValueError, match="one for each of the 1 images, got 2"):  # none is dropped
+        model([picture(64, 90)], [targets_of(profile)[0]] * 2)
 
 
 @pytest.mark.parametrize("profile, wrong", [("mmdet", 3), ("torchvision", 0)])

@@ -6,6 +6,7 @@ from torch import nn
 
 from fastrcnn.models import faster_rcnn
 from fastrcnn.models.fcos_head import DistancePointBBoxCoder, FCOSHead, centerness_target
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.profiles import PROFILES
 
 SMALL = dict(num_classes=1, in_channels=4, feat_channels=8, stacked_convs=1, norm_cfg=dict(type="GN", num_groups=2))
@@ -143,7 +144,7 @@ def test_losses_by_hand(norm_on_bbox, device):
     logits, middle = torch.zeros(1, 1, 4, 4, device=device), torch.full((1, 1, 4, 4), 2.0, device=device)
     # Labels are not read: all objects are one class.
     targets = [dict(boxes=boxes, labels=torch.tensor([5], device=device))]
-    cls, box, center = head.loss([logits], [distances], [middle], torch.tensor([[32, 32]]), (32, 32), targets)
+    cls, box, center = head.loss([logits], [distances], [middle], Frame(torch.tensor([[32, 32]]), (32, 32)), targets)
     assert cls.item() == pytest.approx((6 * 0.25 + 10 * 0.75) * 0.25 * LOG2 / 6, rel=1e-5)
     side, mid = math.sqrt(1 / 5 * 1 / 3), math.sqrt(1 / 3)  # centerness at the sides and in the middle
     assert box.item() == pytest.approx(4 * side * math.log(6) / (4 * side + 2 * mid), rel=1e-5)
@@ -159,7 +160,7 @@ def test_weights_of_the_losses():
     )
     distances, boxes = six_positions("cpu")
     maps = [torch.zeros(1, 1, 4, 4)], [distances], [torch.zeros(1, 1, 4, 4)]
-    cls, box, center = one_level(**losses).loss(*maps, torch.tensor([[32, 32]]), (32, 32), [dict(boxes=boxes)])
+    cls, box, center = one_level(**losses).loss(*maps, Frame(torch.tensor([[32, 32]]), (32, 32)), [dict(boxes=boxes)])
     side, mid = math.sqrt(1 / 15), math.sqrt(1 / 3)
     assert cls.item() == pytest.approx(3 * (6 * 0.25 + 10 * 0.75) * 0.25 * LOG2 / 6, rel=1e-5)
     assert box.item() == pytest.approx(0.5 * (5 / 6) * 4 * side / (4 * side + 2 * mid), rel=1e-5)
@@ -170,7 +171,7 @@ def test_images_without_objects(device):
     maps = [[torch.zeros(2, c, 4, 4, device=device, requires_grad=True)] for c in (1, 4, 1)]
     sizes = torch.tensor([[32, 32], [32, 32]], device=device)
     nothing = dict(boxes=torch.zeros(0, 4, device=device))
-    losses = one_level().loss(*maps, sizes, (32, 32), [nothing, nothing])
+    losses = one_level().loss(*maps, Frame(sizes, (32, 32)), [nothing, nothing])
     assert losses[0].item() == pytest.approx(32 * 0.75 * 0.25 * LOG2, rel=1e-5)  # divided by 1
     assert losses[1].item() == losses[2].item() == 0.0
     sum(losses).backward()
@@ -182,7 +183,7 @@ def test_images_without_objects(device):
         [distances.repeat(2, 1, 1, 1)],
         [torch.zeros(2, 1, 4, 4).to(device)],
     )
-    cls, _, center = one_level().loss(*maps, sizes, (32, 32), [nothing, dict(boxes=boxes)])
+    cls, _, center = one_level().loss(*maps, Frame(sizes, (32, 32)), [nothing, dict(boxes=boxes)])
     assert cls.item() == pytest.approx((6 * 0.25 + 26 * 0.75) * 0.25 * LOG2 / 6, rel=1e-5)
     assert center.item() == pytest.approx(LOG2, rel=1e-5)
 
@@ -204,7 +205,9 @@ def test_proposals_by_hand(device):
     # Squares of 8 pixels side by side around x = 4, 12, 20; the last one is cut to 2 pixels by the image.
     def proposals(**changes):
         cfg = {**head.test_cfg, **changes}
-        found = head.predict([logits], [distances], [middle], torch.tensor([[8, 18]], device=device), (8, 24), cfg)
+        found = head.predict(
+            [logits], [distances], [middle], Frame(torch.tensor([[8, 18]], device=device), (8, 24)), cfg
+        )
         boxes, scores, counts = found
         n = int(counts)
         assert not boxes[:, n:].any() and not scores[:, n:].any()
@@ -238,8 +241,8 @@ def test_suppression_goes_across_levels():
     head = FCOSHead(**SMALL, strides=(8, 16), regress_ranges=((-1, 64), (64, 1e8)))
     logits = [torch.tensor([[[[0.0]]]]), torch.tensor([[[[1.0]]]])]
     distances = [torch.tensor([4.0, 4, 12, 12]).reshape(1, 4, 1, 1), torch.full((1, 4, 1, 1), 8.0)]  # the same box
-    boxes, scores, counts = head.predict(logits, distances, maps_of((1, 1), (1, 1)), torch.tensor([[16, 16]]), (16, 16),
-                                         head.test_cfg)  # fmt: skip
+    frame = Frame(torch.tensor([[16, 16]]), (16, 16))
+    boxes, scores, counts = head.predict(logits, distances, maps_of((1, 1), (1, 1)), frame, head.test_cfg)
     assert counts.tolist() == [1] and boxes[0, 0].tolist() == [0, 0, 16, 16]
     assert scores[0, 0].item() == pytest.approx(0.5 / (1 + math.exp(-1)), rel=1e-5)
 
@@ -253,10 +256,10 @@ def test_an_image_has_the_same_proposals_alone_and_in_a_batch(device):
     feats = [torch.randn(2, 4, 12, 16, device=device), torch.randn(2, 4, 6, 8, device=device)]
     sizes = torch.tensor([[96, 120], [70, 128]], device=device)
     with torch.no_grad():
-        boxes, scores, counts = head.predict(*head(feats), sizes, (96, 128), head.test_cfg)
+        boxes, scores, counts = head.predict(*head(feats), Frame(sizes, (96, 128)), head.test_cfg)
         for i, (height, width) in enumerate(sizes.tolist()):
             outs = head([x[i : i + 1] for x in feats])
-            alone = head.predict(*outs, sizes[i : i + 1], (96, 128), head.test_cfg)
+            alone = head.predict(*outs, Frame(sizes[i : i + 1], (96, 128)), head.test_cfg)
             assert alone[2].item() == counts[i].item() > 5
             torch.testing.assert_close(alone[0][0], boxes[i], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(alone[1][0], scores[i], rtol=1e-4, atol=1e-6)
@@ -268,7 +271,7 @@ def test_positions_stay_exact_in_a_low_precision_model():
     head, size = one_level(test_cfg=dict(nms_pre=10**5, max_per_img=10**5)), torch.tensor([[8, 4096]])
     for dtype in (torch.bfloat16, torch.float16):
         maps = [x.to(dtype) for x in maps_of((1, 512))]
-        boxes, _, counts = head.to(dtype).predict(maps, [torch.full((1, 4, 1, 512), 4.0)], maps, size, (8, 4096),
+        boxes, _, counts = head.to(dtype).predict(maps, [torch.full((1, 4, 1, 512), 4.0)], maps, Frame(size, (8, 4096)),
                                                   head.test_cfg)  # fmt: skip
         assert counts.tolist() == [512] and boxes[0, :512, 0].sort().values.tolist() == list(range(0, 4096, 8))
         _, (distances,), _ = head([torch.zeros(1, 4, 1, 2, dtype=dtype)])

@@ -7,10 +7,10 @@ import torch
 import torchvision
 from torch import nn
 
+from fastrcnn.checkpoints.pretrained import SHORT_NAMES
 from fastrcnn.models import ResNet, faster_rcnn, from_mmdet_config
-from fastrcnn.models.roi_head import ResLayer
+from fastrcnn.models.res_layer import ResLayer
 from fastrcnn.weights import load_pretrained
-from fastrcnn.weights.pretrained import SHORT_NAMES
 
 
 @pytest.fixture(scope="module")

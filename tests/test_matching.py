@@ -2,7 +2,7 @@
 
 import torch
 
-from fastrcnn.models.matching import assign
+from fastrcnn.models.matching import assign, check_assigner
 from fastrcnn.models.profiles import get_profile
 
 
@@ -10,7 +10,7 @@ def test_an_image_without_boxes_is_background_whatever_the_lower_threshold():
     anchors, none = torch.tensor([[0.0, 0, 9, 9], [20, 20, 30, 30]]), dict(boxes=torch.zeros(0, 4))
     rules = dict(type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=(0.1, 0.5), match_low_quality=False)
     one = dict(boxes=torch.tensor([[0.0, 0, 9, 9]]))
-    matches, _ = assign(anchors, [none, one], rules, get_profile("mmdet"))
+    matches, _ = assign(anchors, [none, one], check_assigner(rules), get_profile("mmdet"))
     assert matches.tolist() == [[-1, -1], [0, -2]]  # beside a box, what overlaps too little is left out
 
 
@@ -25,5 +25,5 @@ def test_only_the_first_best_anchor_of_a_box_where_the_assigner_says_so():
     rules = dict(type="MaxIoUAssigner", pos_iou_thr=0.9, neg_iou_thr=0.3, min_pos_iou=0.3)
     for options, expected in (({}, [0, 0, 1, -1]), (dict(gt_max_assign_all=False), [0, -2, 1, -1]),
                               (dict(gt_max_assign_all=False, ignore_iof_thr=0.5), [0, -2, -2, -1])):  # fmt: skip
-        matches, _ = assign(twins, target, {**rules, **options}, get_profile("mmdet"))
+        matches, _ = assign(twins, target, check_assigner({**rules, **options}), get_profile("mmdet"))
         assert matches.tolist() == [expected]

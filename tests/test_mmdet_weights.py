@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from fastrcnn.checkpoints import mmdet
+from fastrcnn.checkpoints.mmdet import CAFFE_INPUT
 from fastrcnn.models import RPN, faster_rcnn, from_mmdet_config
-from fastrcnn.weights import export_weights, infer_model, load_checkpoint, load_weights, mmdet, pretrained_model
-from fastrcnn.weights.mmdet import CAFFE_INPUT
+from fastrcnn.weights import export_weights, infer_model, load_checkpoint, load_weights, pretrained_model
 
 RGB = dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bgr_to_rgb=True)
 BGR123 = dict(mean=(1, 2, 3), std=(4, 5, 6), bgr_to_rgb=False)

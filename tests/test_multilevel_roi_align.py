@@ -223,6 +223,18 @@ def test_no_images_or_channels_on_cuda(request, device, need_kernel, channels_la
         assert grad.shape == shape
 
 
+def test_many_rois_of_a_large_map_equal_some_at_a_time(device, need_kernel):
+    """On CUDA they run in the order of their places from 1,057 RoIs on maps of more than 32 MiB on."""
+    need_kernel("roi_align", device)
+    x = torch.randn(2, 1, 512, 600, device=device).expand(
+        -1, 16, -1, -1
+    )  # 37.5 MiB, were it not one map for all channels
+    rois = random_rois(1100, size=500, largest=20).to(device)
+    rois[::50, 0] = -1
+    parts = [roi_align(x, part, 1, sampling_ratio=1) for part in rois.split(500)]
+    assert torch.equal(roi_align(x, rois, 1, sampling_ratio=1), torch.cat(parts))
+
+
 # What follows needs a GPU.
 
 

@@ -143,6 +143,33 @@ def test_groups_of_any_size_and_place(device, need_kernel, group_size):
     assert torch.equal(batched_nms(boxes, scores, idxs, 0.3), batched_nms_reference(boxes, scores, idxs, 0.3))
 
 
+@pytest.mark.parametrize("groups, spoiled", [(5, None), (16, None), (60, None), (5, "scores"), (5, "groups")])
+def test_rows_that_come_sorted_by_group_and_score(device, need_kernel, groups, spoiled):
+    """As decode_proposals leaves them, or all but the last row of the second image."""
+    need_kernel("nms_padded", device)
+    boxes, scores = random_boxes(2200, 300, 300).view(2, 1100, 4), scores_with_ties(2, 1100)
+    scores[0, 5] = NAN
+    runs = scores.tensor_split(groups, 1)
+    scores = torch.cat([run.sort(1, descending=True).values for run in runs], 1)
+    ids = torch.cat([torch.full_like(run, 2 * i - 9) for i, run in enumerate(runs)], 1).long()
+    if spoiled == "scores":
+        scores[1, -1] += 1
+    elif spoiled == "groups":
+        ids[1, -1] = -10
+    args = boxes.to(device), scores.to(device), ids.to(device), 0.4, 700, torch.tensor([1090, 1100], device=device)
+    for a, b in zip(nms_padded(*args), nms_padded_reference(*args)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-22, 1e-19, 1e17, 1e36])
+def test_areas_that_underflow_or_overflow(device, need_kernel, scale):
+    need_kernel("nms", device)
+    boxes, scores = (random_boxes(300, 200, 200) * scale).to(device), scores_with_ties(300).to(device)
+    assert torch.equal(nms(boxes, scores, 0.3), nms_reference(boxes, scores, 0.3))
+    smallest = torch.tensor([[0.0, 0, 2**-74, 2**-74]] * 2, device=device)  # areas of two units in the last place
+    assert nms(smallest, scores[:2], 0.9).numel() == 1
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("n", [16384, 16385])
 def test_long_lists(device, need_kernel, n, grouped):

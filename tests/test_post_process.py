@@ -1,9 +1,12 @@
-"""post_process.finish: a batch is what its images are one by one."""
+"""post_process.finish against a loop over the images that follows the peers' order of steps, with torchvision's NMS."""
 
 import pytest
 import torch
 from conftest import random_boxes
+from torchvision.ops import box_iou
+from torchvision.ops import nms as torchvision_nms
 
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.post_process import finish
 from fastrcnn.models.profiles import get_profile
 
@@ -16,28 +19,83 @@ NMS = {
 }
 
 
+def soft(boxes, scores, cfg):
+    """Linear soft-NMS, a box at a time: (indices, decayed scores) of the survivors, best first."""
+    kept, decayed, left = [], [], scores.clone()
+    while len(left) and left.max() >= cfg["min_score"]:
+        best = int(left.argmax())
+        kept.append(best)
+        decayed.append(left[best].item())
+        iou = box_iou(boxes[best : best + 1], boxes)[0]
+        left = torch.where(iou > cfg["iou_threshold"], left * (1 - iou), left)
+        left[kept] = -1.0
+    return torch.tensor(kept, dtype=torch.int64), torch.tensor(decayed)
+
+
+def one_image(boxes, scores, labels, size, factor, cfg, most, profile, least):
+    """What MMDetection (rescale, NMS), torchvision (NMS, rescale) and Detectron2 (NMS, rescale, clip) do with an image."""
+    if factor is not None and profile == "mmdet":
+        boxes = boxes / factor.repeat(2)
+    large = ((boxes[:, 2:] - boxes[:, :2]) > least).all(1) & (scores > cfg.get("score_threshold", -1))
+    boxes, scores, labels = boxes[large], scores[large], labels[large]
+    kept, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
+    for group in [None] if cfg.get("class_agnostic") else labels.unique():
+        own = torch.arange(len(labels)) if group is None else (labels == group).nonzero()[:, 0]
+        if cfg["type"] == "soft_nms":
+            inner, value = soft(boxes[own], scores[own], cfg)
+        else:
+            inner = torchvision_nms(boxes[own], scores[own], cfg["iou_threshold"])
+            value = scores[own][inner]
+        kept.append(own[inner])
+        values.append(value)
+    kept, values = torch.cat(kept), torch.cat(values)
+    order = values.sort(descending=True, stable=True).indices[
+        : min(m for m in (most, cfg.get("max_num", most)) if m > 0)
+    ]
+    kept, values = kept[order], values[order]
+    boxes, labels = boxes[kept], labels[kept]
+    if factor is not None and profile != "mmdet":
+        boxes = boxes / factor.repeat(2)
+    if profile == "detectron2":
+        limit = (size.flip(0) / (1.0 if factor is None else factor)).round()
+        boxes = torch.minimum(boxes.clamp(min=0), limit.repeat(2))
+        real = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, values, labels = boxes[real], values[real], labels[real]
+    return boxes, values, labels
+
+
 @pytest.mark.parametrize("nms", NMS)
 @pytest.mark.parametrize("profile", ["mmdet", "torchvision", "detectron2"])
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("most", [7, -1])
-def test_a_batch_is_its_images_one_by_one(device, nms, profile, scaled, most):
+def test_a_batch_is_its_images_by_the_peers_steps(device, nms, profile, scaled):
     n, g = 200, torch.Generator().manual_seed(1)
-    boxes = random_boxes(n, 200, 150, 120).to(device)
-    scores = torch.rand(n, generator=g).mul(20).round().div(20).to(device)  # with ties
-    labels = torch.randint(0, 3, (n,), generator=g).to(device)
-    images = torch.tensor([0, 1, 3])[torch.randint(0, 3, (n,), generator=g)].to(device)  # the third has none
-    sizes = torch.tensor([[150, 200], [140, 180], [150, 190], [120, 200]], device=device)
-    scales = torch.tensor([[0.5, 0.5], [2.0, 1.9], [1.0, 1.0], [0.7, 0.8]], device=device) if scaled else None
-    rules = dict(nms=NMS[nms], max_per_img=most), get_profile(profile), 12
-    found = finish(boxes, scores, labels, images, sizes, scales, *rules)
-    assert len(found) == 4
-    assert len(found[2]["boxes"]) == 0
-    for i, actual in enumerate(found):
-        own = images == i
-        scale = None if scales is None else scales[i : i + 1]
-        zeros = torch.zeros_like(images[own])
-        (alone,) = finish(boxes[own], scores[own], labels[own], zeros, sizes[i : i + 1], scale, *rules)
-        for key, value in alone.items():
-            assert torch.equal(actual[key], value)
-        assert most < 0 or len(actual["boxes"]) <= most
-    assert sum(len(f["boxes"]) for f in found) > 10
+    boxes, scores = random_boxes(n, 200, 150, 120), torch.rand(n, generator=g)
+    labels = torch.randint(0, 3, (n,), generator=g)
+    images = torch.tensor([0, 1, 3])[torch.randint(0, 3, (n,), generator=g)]  # the third has none
+    sizes = torch.tensor([[150, 200], [140, 180], [150, 190], [120, 200]])
+    factors = torch.tensor([[0.5, 0.5], [2.0, 1.25], [1.0, 1.0], [0.8, 0.8]]) if scaled else None
+    least, cfg = 12, NMS[nms]
+    for most in (7, 1000):
+        frame = Frame(sizes.to(device), (160, 224), None if factors is None else factors.to(device))
+        given = (t.to(device) for t in (boxes, scores, labels, images))
+        found = finish(*given, frame, dict(nms=cfg, max_per_img=most), get_profile(profile), least)
+        assert len(found) == 4 and sum(len(f["boxes"]) for f in found) > 10
+        for i, actual in enumerate(found):
+            own = images == i
+            factor = None if factors is None else factors[i]
+            expected = one_image(boxes[own], scores[own], labels[own], sizes[i], factor, cfg, most, profile, least)
+            for key, value in zip(("boxes", "scores", "labels"), expected):
+                torch.testing.assert_close(actual[key].cpu(), value, rtol=1e-5, atol=1e-4)
+
+
+def test_without_a_limit_every_survivor_comes_back():
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9]])
+    arguments = (
+        boxes,
+        torch.tensor([0.5, 0.7, 0.6]),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3, dtype=torch.int64),
+    )
+    frame, cfg = Frame(torch.tensor([[10, 50]]), (32, 64)), dict(nms=NMS["nms"], max_per_img=-1)
+    (found,) = finish(*arguments, frame, cfg, get_profile("mmdet"))
+    assert found["boxes"][:, 0].tolist() == [20, 40, 0]

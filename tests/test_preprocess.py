@@ -52,7 +52,7 @@ def test_detectron2s_sizes_to_the_last_pixel():
 
 
 @pytest.mark.parametrize("size", [(480, 640), (151, 333), (640, 480), (97, 61), (192, 256), (200, 200), (40, 500)])
-def test_torchvisions_batch_bit_for_bit(size, device):
+def test_torchvisions_batch_bit_for_bit(size, device, two_threads):
     image = cells(*size).to(device) / 255.0
     transform = GeneralizedRCNNTransform(192, 256, list(IMAGENET_MEAN), list(IMAGENET_STD))
     expected, _ = transform([image])
@@ -62,7 +62,7 @@ def test_torchvisions_batch_bit_for_bit(size, device):
     assert factors[0].tolist() == pytest.approx([sizes[0, 1].item() / size[1], sizes[0, 0].item() / size[0]])
 
 
-def test_torchvisions_mixed_batch_bit_for_bit():
+def test_torchvisions_mixed_batch_bit_for_bit(two_threads):
     images = [cells(h, w) / 255.0 for h, w in ((120, 160), (333, 200), (90, 240))]
     expected, _ = GeneralizedRCNNTransform(192, 256, list(IMAGENET_MEAN), list(IMAGENET_STD))(images)
     batch, sizes, _ = preprocessor("torchvision")(images)

@@ -150,7 +150,7 @@ def two_threads():
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("size", [(80, 100), (40, 200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_interpolates_as_torch_bit_for_bit(size, dtype, device):
+def test_interpolates_as_torch_bit_for_bit(size, dtype, device, two_threads):
     image = torch.rand(3, 60, 90, dtype=dtype, device=device)
     actual = preprocess([image], [size], size, *PLAIN, "interpolate", dtype=dtype)
     assert torch.equal(actual[0], F.interpolate(image[None], size, mode="bilinear")[0])

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torchvision.models import detection
 
 from fastrcnn.models import faster_rcnn
-from fastrcnn.models.zoo import merge
+from fastrcnn.models.build import merge
 from fastrcnn.weights import infer_model, load_weights, model_metadata, pretrained_model
 
 

@@ -5,9 +5,10 @@ import torch
 from torchvision.models import detection
 
 from fastrcnn.models.profiles import PROFILES
-from fastrcnn.models.published import PEERS, PUBLISHED, coco_weights, published_for
-from fastrcnn.models.zoo import NAMES, RPNS, named_model
 from fastrcnn.weights import coco_address
+from fastrcnn.weights.named import named_model
+from fastrcnn.zoo.published import PEERS, PUBLISHED, coco_weights, published_for
+from fastrcnn.zoo.recipes import NAMES, RPNS
 
 HOSTS = {
     "mmdet": "https://download.openmmlab.com/mmdetection/v2.0/",

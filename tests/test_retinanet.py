@@ -11,6 +11,7 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 
 from fastrcnn.models import RetinaHead, RetinaNet
 from fastrcnn.models.anchors import build_anchor_generator
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.profiles import PROFILES
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
@@ -147,7 +148,7 @@ def squares(profile="mmdet", **options):
 
 
 def detect(head, logits, deltas, size=(64, 96), scale=None):
-    return head.predict([logits], [deltas], torch.tensor([size]), (64, 96), scale)[0]
+    return head.predict([logits], [deltas], Frame(torch.tensor([size]), (64, 96), scale))[0]
 
 
 def single_boxes(boxes, scores=None):
@@ -329,3 +330,19 @@ def test_a_few_steps_of_training(profile):
         optimizer.step()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
     assert seen[-1] < 0.5 * seen[0]
+
+
+def test_the_running_mean_of_detectron2_is_in_the_state_dict_and_only_there():
+    head = squares("detectron2")
+    target = [dict(boxes=torch.tensor([[0.0, 0, 30, 30]]), labels=torch.tensor([1]))]
+    head.loss([torch.zeros(1, 2, 2, 3)], [torch.zeros(1, 4, 2, 3)], Frame(torch.tensor([[64, 96]]), (64, 96)), target)
+    state = head.state_dict()
+    assert state["loss_normalizer"].item() == pytest.approx(0.9 * 100 + 0.1)
+    again = squares("detectron2")
+    again.load_state_dict(state)
+    assert torch.equal(again.loss_normalizer, state["loss_normalizer"])
+    plain = {k: v for k, v in state.items() if k != "loss_normalizer"}
+    again.load_state_dict(plain)  # a peer's file lacks it
+    mmdet = squares()
+    mmdet.load_state_dict(state)
+    assert mmdet.state_dict().keys() == plain.keys()

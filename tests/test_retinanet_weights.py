@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torchvision.models import detection
 
+from fastrcnn.checkpoints import detectron2
 from fastrcnn.models import retinanet
-from fastrcnn.weights import detectron2, export_weights, infer_model, load_weights, pretrained_model
+from fastrcnn.weights import export_weights, infer_model, load_weights, pretrained_model
 
 CLASSES = 4
 WB = ("weight", "bias")

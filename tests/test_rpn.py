@@ -9,6 +9,7 @@ from torchvision.models.detection.rpn import RPNHead as TorchvisionHead
 from torchvision.ops import box_iou
 
 from fastrcnn.models import RPNHead
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.profiles import PROFILES
 
 SIZES = [(150, 200), (160, 130)]
@@ -57,7 +58,7 @@ def test_proposals_equal_torchvision(device):
     with torch.no_grad():
         expected, _ = theirs(images, {str(i): f for i, f in enumerate(feats)})
         sizes = torch.tensor(SIZES, device=device)
-        boxes, scores, counts = ours.predict(*ours(feats), sizes, BATCH_SHAPE, ours.test_cfg)
+        boxes, scores, counts = ours.predict(*ours(feats), Frame(sizes, BATCH_SHAPE), ours.test_cfg)
     for i, (height, width) in enumerate(SIZES):
         n = int(counts[i])
         assert n == len(expected[i]) > 200
@@ -75,7 +76,7 @@ def test_losses_equal_torchvision_when_everything_is_sampled(device):
     feats, targets = features(device=device), targets_of(device)
     images = ImageList(torch.zeros(2, 3, *BATCH_SHAPE, device=device), SIZES)
     _, expected = theirs(images, {str(i): f for i, f in enumerate(feats)}, targets)
-    cls, box = ours.loss(*ours(feats), torch.tensor(SIZES, device=device), BATCH_SHAPE, targets)
+    cls, box = ours.loss(*ours(feats), Frame(torch.tensor(SIZES, device=device), BATCH_SHAPE), targets)
     torch.testing.assert_close(cls, expected["loss_objectness"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(box, expected["loss_rpn_box_reg"], rtol=1e-4, atol=1e-6)
     (cls + box).backward()
@@ -100,7 +101,7 @@ def test_losses_by_hand_with_one_positive(profile, cls_factor, box_factor):
     deltas = torch.zeros(1, 4, 2, 3)
     deltas[0, :, 1, 2] = torch.tensor([0.5, 0.0, 0.05, 0.0])
     target = [dict(boxes=torch.tensor([[48.0, 16.0, 80.0, 48.0]]))]  # the last anchor exactly
-    cls, box = head.loss([logits], [deltas], torch.tensor([[64, 96]]), (64, 96), target)
+    cls, box = head.loss([logits], [deltas], Frame(torch.tensor([[64, 96]]), (64, 96)), target)
     expected = F.binary_cross_entropy_with_logits(logits.flatten(), torch.tensor([0.0, 0, 0, 0, 0, 1]), reduction="sum")
     assert cls.item() == pytest.approx(expected.item() / cls_factor, rel=1e-5)
     beta = 1 / 9
@@ -114,7 +115,7 @@ def test_an_image_without_objects_counts_one_positive_in_mmdetection_only(profil
     logits = torch.linspace(-1, 1, 6).reshape(1, 1, 2, 3).requires_grad_()
     deltas = torch.zeros(1, 4, 2, 3, requires_grad=True)
     target = [dict(boxes=torch.zeros(0, 4))]
-    cls, box = head.loss([logits], [deltas], torch.tensor([[64, 96]]), (64, 96), target)
+    cls, box = head.loss([logits], [deltas], Frame(torch.tensor([[64, 96]]), (64, 96)), target)
     expected = F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits), reduction="sum")
     torch.testing.assert_close(cls, expected / factor)
     assert box.item() == 0.0
@@ -130,7 +131,7 @@ def test_an_object_that_overlaps_no_anchor(profile, positives):
     )
     logits = torch.full((1, 1, 2, 3), 2.0, requires_grad=True)
     target = [dict(boxes=torch.tensor([[200.0, 200.0, 220.0, 220.0]]))]
-    cls, _ = head.loss([logits], [torch.zeros(1, 4, 2, 3)], torch.tensor([[64, 96]]), (64, 96), target)
+    cls, _ = head.loss([logits], [torch.zeros(1, 4, 2, 3)], Frame(torch.tensor([[64, 96]]), (64, 96)), target)
     cls.backward()
     assert int((logits.grad < 0).sum()) == positives  # a positive pulls its logit up
 
@@ -150,7 +151,7 @@ def test_ties_go_to_the_last_object_in_mmdetection_and_to_the_best_elsewhere():
         head.loss_bbox = Targets()
         logits = torch.zeros(1, 1, 2, 3)
         _, encoded = head.loss(
-            [logits], [torch.zeros(1, 4, 2, 3)], torch.tensor([[64, 96]]), (64, 96), [dict(boxes=boxes)]
+            [logits], [torch.zeros(1, 4, 2, 3)], Frame(torch.tensor([[64, 96]]), (64, 96)), [dict(boxes=boxes)]
         )
         anchor = torch.tensor([[-16.0, -16.0, 16.0, 16.0]])
         torch.testing.assert_close(encoded, head.bbox_coder.encode(anchor, boxes[winner : winner + 1]))
@@ -161,7 +162,7 @@ def test_anchors_in_another_images_padding_take_no_part_in_mmdetection_only():
     targets = [dict(boxes=torch.zeros(0, 4))] * 2
     for profile, used in (("mmdet", 2), ("torchvision", 6), ("detectron2", 6)):
         logits = torch.zeros(2, 1, 2, 3, requires_grad=True)
-        cls, _ = one_level(profile).loss([logits], [torch.zeros(2, 4, 2, 3)], sizes, (64, 96), targets)
+        cls, _ = one_level(profile).loss([logits], [torch.zeros(2, 4, 2, 3)], Frame(sizes, (64, 96)), targets)
         cls.backward()
         assert [int((g != 0).sum()) for g in logits.grad] == [6, used]
 
@@ -172,7 +173,7 @@ def test_ignore_regions_take_anchors_out():
     for ignore_iof_thr, used in ((0.5, 4), (-1, 6)):
         head = one_level("mmdet", assigner=dict(pos_iou_thr=0.7, neg_iou_thr=0.3, ignore_iof_thr=ignore_iof_thr))
         logits = torch.zeros(1, 1, 2, 3, requires_grad=True)
-        cls, _ = head.loss([logits], [torch.zeros(1, 4, 2, 3)], torch.tensor([[64, 96]]), (64, 96), both)
+        cls, _ = head.loss([logits], [torch.zeros(1, 4, 2, 3)], Frame(torch.tensor([[64, 96]]), (64, 96)), both)
         cls.backward()
         assert int((logits.grad != 0).sum()) == used
 
@@ -199,8 +200,8 @@ def test_anchors_stay_exact_in_a_low_precision_model(dtype):
     head = RPNHead(4, 4, anchor_generator=dict(strides=[64], ratios=[0.5, 2.0], scales=[8])).eval()
     maps = [torch.zeros(1, 2, 20, 20, dtype=dtype)], [torch.zeros(1, 8, 20, 20, dtype=dtype)]
     sizes, cfg = torch.tensor([[1280, 1280]]), {**head.test_cfg, "nms": dict(type="nms", iou_threshold=1.0)}
-    exact, _, _ = head.predict(*maps, sizes, (1280, 1280), cfg)
-    rounded, _, _ = head.to(dtype).predict(*maps, sizes, (1280, 1280), cfg)
+    exact, _, _ = head.predict(*maps, Frame(sizes, (1280, 1280)), cfg)
+    rounded, _, _ = head.to(dtype).predict(*maps, Frame(sizes, (1280, 1280)), cfg)
     torch.testing.assert_close(rounded, exact, rtol=0, atol=1e-3)
 
 
@@ -212,7 +213,7 @@ def test_nms_may_forget_the_levels_and_keep_fewer():
 
     def found(**nms):
         cfg = {**head.test_cfg, "nms": dict(type="nms", iou_threshold=0.7, **nms)}
-        boxes, _, counts = head.predict(*outs, torch.tensor(SIZES), BATCH_SHAPE, cfg)
+        boxes, _, counts = head.predict(*outs, Frame(torch.tensor(SIZES), BATCH_SHAPE), cfg)
         return boxes[0, : counts[0]]
 
     def crowded(boxes):
@@ -228,7 +229,7 @@ def test_boxes_without_area_go_only_where_they_are_asked_to():
     outside = [maps[0], [maps[1][0] + torch.tensor([50.0, 0, 0, 0]).view(1, 4, 1, 1)]]  # clipped to the right border
     for least, kept in ((-1, 1), (0, 0)):
         cfg = {**head.test_cfg, "min_bbox_size": least}
-        boxes, _, counts = head.predict(*outside, torch.tensor([[64, 96]]), (64, 96), cfg)
+        boxes, _, counts = head.predict(*outside, Frame(torch.tensor([[64, 96]]), (64, 96)), cfg)
         assert (counts[0] > 0) == kept and (boxes[0, : counts[0], 0] == 96).all()
 
 
@@ -236,7 +237,7 @@ def test_proposals_keep_to_their_limits():
     head = RPNHead(16, 16).eval()
     spread(head)
     cfg = {**head.test_cfg, "nms_pre": 50, "max_per_img": 20, "min_bbox_size": 12}
-    boxes, scores, counts = head.predict(*head(features()), torch.tensor(SIZES), BATCH_SHAPE, cfg)
+    boxes, scores, counts = head.predict(*head(features()), Frame(torch.tensor(SIZES), BATCH_SHAPE), cfg)
     assert boxes.shape == (2, 20, 4) and scores.shape == (2, 20) and counts.tolist() == [20, 20]
     assert (boxes[..., 2:] - boxes[..., :2]).min() > 12
     assert ((scores > 0) & (scores < 1)).all()

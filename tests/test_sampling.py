@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from fastrcnn.models.sampling import sample, sample_batch, sample_images
+from fastrcnn.models import sampling
+from fastrcnn.models.sampling import build_sampler, sample_batch, sample_images
+
+
+def sample(matches, rules, *args):
+    return sampling.sample(matches, build_sampler(rules), *args)
 
 
 def matches_of(positives: int, negatives: int, ignored: int = 0) -> torch.Tensor:
@@ -158,11 +163,11 @@ def test_images_are_sampled_as_one_by_one():
     everything = dict(num=10**9, pos_fraction=1.0)
     hard = dict(type="OHEMSampler", num=64, pos_fraction=0.25)
     for rules in (everything, hard):
-        found = sample_images(matches, rules, max_iou, lambda image, indices: losses[image, indices])
+        found = sample_images(matches, build_sampler(rules), max_iou, lambda image, indices: losses[image, indices])
         for row, iou, loss, sides in zip(matches, max_iou, losses, found):
             assert all(map(torch.equal, sides, sample(row, rules, iou, lambda indices, loss=loss: loss[indices])))
     with pytest.raises(ValueError, match="OHEM"):
-        sample_images(matches, hard, max_iou)
+        sample_images(matches, build_sampler(hard), max_iou)
 
 
 @pytest.mark.gpu

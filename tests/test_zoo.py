@@ -8,11 +8,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
 
+from fastrcnn.checkpoints import torchvision as torchvision_weights
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import ResNet, ResNeXt, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, faster_rcnn
-from fastrcnn.models.zoo import FASTER_RCNNS, NAMES, RPNS, merge, named_model, rpn
+from fastrcnn.models.build import merge
 from fastrcnn.weights import coco_address, infer_model, load_weights, model_metadata
-from fastrcnn.weights import torchvision as torchvision_weights
+from fastrcnn.weights.named import named_model, rpn
+from fastrcnn.zoo.recipes import FASTER_RCNNS, NAMES, RPNS
 
 FPN_NAMES = ("r18_fpn", "r34_fpn", "r50_fpn", "r101_fpn", "r152_fpn", "x50_32x4d_fpn", "x101_32x4d_fpn",
              "x101_64x4d_fpn", "r50_fpn_v2")  # fmt: skip

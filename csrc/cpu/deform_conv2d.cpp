@@ -37,13 +37,14 @@ HOST_DEVICE void blend(const F* image, const Taps<T>& t, int64_t stride, int64_t
 template <class T, class F>
 HOST_DEVICE void im2col_body(const DeformShape& s, const F* input, const T* offset, const T* mask, int64_t first,
                              int64_t begin, int64_t end, int64_t count, F* columns) {
-  const int64_t part = s.offset_group_channels(), run = std::gcd(part, s.group_channels());
+  const int part = s.offset_group_channels, run = std::gcd(part, s.group_channels);
   for (int64_t r = begin; r < end; ++r) {
-    const F* image = input + (first + r) / s.positions() * s.pixels() * s.channels;
-    for (int64_t d = 0; d < s.offset_groups; ++d) {
-      for (int k = 0; k < s.taps(); ++k) {
-        const Taps<T> taps = deform_taps(s, offset, mask, first + r, d, k);
-        for (int64_t c = d * part; c < (d + 1) * part; c += run)
+    const DeformRow row = s.row(first + r);
+    const F* image = input + row.image * s.pixels * s.channels;
+    for (int d = 0; d < s.offset_groups; ++d) {
+      for (int k = 0; k < s.taps; ++k) {
+        const Taps<T> taps = deform_taps(s, offset, mask, row, d, k);
+        for (int c = d * part; c < (d + 1) * part; c += run)
           blend(image + c, taps, s.channels, run, columns + s.column(r, k, c, count));
       }
     }

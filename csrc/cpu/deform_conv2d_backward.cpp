@@ -29,18 +29,19 @@ HOST_DEVICE void dot_corners(const F* image, const int* pixel, int64_t stride, c
 template <class T, class F>
 HOST_DEVICE void points_body(const DeformShape& s, const F* input, const T* offset, const T* mask, const F* columns,
                              int64_t first, int64_t begin, int64_t end, int64_t count, T* grad_offset, T* grad_mask) {
-  const int64_t part = s.offset_group_channels(), run = std::gcd(part, s.group_channels());
+  const int part = s.offset_group_channels, run = std::gcd(part, s.group_channels);
   for (int64_t r = begin; r < end; ++r) {
-    const F* image = input + (first + r) / s.positions() * s.pixels() * s.channels;
-    for (int64_t d = 0; d < s.offset_groups; ++d) {
-      for (int k = 0; k < s.taps(); ++k) {
-        const Corners<T> corners = deform_corners(s, offset, first + r, d, k);
+    const DeformRow row = s.row(first + r);
+    const F* image = input + row.image * s.pixels * s.channels;
+    for (int d = 0; d < s.offset_groups; ++d) {
+      for (int k = 0; k < s.taps; ++k) {
+        const Corners<T> corners = deform_corners(s, offset, row, d, k);
         if (!(corners.inside[0] || corners.inside[1] || corners.inside[2] || corners.inside[3])) continue;
         T dot[4] = {};
-        for (int64_t c = d * part; c < (d + 1) * part; c += run)
+        for (int c = d * part; c < (d + 1) * part; c += run)
           dot_corners(image + c, corners.pixel, s.channels, columns + s.column(r, k, c, count), run, dot);
-        const T scale = deform_scale(s, mask, first + r, d, k);
-        deform_point_gradients(s, corners, dot, scale, first + r, d, k, grad_offset, grad_mask);
+        const T scale = deform_scale(s, mask, row, d, k);
+        deform_point_gradients(s, corners, dot, scale, row, d, k, grad_offset, grad_mask);
       }
     }
   }
@@ -50,12 +51,13 @@ HOST_DEVICE void points_body(const DeformShape& s, const F* input, const T* offs
 template <class T, class F>
 HOST_DEVICE void scatter_body(const DeformShape& s, const T* offset, const T* mask, const F* columns, int64_t first,
                               int64_t count, int64_t c0, int64_t c1, T* grad_input) {
-  const int64_t part = s.offset_group_channels(), run = std::gcd(part, s.group_channels());
+  const int part = s.offset_group_channels, run = std::gcd(part, s.group_channels);
   for (int64_t r = 0; r < count; ++r) {
-    T* image = grad_input + (first + r) / s.positions() * s.pixels() * s.channels;
+    const DeformRow row = s.row(first + r);
+    T* image = grad_input + row.image * s.pixels * s.channels;
     for (int64_t d = c0 / part; d * part < c1; ++d) {
-      for (int k = 0; k < s.taps(); ++k) {
-        const Taps<T> taps = deform_taps(s, offset, mask, first + r, d, k);
+      for (int k = 0; k < s.taps; ++k) {
+        const Taps<T> taps = deform_taps(s, offset, mask, row, d, k);
         const int64_t last = std::min(c1, (d + 1) * part);
         int64_t next = 0;
         for (int64_t c = std::max(c0, d * part); c < last; c = next) {

@@ -90,7 +90,7 @@ struct Plan {
       for (int c = 0; c < 3; ++c) at[3 * x + c] = 3 * first + channel(c);
     }
   }
-  static Tap<E> linear_tap(int i, int size, double scale, bool columns) {
+  static ResizeTap<E> linear_tap(int i, int size, double scale, bool columns) {
     if constexpr (R == Resize::kOpencv) {
       return opencv_tap(i, size, scale, columns);
     } else {

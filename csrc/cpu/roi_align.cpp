@@ -80,7 +80,7 @@ void forward(const Problem& p, const T* rois, int64_t num_rois, bool channels_la
         std::fill_n(dst, out_size, static_cast<F>(0.0f));
         continue;
       }
-      const Level& level = *taps.level;
+      const FeatureMap& level = *taps.level;
       const F* map = static_cast<const F*>(level.data) + taps.image * level.stride_n;
       if (!channels_last) {
         planes.build(taps, p.pooled_h, p.pooled_w);

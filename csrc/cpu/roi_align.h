@@ -43,7 +43,7 @@ struct AxisTaps {
 
 template <class T>
 struct RoiTaps {
-  const Level* level = nullptr;  // null: a padding RoI (batch index < 0)
+  const FeatureMap* level = nullptr;  // null: nowhere, its bins are 0 (padding, no samples)
   int64_t image = 0;
   AxisTaps<T> rows, columns;
   T scale = T(0);  // 1 / number of samples in a bin
@@ -80,7 +80,7 @@ struct PlaneTaps {
     offset.clear();
     weight.clear();
     begin.assign(1, 0);
-    const Level& level = *taps.level;
+    const FeatureMap& level = *taps.level;
     for (int ph = 0; ph < pooled_h; ++ph) {
       for (int pw = 0; pw < pooled_w; ++pw) {
         for (int r = taps.rows.begin[ph]; r < taps.rows.begin[ph + 1]; ++r) {

@@ -73,7 +73,7 @@ void backward(const Problem& p, const T* rois, int64_t num_rois, bool channels_l
     for (int64_t k = 0; k < num_rois; ++k) {
       taps.build(rois + k * 5, p);
       if (taps.level == nullptr) continue;
-      const Level& level = *taps.level;
+      const FeatureMap& level = *taps.level;
       T* map = static_cast<T*>(level.data) + taps.image * level.stride_n + c0 * level.stride_c;
       const F* g = grad + k * grad_n + c0 * grad_c;
       if (!channels_last) {

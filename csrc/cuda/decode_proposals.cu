@@ -100,8 +100,8 @@ template <class T, class F>
 struct LevelKey {
   Level<T, F> level;
   bool use_sigmoid;
-  __device__ uint64_t operator()(int image, int i) const {
-    return ~static_cast<uint64_t>(rank_key(static_cast<T>(level.logits[level.logit(image, i)]), use_sigmoid));
+  __device__ Key<T> operator()(int image, int i) const {
+    return ~rank_key(static_cast<T>(level.logits[level.logit(image, i)]), use_sigmoid);
   }
 };
 // ... or those of its selected candidates, which hold the index too; ...

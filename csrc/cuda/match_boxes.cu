@@ -23,11 +23,14 @@ __device__ double from_bits(unsigned long long bits) { return __longlong_as_doub
 template <class T>
 using Bits = decltype(to_bits(T()));
 
-__device__ unsigned warp_max(unsigned v) { return __reduce_max_sync(kAllLanes, v); }
-__device__ unsigned long long warp_max(unsigned long long v) {
+template <class B>
+__device__ B warp_max(B v) {
   for (int d = kWarp / 2; d > 0; d /= 2) v = max(v, __shfl_xor_sync(kAllLanes, v, d));
   return v;
 }
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+__device__ unsigned warp_max(unsigned v) { return __reduce_max_sync(kAllLanes, v); }
+#endif
 
 template <class T>
 __device__ Box<T> nothing() {
@@ -89,7 +92,7 @@ __global__ void best_gt_kernel(MatchBatch<T> batch, unsigned blocks_per_image, B
         if (iou > best) best = iou, arg = first + g;
         if (gt_best == nullptr) continue;
         const Bits<T> top = warp_max(to_bits(iou));
-        if (lane == 0 && top > best_of[g]) atomicMax(&best_of[g], top);
+        if (lane == 0) atomicMax(&best_of[g], top);
       }
     }
     __syncthreads();

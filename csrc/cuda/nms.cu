@@ -1,15 +1,16 @@
 // Exact greedy NMS in one pass over tiles of 256 boxes, without host synchronisation and with O(N) memory.
 //
-// Boxes are sorted by (group, score). A block takes the next tile of that order, drops its boxes that survivors of earlier
-// tiles of the same group overlap, settles the rest among themselves and publishes which it kept; later tiles wait for that
-// and for nothing else (blocks draw tickets, so whoever is waited for is running already). What bounds the time is this
-// chain, so as little as possible is left for it: the overlaps with the tile just before, and those within the tile, are
-// computed as bit masks while waiting, and a tile publishes 256 bits, not boxes. Tiles further back are compared box by
-// box with their survivors only. Within a tile all boxes are decided in rounds: one whose earlier neighbours are all gone
-// stays, one with a neighbour that stays goes. That is the greedy result, in as many rounds as the longest such chain.
-#include "box_math.h"
-#include "scan.cuh"
-#include "sort.cuh"
+// Boxes are sorted by (group, score). One kernel, over all the device, finds which boxes of a tile overlap which of the
+// same tile and of the two before it, as bit masks. In a second one a block takes the next tile, drops its boxes that
+// survivors of earlier tiles overlap, settles the rest among themselves and publishes which it kept; later tiles wait for
+// that and for nothing else (blocks draw tickets, so whoever is waited for is running already). What bounds the time is
+// this chain, so as little as possible is left for it: of the two tiles just before it takes masks and 256 bits each;
+// tiles further back have long been compared, box by box, with their survivors. Groups that begin in a tile wait for
+// nobody and are published first, so that each group is a chain of its own. Within a tile all boxes are decided in rounds:
+// one whose earlier neighbours are all gone stays, one with a neighbour that stays goes. That is the greedy result, in as
+// many rounds as the longest such chain.
+#include "nms_tiles.cuh"
+#include "rank_runs.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
 
@@ -18,44 +19,21 @@
 namespace fastrcnn {
 namespace {
 
-constexpr int kTile = 256, kWords = kTile / 32, kCompactThreads = 1024;
+constexpr int kCompactThreads = 1024;
 
 // Keys that sort by descending score, NaN first, and -0.0 as 0.0: what torch.sort(descending=True) does.
 template <class T>
-__device__ uint64_t score_key(T score) {
-  return score == score ? static_cast<decltype(sortable(score))>(~sortable(score + T(0))) : 0;
-}
-
+using ScoreKey = decltype(sortable(T()));
 template <class T>
-struct Problem {
-  int batch, n, tiles, words;  // words: of 32 ranks, an image
-  T threshold;
-  int64_t max_output;
-  const Box<T>* boxes;    // [B, N]
-  const T* scores;        // [B, N]
-  const int64_t* groups;  // [B, N] or null
-  const int64_t* counts;  // [B] or null
-  int* order;             // [B, N] rank by score -> row
-  int* members;           // [B, N] place -> rank, by group and score; null without groups
-  AlignedBox<T>* sorted;     // [B, N] boxes by place
-  int64_t* sorted_group;  // [B, N]; null without groups
-  unsigned long long* published;  // [B, tiles, kWords] zeroed: 2^32 + the bits of the places kept, once they are known
-  unsigned* keep;                 // [B, words] zeroed: bits of the ranks kept
-  unsigned* ticket;               // zeroed
-
-  __device__ int valid(int image) const {
-    if (counts == nullptr) return n;
-    const int64_t c = counts[image];
-    return c < 0 ? 0 : (c < n ? static_cast<int>(c) : n);
-  }
-  __device__ int64_t row(int image) const { return static_cast<int64_t>(image) * n; }
-};
+__device__ ScoreKey<T> score_key(T score) {
+  return score == score ? ~sortable(score + T(0)) : ScoreKey<T>{0};
+}
 
 template <class T>
 struct ByScore {
   Problem<T> p;
-  __device__ uint64_t operator()(int image, int i) const {
-    return i < p.valid(image) ? score_key(p.scores[p.row(image) + i]) : ~uint64_t{0};
+  __device__ ScoreKey<T> operator()(int image, int i) const {
+    return i < p.valid(image) ? score_key(p.scores[p.row(image) + i]) : ~ScoreKey<T>{0};
   }
 };
 template <class T>
@@ -84,60 +62,23 @@ struct PlaceByGroup {
     p.sorted_group[at] = p.groups[from];
   }
 };
-
-// Whether IoU > threshold is possible, by a product instead of IEEE's division, which is left to decide the few pairs that
-// pass. Underflow, infinities and NaN all pass or have no overlap: the comparison is with a margin that no rounding error
-// reaches. fmin and fmax take one instruction; that they drop a NaN does not matter here, since its box has no area.
 template <class T>
-__device__ bool may_overlap(const Box<T>& a, T area_a, const Box<T>& b, T area_b, T threshold) {
-  const T w = fmin(a.x2, b.x2) - fmax(a.x1, b.x1), h = fmin(a.y2, b.y2) - fmax(a.y1, b.y1);
-  const T inter = w * h, united = area_a + area_b - inter;
-  return w > T(0) && h > T(0) && !(inter * T(1.0001) < threshold * united);
-}
-
-template <class T>
-struct Staged {  // boxes that a whole block compares with
-  AlignedBox<T> box[kTile];
-  T area[kTile];
-  __device__ void set(int i, const AlignedBox<T>& b) {
-    box[i] = b;
-    area[i] = fastrcnn::area(b);
+struct RowsInOrder {  // place and row are one
+  Problem<T> p;
+  __device__ int length(int image) const { return p.valid(image); }
+  __device__ ScoreKey<T> key(int image, int i) const { return score_key(p.scores[p.row(image) + i]); }
+  __device__ int64_t group(int image, int i) const { return p.groups[p.row(image) + i]; }
+  __device__ void emit(int image, int rank, int i) const {
+    p.order[p.row(image) + rank] = i;
+    PlaceByGroup<T>{p}(image, i, rank);
   }
 };
 
-// Bits [first, last) of 32, for whatever first and last.
-__device__ inline unsigned bit_range(int first, int last) {
-  const unsigned from = first <= 0 ? ~0u : (first < 32 ? ~0u << first : 0u);
-  const unsigned until = last <= 0 ? 0u : (last < 32 ? ~(~0u << last) : ~0u);
-  return from & until;
-}
-
-// Which of the 32 staged boxes from 32 * w on overlap `b`, of those wanted. Without branches but for the few in doubt.
-template <class T>
-__device__ unsigned overlap_word(const Staged<T>& staged, int w, unsigned wanted, const Box<T>& b, T area_b, T threshold) {
-  if (wanted == 0) return 0;  // bounds differ between threads, and a warp often skips whole words
-  unsigned word = 0;
-#pragma unroll 8
-  for (int k = 0, j = w * 32; k < 32; ++k, ++j)
-    if (may_overlap(staged.box[j], staged.area[j], b, area_b, threshold)) word |= 1u << k;
-  word &= wanted;
-  for (unsigned rest = word; rest != 0; rest &= rest - 1) {
-    const int k = __ffs(rest) - 1, j = w * 32 + k;
-    if (!(iou(staged.box[j], staged.area[j], b, area_b) > threshold)) word &= ~(1u << k);
-  }
-  return word;
-}
-
-__device__ inline unsigned wait_for(const unsigned long long* word) {
-  unsigned long long value;
-  while (((value = *static_cast<const volatile unsigned long long*>(word)) >> 32) == 0) __nanosleep(20);
-  return static_cast<unsigned>(value);
-}
-
 template <class T>
 __global__ void __launch_bounds__(kTile) nms_kernel(Problem<T> p) {
-  __shared__ Staged<T> staged;
-  __shared__ unsigned drawn, words[kWords], votes[2][2][kWords];
+  __shared__ Staged<T, kTile> staged;
+  __shared__ Votes votes;
+  __shared__ unsigned drawn;
   const int i = threadIdx.x, lane = i % 32, warp = i / 32;
   if (i == 0) drawn = atomicAdd(p.ticket, 1u);
   __syncthreads();
@@ -147,20 +88,12 @@ __global__ void __launch_bounds__(kTile) nms_kernel(Problem<T> p) {
   if (size <= 0) return;  // the same for the whole block, and nobody waits for this tile
   const AlignedBox<T>* boxes = p.sorted + p.row(image);
   const int64_t* groups = p.groups == nullptr ? nullptr : p.sorted_group + p.row(image);
-  unsigned long long* published = p.published + static_cast<int64_t>(image) * p.tiles * kWords;
-  const AlignedBox<T> mine = i < size ? boxes[begin + i] : AlignedBox<T>{};
-  const T my_area = area(mine);
+  const auto published = [&](int t, int begun_there) {
+    return p.published + ((static_cast<int64_t>(image) * p.tiles + t) * 2 + begun_there) * kWords;
+  };
 
-  // first: where this box's group begins in the tile. start: where the group of the tile's first box begins in the image.
-  int first = 0, start = 0;
+  int start = 0;  // where the group of the tile's first box begins in the image
   if (groups != nullptr) {
-    const unsigned heads = __ballot_sync(~0u, i > 0 && i < size && groups[begin + i] != groups[begin + i - 1]);
-    if (lane == 0) words[warp] = heads;
-    __syncthreads();
-    for (int w = 0; w <= warp; ++w) {
-      const unsigned until_me = words[w] & bit_range(0, i + 1 - w * 32);
-      if (until_me != 0) first = w * 32 + 31 - __clz(until_me);
-    }
     int before = 0;  // tiles that end in the group: they lie just before this one
     for (int t = i; t - i < tile; t += kTile)
       before += __syncthreads_count(t < tile && groups[t * kTile + kTile - 1] == groups[begin]);
@@ -170,81 +103,81 @@ __global__ void __launch_bounds__(kTile) nms_kernel(Problem<T> p) {
       start = oldest + kTile - __syncthreads_count(groups[oldest + i] == groups[begin]);
     }
   }
-  const bool continues = first == 0 && i < size;  // this box's group may have begun in an earlier tile
+  const int start_tile = start / kTile;
+  const bool continues = start < begin && i < size && (groups == nullptr || groups[begin + i] == groups[begin]);
 
-  unsigned earlier[kWords] = {}, within[kWords] = {};
+  const auto load_masks = [&](int back, unsigned (&mask)[kWords]) {
+    const int rows = p.mask_words * 32;
+    const unsigned* from = p.masks_of(image, tile, back) + i;
+    const bool there = tile - back >= start_tile && i < rows;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) mask[w] = there && w < p.mask_words ? from[w * rows] : 0;
+  };
+  unsigned within[kWords], kept[kWords] = {};
+  load_masks(0, within);
+  const auto publish = [&](int begun_here) {
+    unsigned word = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) word = w == i ? kept[w] : word;
+    if (i < kWords)
+      Published(published(tile, begun_here)[i]).store(uint64_t{1} << 32 | word, cuda::memory_order_relaxed);
+  };
+  if (__syncthreads_or(i < size && !continues)) {
+    settle(i < size && !continues, within, kept, votes);
+    publish(1);
+  }
   if (start < begin) {
-    staged.set(i, boxes[begin - kTile + i]);
-    __syncthreads();
-    const int from = start - (begin - kTile);
+    const AlignedBox<T> mine = i < size ? boxes[begin + i] : AlignedBox<T>{};
+    const T share = p.bound.share(mine);
+    bool alive = continues, any = true;
+    int64_t kept_before = 0;
+    unsigned words[kWords];
+    const auto wait_for_tile = [&](int t) {  // all warps wait by themselves: no barrier
+      const unsigned own = lane < kWords ? wait_for(published(t, t == start_tile) + lane) : 0;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w)
-      earlier[w] = overlap_word(staged, w, continues ? bit_range(from - w * 32, 32) : 0, mine, my_area, p.threshold);
-    __syncthreads();
-  }
-  staged.set(i, mine);
-  __syncthreads();
+      for (int w = 0; w < kWords; ++w)
+        words[w] = __shfl_sync(~0u, own, w) & bit_range(start - t * kTile - w * 32, 32);
+    };
+    for (int t = start_tile; t < tile - kBack && any; ++t) {
+      wait_for_tile(t);
+      int total = 0, slot = 0;
+      unsigned mine_there = 0;
 #pragma unroll
-  for (int w = 0; w < kWords; ++w)
-    within[w] = overlap_word(staged, w, i < size ? bit_range(first - w * 32, i - w * 32) : 0, mine, my_area, p.threshold);
-  __syncthreads();
-
-  bool alive = i < size;
-  int64_t kept_before = 0;
-  for (int t = start / kTile; t < tile; ++t) {
-    if (i < kWords) words[i] = wait_for(published + t * kWords + i) & bit_range(start - t * kTile - i * 32, 32);
-    __syncthreads();
-    int total = 0, slot = 0;
-    unsigned hit = 0;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      slot += w < warp ? __popc(words[w]) : 0;
-      total += __popc(words[w]);
-      hit |= earlier[w] & words[w];
-    }
-    if (t + 1 == tile) {
-      alive = alive && hit == 0;
-    } else {
-      if (words[warp] >> lane & 1) staged.set(slot + __popc(words[warp] & bit_range(0, lane)), boxes[t * kTile + i]);
+      for (int w = 0; w < kWords; ++w) {
+        slot += w < warp ? __popc(words[w]) : 0;
+        total += __popc(words[w]);
+        mine_there = w == warp ? words[w] : mine_there;
+      }
+      if (mine_there >> lane & 1) {
+        slot += __popc(mine_there & bit_range(0, lane));
+        staged.set(slot, boxes[t * kTile + i], p.bound);
+      }
       __syncthreads();
-      for (int w = 0; w * 32 < total && alive && continues; ++w)
-        alive = overlap_word(staged, w, bit_range(0, total - w * 32), mine, my_area, p.threshold) == 0;
+      for (int w = 0; w * 32 < total && alive; ++w)
+        alive = overlap_word(staged, w * 32, bit_range(0, total - w * 32), mine, share, p.bound) == 0;
+      kept_before += total;
+      if (kept_before >= p.max_output) alive = false;  // the group has given all that can be asked of it
+      any = __syncthreads_or(alive);
     }
-    kept_before += total;
-    if (kept_before >= p.max_output) alive = alive && !continues;  // the group has given all that can be asked of it
-    if (!__syncthreads_or(alive && continues)) break;
+    unsigned earlier[kBack + 1][kWords];
+#pragma unroll
+    for (int back = kBack; back > 0; --back) load_masks(back, earlier[back]);
+#pragma unroll
+    for (int back = kBack; back > 0; --back) {
+      if (tile - back < start_tile || !any) continue;
+      wait_for_tile(tile - back);
+      unsigned hit = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) hit |= earlier[back][w] & words[w];
+      alive = alive && hit == 0;
+    }
+    settle(alive, within, kept, votes);
+    publish(0);
   }
 
-  // Every thread keeps the state of all 256 boxes.
-  unsigned kept[kWords] = {}, open[kWords];
-  const unsigned alive_bits = __ballot_sync(~0u, alive);
-  if (lane == 0) votes[0][0][warp] = alive_bits;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) open[w] = votes[0][0][w];
-  unsigned left = 1;
-  for (int parity = 1; left != 0; parity ^= 1) {
-    unsigned hit = 0, waits = 0;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) hit |= within[w] & kept[w], waits |= within[w] & open[w];
-    const unsigned hits = __ballot_sync(~0u, hit != 0), waiting = __ballot_sync(~0u, waits != 0);
-    if (lane == 0) votes[parity][0][warp] = hits, votes[parity][1][warp] = waiting;
-    __syncthreads();
-    left = 0;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const unsigned gone = votes[parity][0][w], undecided = votes[parity][1][w];
-      kept[w] |= open[w] & ~gone & ~undecided;
-      open[w] &= undecided & ~gone;
-      left |= open[w];
-    }
-  }
   unsigned my_word = 0;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) my_word = w == warp ? kept[w] : my_word;
-  if (lane == 0)
-    *static_cast<volatile unsigned long long*>(published + tile * kWords + warp) = 1ull << 32 | my_word;
-
   unsigned* keep = p.keep + static_cast<int64_t>(image) * p.words;
   if (p.members == nullptr) {
     if (lane == 0 && warp * 32 < size) keep[tile * kWords + warp] = my_word;
@@ -254,7 +187,7 @@ __global__ void __launch_bounds__(kTile) nms_kernel(Problem<T> p) {
   }
 }
 
-// One block an image: the first max_output kept ranks, as rows, in order.
+// One block an image: the first max_output kept ranks, as rows, in order, over the -1 that stand there.
 template <class T>
 __global__ void __launch_bounds__(kCompactThreads) compact_kernel(Problem<T> p, int64_t* indices, int64_t* num_kept) {
   const int image = blockIdx.x, i = threadIdx.x;
@@ -269,9 +202,7 @@ __global__ void __launch_bounds__(kCompactThreads) compact_kernel(Problem<T> p, 
     for (; bits != 0 && at < p.max_output; bits &= bits - 1, ++at)
       out[at] = p.order[p.row(image) + (begin + i) * 32 + __ffs(bits) - 1];
   }
-  const int64_t total = done < p.max_output ? done : p.max_output;
-  for (int64_t k = total + i; k < p.max_output; k += kCompactThreads) out[k] = -1;
-  if (i == 0) num_kept[image] = total;
+  if (i == 0) num_kept[image] = done < p.max_output ? done : p.max_output;
 }
 
 template <class T>
@@ -280,15 +211,26 @@ void run(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>&
   const int64_t batch = boxes.size(0), n = boxes.size(1), tiles = (n + kTile - 1) / kTile, words = (n + 31) / 32;
   CHECK_ARGUMENT(batch * n < int64_t{1} << 31, "boxes: more than 2^31 rows");
   const cudaStream_t stream = current_stream(boxes);
+  auto* out = indices.mutable_data_ptr<int64_t>();
+  auto* kept = num_kept.mutable_data_ptr<int64_t>();
   if (batch == 0) return;
+  if (n == 0) {
+    STD_CUDA_CHECK(cudaMemsetAsync(out, 0xff, batch * indices.size(1) * sizeof(int64_t), stream));
+    STD_CUDA_CHECK(cudaMemsetAsync(kept, 0, batch * sizeof(int64_t), stream));
+    return;
+  }
   // torchvision's CUDA kernel takes the threshold as a float, for boxes of every dtype.
   Problem<T> p{static_cast<int>(batch), static_cast<int>(n), static_cast<int>(tiles), static_cast<int>(words),
-               static_cast<T>(static_cast<float>(iou_threshold)), indices.size(1)};
+               static_cast<int>(std::min<int64_t>(tiles, kBack + 1)), static_cast<int>(std::min<int64_t>(words, kWords)),
+               Bound<T>(static_cast<float>(iou_threshold)), indices.size(1)};
+  const int64_t mask_blocks = batch * tiles * p.masked * ((p.mask_words * 32 + kColumns - 1) / kColumns);
+  STD_TORCH_CHECK(mask_blocks < int64_t{1} << 31, "boxes: more images than one call takes");
   const auto buffer = [&](int64_t numbers, ScalarType dtype) { return empty_like_device(boxes, {numbers}, dtype); };
   Tensor order = buffer(batch * n, ScalarType::Int), sorted = buffer(batch * n * 4, boxes.scalar_type());
   Tensor members = buffer(groups ? batch * n : 0, ScalarType::Int);
   Tensor sorted_group = buffer(groups ? batch * n : 0, ScalarType::Long);
-  const int64_t state_bytes = batch * tiles * kWords * 8 + batch * words * 4 + 4;
+  Tensor masks = buffer(batch * tiles * p.masked * p.mask_words * p.mask_words * 32, ScalarType::Int);
+  const int64_t state_bytes = batch * tiles * 2 * kWords * 8 + (batch * words + batch + 1) * 4;
   Tensor state = buffer((state_bytes + 7) / 8, ScalarType::Long);
   p.boxes = reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>());
   p.scores = scores.const_data_ptr<T>();
@@ -298,18 +240,29 @@ void run(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>&
   p.members = groups ? members.mutable_data_ptr<int>() : nullptr;
   p.sorted = reinterpret_cast<AlignedBox<T>*>(sorted.mutable_data_ptr<T>());
   p.sorted_group = groups ? sorted_group.mutable_data_ptr<int64_t>() : nullptr;
-  p.published = reinterpret_cast<unsigned long long*>(state.mutable_data_ptr<int64_t>());
-  p.keep = reinterpret_cast<unsigned*>(p.published + batch * tiles * kWords);
-  p.ticket = p.keep + batch * words;
-  if (n > 0) {
-    STD_CUDA_CHECK(cudaMemsetAsync(p.published, 0, state_bytes, stream));
-    sort_lists(batch, p.n, boxes, ByScore<T>{p}, PlaceByScore<T>{p});
-    if (groups) sort_lists(batch, p.n, boxes, ByGroup<T>{p}, PlaceByGroup<T>{p});
-    nms_kernel<T><<<static_cast<int>(batch * tiles), kTile, 0, stream>>>(p);
+  p.masks = reinterpret_cast<unsigned*>(masks.mutable_data_ptr<int>());
+  p.published = reinterpret_cast<uint64_t*>(state.mutable_data_ptr<int64_t>());
+  p.keep = reinterpret_cast<unsigned*>(p.published + batch * tiles * 2 * kWords);
+  p.in_order = reinterpret_cast<int*>(p.keep + batch * words);
+  p.ticket = reinterpret_cast<unsigned*>(p.in_order + batch);
+  STD_CUDA_CHECK(cudaMemsetAsync(p.published, 0, state_bytes, stream));
+
+  using Key = ScoreKey<T>;
+  const int* done = nullptr;
+  if (groups && n <= kMostRunRows<Key>) {
+    const int chunks = (p.n + kSortChunk - 1) / kSortChunk;
+    rank_runs_kernel<Key, RowsInOrder<T>>
+        <<<p.batch * chunks, kSortChunk, 0, stream>>>(chunks, RowsInOrder<T>{p}, p.in_order);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
+    done = p.in_order;
   }
-  compact_kernel<T><<<p.batch, kCompactThreads, 0, stream>>>(p, indices.mutable_data_ptr<int64_t>(),
-                                                              num_kept.mutable_data_ptr<int64_t>());
+  sort_lists(batch, p.n, boxes, ByScore<T>{p}, PlaceByScore<T>{p}, done);
+  if (groups) sort_lists(batch, p.n, boxes, ByGroup<T>{p}, PlaceByGroup<T>{p}, done);
+  mask_kernel<T><<<static_cast<int>(mask_blocks), kTile, 0, stream>>>(p, out);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  nms_kernel<T><<<static_cast<int>(batch * tiles), kTile, 0, stream>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  compact_kernel<T><<<p.batch, kCompactThreads, 0, stream>>>(p, out, kept);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -348,11 +301,8 @@ Tensor survivors(const Tensor& boxes, const Tensor& scores, std::optional<Tensor
   }
   const auto [indices, num_kept] =
       nms_padded(one(boxes), one(scores), groups, iou_threshold, std::min(max_output, n), std::nullopt);
-  const torch::stable::accelerator::DeviceGuard guard(boxes.get_device_index());
-  const cudaStream_t stream = current_stream(boxes);
   int64_t count = 0;
-  STD_CUDA_CHECK(cudaMemcpyAsync(&count, num_kept.const_data_ptr<int64_t>(), 8, cudaMemcpyDeviceToHost, stream));
-  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(num_kept.get(), &count));  // through pinned memory
   Tensor list = torch::stable::flatten(indices);
   return torch::stable::narrow(list, 0, 0, count);
 }

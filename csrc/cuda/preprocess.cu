@@ -29,7 +29,7 @@ struct Job {
 static_assert(sizeof(Job<double, double>) <= 4000, "a kernel takes 4096 bytes of parameters");
 
 template <class V, Resize R>
-using Place = std::conditional_t<R == Resize::kPillow, Window, Tap<std::conditional_t<R == Resize::kOpencv, int, V>>>;
+using Place = std::conditional_t<R == Resize::kPillow, Window, ResizeTap<std::conditional_t<R == Resize::kOpencv, int, V>>>;
 
 template <class V, Resize R>
 __device__ Place<V, R> place(int i, int size, double scale, bool columns) {

@@ -4,16 +4,41 @@
 // adds up a row's pixels before the bins that share the row take it with their weights, and the block's warps, one
 // column of bins each, pass the same row at about the same time, where the L1 serves the pixels that two columns share.
 #include "roi_align.cuh"
+#include "sort.cuh"
 
 namespace fastrcnn {
 namespace {
 
 constexpr int kThreads = 224;        // at most: 7 warps, which share 7 or 14 columns of bins evenly
-constexpr int kBlocksAtOnce = 4;     // 72 registers a thread
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // 1,024 threads a multiprocessor
+constexpr int kFloatBlocks = 4;
+#else
+constexpr int kFloatBlocks = 5;
+#endif
+template <class T>
+constexpr int kBlocksAtOnce = sizeof(T) == 8 ? 4 : kFloatBlocks;  // 72 or 56 registers a thread
 constexpr int kEnoughBlocks = 1056;  // with fewer RoIs several blocks share one
 constexpr int kUnroll = 4;           // loads of one thread in flight
 constexpr int kListEntries = 512;    // of all bins together, where the samples are adaptive
 constexpr int kListBytes = 32 << 10;
+constexpr int64_t kCachedBytes = 32 << 20;  // maps that L2 holds; with larger ones RoIs that share pixels run together
+
+// For sort_lists: a RoI's map, then its place there in steps of 16 pixels. It only decides which RoIs run together.
+template <class T>
+struct ByPlace {
+  Pyramid p;
+  const T* rois;
+  __device__ uint32_t operator()(int, int i) const {
+    const Place<T> place = place_roi(rois + static_cast<int64_t>(i) * 5, p);
+    if (place.level < 0) return ~uint32_t{0};
+    const auto step = [](T at) { return static_cast<uint32_t>(min(max(at, T(0)), T(1023 * 16))) / 16; };
+    return min(place.image * p.num_levels + place.level, 4095) << 20 | step(place.y.start) << 10 | step(place.x.start);
+  }
+};
+struct ToOrder {
+  int* order;
+  __device__ void operator()(int, int place, int i) const { order[place] = i; }
+};
 
 // A pixel of an axis and the summed weights of a bin's samples on it. offset: a column's in bytes, a row's number.
 template <class T>
@@ -117,7 +142,7 @@ __device__ __forceinline__ void walk_lists(const F* map, int64_t stride_h, const
 
 // The same sample by sample, for a RoI some bin of which has more pixels than its list holds.
 template <class T, class F, int V>
-__device__ __forceinline__ void walk_samples(const F* map, const Level& level, const Place<T>& place, int pooled_h,
+__device__ __forceinline__ void walk_samples(const F* map, const FeatureMap& level, const Place<T>& place, int pooled_h,
                                              int pw, F* out, int64_t out_step) {
   const SampleRange columns = samples_within(place.x, pw, T(-1), static_cast<T>(level.width));
   for (int ph = 0; ph < pooled_h; ++ph, out += out_step) {
@@ -146,18 +171,19 @@ __device__ __forceinline__ void walk_samples(const F* map, const Level& level, c
 // Threads take (column of bins, V channels), whichever lies closer in memory varying fastest: the channels of a
 // channels-last pyramid, the bins of an NCHW one.
 template <class T, class F, int V>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-forward_kernel(const __grid_constant__ Pyramid p, const T* rois, int capacity, F* out) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T>)
+forward_kernel(const __grid_constant__ Pyramid p, const T* rois, const int* order, int capacity, F* out) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ Place<T> shared_place;
   const int num_lists = p.pooled_h + p.pooled_w, bins = p.pooled_h * p.pooled_w;
   Entry<T>* entries = reinterpret_cast<Entry<T>*>(memory);               // [pooled_h + pooled_w, capacity], rows first
   int* counts = reinterpret_cast<int*>(entries + num_lists * capacity);  // [pooled_h + pooled_w]
 
+  const int64_t roi = order == nullptr ? blockIdx.x : order[blockIdx.x];
   bool overflown = false;
   if (static_cast<int>(threadIdx.x) < num_lists) {
-    const Place<T> place = place_roi(rois + static_cast<int64_t>(blockIdx.x) * 5, p);
-    const Level& level = p.level[max(place.level, 0)];
+    const Place<T> place = place_roi(rois + roi * 5, p);
+    const FeatureMap& level = p.level[max(place.level, 0)];
     if (threadIdx.x == 0) shared_place = place;
     for (int b = threadIdx.x; b < num_lists; b += blockDim.x) {
       ListBuilder<T> list{entries + b * capacity, capacity, 0, {}, {}};
@@ -175,9 +201,9 @@ forward_kernel(const __grid_constant__ Pyramid p, const T* rois, int capacity, F
   const bool listed = !__syncthreads_or(overflown);
 
   const Place<T>& place = shared_place;
-  const Level& level = p.level[max(place.level, 0)];
+  const FeatureMap& level = p.level[max(place.level, 0)];
   const F* image = static_cast<const F*>(level.data) + place.image * level.stride_n;
-  F* roi_out = out + static_cast<int64_t>(blockIdx.x) * bins * p.channels;
+  F* roi_out = out + roi * bins * p.channels;
   const int packs = p.channels / V, items = packs * p.pooled_w;
   for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; i < items;
        i += static_cast<int64_t>(gridDim.y) * blockDim.x) {
@@ -214,7 +240,7 @@ std::vector<Tensor> usable(std::vector<Tensor> maps, bool channels_last) {
 bool packs_fit(const Pyramid& p, int V, int64_t element_size) {
   bool fit = p.channels_last && p.channels % V == 0;
   for (int i = 0; i < p.num_levels; ++i) {
-    const Level& l = p.level[i];
+    const FeatureMap& l = p.level[i];
     const bool strides = (p.batch == 1 || l.stride_n % V == 0) && (l.height == 1 || l.stride_h % V == 0) &&
                          (l.width == 1 || l.stride_w % V == 0);
     fit = fit && strides && reinterpret_cast<uintptr_t>(l.data) % (V * element_size) == 0;
@@ -234,8 +260,18 @@ void launch(const Pyramid& p, const Tensor& rois, Tensor& out) {
   const int capacity = std::min(wanted, kListBytes / list_bytes);
   const size_t shared = static_cast<size_t>(list_bytes) * capacity + num_lists * sizeof(int);
   const dim3 grid(static_cast<unsigned>(num_rois), static_cast<unsigned>(std::min<int64_t>(shares, 65535)));
+  int64_t bytes = 0;
+  for (int i = 0; i < p.num_levels; ++i)
+    bytes += int64_t{p.level[i].height} * p.level[i].width * p.batch * p.channels * static_cast<int64_t>(sizeof(F));
+  Tensor order = rois;
+  int* in_order = nullptr;
+  if (num_rois > kEnoughBlocks && bytes > kCachedBytes) {
+    order = empty_like_device(rois, {num_rois}, ScalarType::Int);
+    in_order = order.mutable_data_ptr<int>();
+    sort_lists(1, static_cast<int>(num_rois), rois, ByPlace<T>{p, rois.const_data_ptr<T>()}, ToOrder{in_order});
+  }
   forward_kernel<T, F, V><<<grid, static_cast<unsigned>(threads), shared, current_stream(out)>>>(
-      p, rois.const_data_ptr<T>(), capacity, out.mutable_data_ptr<F>());
+      p, rois.const_data_ptr<T>(), in_order, capacity, out.mutable_data_ptr<F>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -19,7 +19,7 @@ constexpr int64_t kMaxInt = (int64_t{1} << 31) - 1024;  // leaves room to step b
 
 // Problem as a kernel argument.
 struct Pyramid {
-  Level level[kMaxLevels];
+  FeatureMap level[kMaxLevels];
   int num_levels, pooled_h, pooled_w, sampling_ratio, channels, batch;
   bool aligned, channels_last;
   LevelRule rule;
@@ -61,7 +61,7 @@ __device__ __forceinline__ Place<T> place_roi(const T* roi, const Pyramid& p) {
   if (!(roi[0] >= T(0) && roi[0] < static_cast<T>(p.batch))) return place;
   place.image = static_cast<int>(roi[0]);
   place.level = roi_level(roi[1], roi[2], roi[3], roi[4], p.rule, p.num_levels);
-  const Level& level = p.level[place.level];
+  const FeatureMap& level = p.level[place.level];
   place_on_level(roi, p, place);
   if (place.x.samples == 0 || place.y.samples == 0 || level.height == 0 || level.width == 0) place.level = -1;
   return place;

@@ -5,7 +5,7 @@
 // By its counts the multiply-adds limit it: a bin of 4 x 4 pixels gives 16 of them for each gradient loaded, spread
 // over up to four tiles. So a warp owns a few pixels of one row and 16 bytes of channels a lane: it first sums the bins
 // above each other that reach its row, then spreads that sum over its pixels. The bins' weights on the tile are small
-// dense matrices in shared memory, built once for all warps.
+// dense matrices in shared memory, built once for all warps, and so are the ranges of bins that each warp goes through.
 #include "roi_align.cuh"
 
 namespace fastrcnn {
@@ -15,6 +15,7 @@ constexpr int kTileW = 8, kTileH = 6;
 constexpr int kPixels = 4;                                       // of one row, in a warp's registers
 constexpr int kThreads = kTileW / kPixels * kTileH * kWarp;      // 12 warps
 constexpr int kBlocksAtOnce = 2;                                 // 80 registers a thread
+constexpr int kRanges = kTileH + kTileW / kPixels;               // of bins: on each row and on each run of pixels
 constexpr int kPending = 2 * kThreads;                           // RoIs found, not yet added
 constexpr int kWeightBytes = 20 << 10;                           // of a batch of RoIs, or one RoI's if that is more
 constexpr int kBucketThreads = 1024, kPlaceThreads = 256;
@@ -106,68 +107,102 @@ __device__ __forceinline__ void tile_weights(T* weights, const RoiGrid<T>& grid,
   }
 }
 
-// The bins from the first to the last that weigh something on the warp's row (N = 1) or pixels. Samples lie in order
-// along an axis, so every bin between the two does, too.
+// The bins from the first to the last that weigh something on a row (N = 1) or on N pixels. Samples lie in order along an
+// axis, so every bin between the two does, too.
 template <int N, class T>
 __device__ __forceinline__ SampleRange bins_touching(const T* weights, int apart, int pooled) {
-  const int lane = threadIdx.x % kWarp;
   SampleRange range{pooled, 0};
-#pragma unroll 1
-  for (int first = 0; first < pooled; first += kWarp) {
-    const Pack<T, N> w = *reinterpret_cast<const Pack<T, N>*>(weights + min(first + lane, pooled - 1) * apart);
+  for (int b = 0; b < pooled; ++b) {
+    const Pack<T, N> w = *reinterpret_cast<const Pack<T, N>*>(weights + b * apart);
     bool touches = false;
 #pragma unroll
     for (int x = 0; x < N; ++x) touches |= w.value[x] != T(0);
-    const unsigned votes = __ballot_sync(0xffffffffu, touches && first + lane < pooled);
-    if (votes == 0) continue;
-    range.begin = min(range.begin, first + __ffs(votes) - 1);
-    range.end = first + kWarp - __clz(votes);
+    if (touches) range = {min(range.begin, b), b + 1};
   }
   return range;
 }
 
-// sum += N bins above each other, each with its weight. The loads come first, so that they are under way together.
-template <int N, class T, class F, int V>
-__device__ __forceinline__ void add_bins(T (&sum)[V], const T* wy, const F* grad, int step) {
-  Pack<F, V> bin[N];
+// sum += R bins above each other, each with its weight.
+template <int R, class T, class F, int V>
+__device__ __forceinline__ void add_bins(T (&sum)[V], const T (&weight)[R], const Pack<F, V> (&bins)[R]) {
 #pragma unroll
-  for (int r = 0; r < N; ++r) bin[r] = load_pack<F, V>(grad + r * step);
-#pragma unroll
-  for (int r = 0; r < N; ++r) {
-    const T weight = wy[r * kTileH];
+  for (int r = 0; r < R; ++r) {
     T value[V];
-    widen(bin[r], value);
+    widen(bins[r], value);
 #pragma unroll
-    for (int v = 0; v < V; ++v) sum[v] = std::fma(weight, value[v], sum[v]);
+    for (int v = 0; v < V; ++v) sum[v] = std::fma(weight[r], value[v], sum[v]);
   }
 }
 
-// acc[pixel] += one RoI's gradient on the warp's pixels. grad: [pooled_h, pooled_w, channels] from the lane's channel
-// on; wy, wx: the weights of all bins on the warp's row and on its first pixel, kTileH and kTileW apart.
-template <class T, class F, int V>
-__device__ __forceinline__ void add_roi(T (&acc)[kPixels][V], const T* wy, const T* wx, const F* grad, int pooled_h,
-                                        int pooled_w, int channels) {
-  const SampleRange rows = bins_touching<1>(wy, kTileH, pooled_h);
-  if (rows.begin >= rows.end) return;
-  const SampleRange columns = bins_touching<kPixels>(wx, kTileW, pooled_w);
-  const int step = pooled_w * channels;
-  grad += rows.begin * step + columns.begin * channels;
-#pragma unroll 1
-  for (int column = columns.begin; column < columns.end; ++column, grad += channels) {
+template <int R, class F, int V>
+__device__ __forceinline__ void load_bins(Pack<F, V> (&bins)[R], const F* grad, int step) {
+#pragma unroll
+  for (int r = 0; r < R; ++r) bins[r] = load_pack<F, V>(grad + r * step);
+}
+
+// acc[pixel] += weight[pixel] * the sum of a column of bins.
+template <class T, int V>
+__device__ __forceinline__ void add_column(T (&acc)[kPixels][V], const T* wx, const T (&sum)[V]) {
+  const Pack<T, kPixels> weight = *reinterpret_cast<const Pack<T, kPixels>*>(wx);
+#pragma unroll
+  for (int x = 0; x < kPixels; ++x) {
+    if (weight.value[x] == T(0)) continue;  // or an infinite gradient would spread beyond its bin
+#pragma unroll
+    for (int v = 0; v < V; ++v) acc[x][v] = std::fma(weight.value[x], sum[v], acc[x][v]);
+  }
+}
+
+// C columns of R bins, whose loads are under way together. wx: the first column's weights; the next are kTileW further.
+template <int C, int R, class T, class F, int V>
+__device__ __forceinline__ void add_columns(T (&acc)[kPixels][V], const T (&wy)[R], const T* wx, const F* grad, int step,
+                                            int channels) {
+  Pack<F, V> bins[C][R];
+#pragma unroll
+  for (int c = 0; c < C; ++c) load_bins(bins[c], grad + c * channels, step);
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
     T sum[V] = {};
-    const T* weights = wy + rows.begin * kTileH;
-    const F* bins = grad;
-    int left = rows.end - rows.begin;
+    add_bins(sum, wy, bins[c]);
+    add_column(acc, wx + c * kTileW, sum);
+  }
+}
+
+// All columns, where R bins above each other reach the warp's row: their weights, kTileH apart, stay in registers.
+template <int R, class T, class F, int V>
+__device__ __forceinline__ void add_rows(T (&acc)[kPixels][V], const T* wy, const T* wx, const F* grad, int columns,
+                                         int step, int channels) {
+  T weight[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) weight[r] = wy[r * kTileH];
 #pragma unroll 1
-    for (; left > 1; left -= 2, weights += 2 * kTileH, bins += 2 * step) add_bins<2>(sum, weights, bins, step);
-    if (left > 0) add_bins<1>(sum, weights, bins, step);
-    const Pack<T, kPixels> weight = *reinterpret_cast<const Pack<T, kPixels>*>(wx + column * kTileW);
-#pragma unroll
-    for (int x = 0; x < kPixels; ++x) {
-      if (weight.value[x] == T(0)) continue;  // or an infinite gradient would spread beyond its bin
-#pragma unroll
-      for (int v = 0; v < V; ++v) acc[x][v] = std::fma(weight.value[x], sum[v], acc[x][v]);
+  for (; columns > 1; columns -= 2, grad += 2 * channels, wx += 2 * kTileW)
+    add_columns<2>(acc, weight, wx, grad, step, channels);
+  if (columns > 0) add_columns<1>(acc, weight, wx, grad, step, channels);
+}
+
+// acc[pixel] += one RoI's gradient on the warp's pixels. grad: [pooled_h, pooled_w, channels] from the lane's channel
+// on; wy, wx: the weights of all bins on the warp's row and on its first pixel. Two of three rows lie in one bin alone.
+template <class T, class F, int V>
+__device__ __forceinline__ void add_roi(T (&acc)[kPixels][V], const T* wy, const T* wx, SampleRange rows,
+                                        SampleRange columns, const F* grad, int step, int channels) {
+  const int num_rows = rows.end - rows.begin, num_columns = columns.end - columns.begin;
+  grad += rows.begin * step + columns.begin * channels;
+  wy += rows.begin * kTileH;
+  wx += columns.begin * kTileW;
+  if (num_rows == 1) return add_rows<1>(acc, wy, wx, grad, num_columns, step, channels);
+  if (num_rows == 2) return add_rows<2>(acc, wy, wx, grad, num_columns, step, channels);
+#pragma unroll 1
+  for (int c = 0; c < num_columns; ++c, grad += channels, wx += kTileW) {
+    T sum[V] = {};
+    int r = 0;
+#pragma unroll 1
+    for (; r + 1 < num_rows; r += 2) {
+      Pack<F, V> bins[2];
+      load_bins(bins, grad + r * step, step);
+      add_bins(sum, {wy[r * kTileH], wy[(r + 1) * kTileH]}, bins);
     }
+    if (r < num_rows) add_bins(sum, {wy[r * kTileH]}, {load_pack<F, V>(grad + r * step)});
+    add_column(acc, wx, sum);
   }
 }
 
@@ -203,14 +238,15 @@ __device__ __forceinline__ void store_pixels(const T (&acc)[kPixels][V], F* grad
 template <class T, class F, int V>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 tile_kernel(const __grid_constant__ Pyramid p, const __grid_constant__ Tiles tiles, const F* grad, const T* rois,
-            const int* begin, const int* order, const int4* ordered, int chunks, int batch_rois) {
+            const int* begin, const int* order, const int4* ordered, int batch_rois) {
   extern __shared__ __align__(64) unsigned char memory[];
   __shared__ int pending[kPending];
   const int num_bins = p.pooled_h + p.pooled_w;
   T* wx = reinterpret_cast<T*>(memory);           // [batch_rois, pooled_w, kTileW], read kPixels at once
   T* wy = wx + batch_rois * p.pooled_w * kTileW;  // [batch_rois, pooled_h, kTileH]
+  SampleRange* ranges = reinterpret_cast<SampleRange*>(wy + batch_rois * p.pooled_h * kTileH);  // [batch_rois, kRanges]
 
-  int tile = static_cast<int>(blockIdx.x) / chunks;
+  int tile = static_cast<int>(blockIdx.x);
   int l = p.num_levels - 1;
   for (; l > 0; --l) {
     const int on_level = tiles.across[l] * tiles.down[l] * p.batch;
@@ -220,11 +256,11 @@ tile_kernel(const __grid_constant__ Pyramid p, const __grid_constant__ Tiles til
   const int across = tiles.across[l], down = tiles.down[l], height = p.level[l].height, width = p.level[l].width;
   const int left = tile % across * kTileW, top = tile / across % down * kTileH, image = tile / across / down;
   const int warp = threadIdx.x / kWarp, row = warp / (kTileW / kPixels), column = warp % (kTileW / kPixels) * kPixels;
-  const int c = (static_cast<int>(blockIdx.x) % chunks * kWarp + static_cast<int>(threadIdx.x) % kWarp) * V;
+  const int c = (static_cast<int>(blockIdx.y) * kWarp + static_cast<int>(threadIdx.x) % kWarp) * V;
   const bool active = c < p.channels;
 
   const F* from = grad + min(c, p.channels - V);  // lanes beyond the last channel read what they will not write
-  const int roi_size = p.pooled_h * p.pooled_w * p.channels;
+  const int step = p.pooled_w * p.channels, roi_size = p.pooled_h * step;
   T acc[kPixels][V] = {};
   int at = begin[l * p.batch + image];
   const int end = begin[l * p.batch + image + 1];
@@ -257,10 +293,18 @@ tile_kernel(const __grid_constant__ Pyramid p, const __grid_constant__ Tiles til
         }
       }
       __syncthreads();
+      for (int i = threadIdx.x; i < count * kRanges; i += kThreads) {
+        const int k = i / kRanges, r = i % kRanges;
+        ranges[i] = r < kTileH ? bins_touching<1>(wy + k * p.pooled_h * kTileH + r, kTileH, p.pooled_h)
+                               : bins_touching<kPixels>(wx + k * p.pooled_w * kTileW + (r - kTileH) * kPixels, kTileW,
+                                                        p.pooled_w);
+      }
+      __syncthreads();
       for (int k = 0; k < count; ++k) {
-        add_roi<T, F, V>(acc, wy + k * p.pooled_h * kTileH + row, wx + k * p.pooled_w * kTileW + column,
-                         from + static_cast<int64_t>(pending[first + k]) * roi_size, p.pooled_h, p.pooled_w,
-                         p.channels);
+        const SampleRange rows = ranges[k * kRanges + row], columns = ranges[k * kRanges + kTileH + column / kPixels];
+        if (rows.begin >= rows.end || columns.begin >= columns.end) continue;
+        add_roi(acc, wy + k * p.pooled_h * kTileH + row, wx + k * p.pooled_w * kTileW + column, rows, columns,
+                from + static_cast<int64_t>(pending[first + k]) * roi_size, step, p.channels);
       }
     }
   }
@@ -302,14 +346,16 @@ void launch(const Pyramid& p, const Tiles& tiles, int64_t num_tiles, const Tenso
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 
   const int chunks = (p.channels / V + kWarp - 1) / kWarp;
-  CHECK_ARGUMENT(num_tiles * chunks <= kMaxInt, "features: too many tiles for one launch");
-  const int roi_bytes = (p.pooled_h * kTileH + p.pooled_w * kTileW) * static_cast<int>(sizeof(T));
+  CHECK_ARGUMENT(num_tiles <= kMaxInt && chunks < 65536, "features: too many tiles or channels for one launch");
+  const int roi_bytes = (p.pooled_h * kTileH + p.pooled_w * kTileW) * static_cast<int>(sizeof(T)) +
+                        kRanges * static_cast<int>(sizeof(SampleRange));
   const int most = std::max(1, kThreads / (p.pooled_h + p.pooled_w));  // one bin a thread
   const int batch_rois = std::clamp(kWeightBytes / roi_bytes, 1, most);
   const size_t shared = static_cast<size_t>(batch_rois) * roi_bytes;
-  tile_kernel<T, F, V><<<static_cast<unsigned>(num_tiles * chunks), kThreads, shared, stream>>>(
+  const dim3 grid(static_cast<unsigned>(num_tiles), static_cast<unsigned>(chunks));
+  tile_kernel<T, F, V><<<grid, kThreads, shared, stream>>>(
       p, tiles, grad.const_data_ptr<F>(), rois.const_data_ptr<T>(), begin.const_data_ptr<int>(),
-      order.const_data_ptr<int>(), reinterpret_cast<const int4*>(ordered.const_data_ptr<int>()), chunks, batch_rois);
+      order.const_data_ptr<int>(), reinterpret_cast<const int4*>(ordered.const_data_ptr<int>()), batch_rois);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -330,7 +376,7 @@ std::vector<Tensor> multilevel_roi_align_backward(const Tensor& grad, std::vecto
   Tiles tiles{};
   int64_t num_tiles = 0;
   for (int l = 0; l < p.num_levels; ++l) {
-    const Level& level = p.level[l];
+    const FeatureMap& level = p.level[l];
     grads.push_back(empty_like_device(features[l], {p.batch, p.channels, level.height, level.width}, dtype,
                                       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
     tiles.across[l] = (level.width + kTileW - 1) / kTileW;

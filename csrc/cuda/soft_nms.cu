@@ -66,54 +66,62 @@ struct Best {
   }
 };
 
+// The rounds of one group of `n` boxes, which begins at place `begin`. Inlined for each of the memories that box and score
+// lie in, so that both know theirs. Returns how many were taken.
+template <class T>
+__device__ __forceinline__ int take_all(const Problem<T>& p, int begin, int n, const AlignedBox<T>* box, T* score,
+                                        Best<T> (&of_warp)[2][kWarps]) {
+  const T minus_inf = -std::numeric_limits<T>::infinity();
+  const int i = threadIdx.x, lane = i % 32, warp = i / 32;
+  // Each thread has its own elements, and the first round's barrier comes before anybody reads another's.
+  Best<T> best{minus_inf, n};
+  for (int k = i; k < n; k += kThreads) best.meet(score[k], k);
+  for (int parity = 0, rank = 0;; parity ^= 1, ++rank) {
+    best.meet_lanes();
+    if (lane == 0) of_warp[parity][warp] = best;
+    __syncthreads();
+    best = of_warp[parity][lane % kWarps];
+    best.meet_lanes();
+    if (best.score == minus_inf) return rank;  // the same for the whole block
+    const Box<T> taken = box[best.at];
+    const T taken_area = area(taken), taken_score = best.score;
+    const int at = best.at;
+    if (i == 0) {
+      p.taken[begin + rank] = p.members[begin + at];
+      p.taken_score[begin + rank] = taken_score;
+    }
+    best = {minus_inf, n};
+    for (int k = i; k < n; k += kThreads) {
+      const T left = k == at || score[k] == minus_inf
+                         ? minus_inf
+                         : decayed(score[k], taken, taken_area, box[k], area(box[k]), p.rules);
+      score[k] = left;
+      best.meet(left, k);
+    }
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) soft_nms_kernel(Problem<T> p, int fits) {
   extern __shared__ __align__(16) double copies[];  // `fits` boxes, then as many scores
   __shared__ Best<T> of_warp[2][kWarps];
-  const T minus_inf = -std::numeric_limits<T>::infinity();
-  const int i = threadIdx.x, lane = i % 32, warp = i / 32;
+  const int i = threadIdx.x;
   for (int begin = blockIdx.x; begin < p.n; begin += gridDim.x) {
     const int64_t group = p.sorted_group[begin];
     if (begin > 0 && p.sorted_group[begin - 1] == group) continue;  // the same for the whole block
     int n = 0;
     for (int found = kThreads; found == kThreads; n += found)
       found = __syncthreads_count(begin + n + i < p.n && p.sorted_group[begin + n + i] == group);
-    AlignedBox<T>* box = p.box + begin;
-    T* score = p.score + begin;
+    int taken;
     if (n <= fits) {
-      auto* near_box = reinterpret_cast<AlignedBox<T>*>(copies);
-      T* near_score = reinterpret_cast<T*>(near_box + fits);
-      for (int k = i; k < n; k += kThreads) near_box[k] = box[k], near_score[k] = score[k];
-      box = near_box, score = near_score;
+      auto* box = reinterpret_cast<AlignedBox<T>*>(copies);
+      T* score = reinterpret_cast<T*>(box + fits);
+      for (int k = i; k < n; k += kThreads) box[k] = p.box[begin + k], score[k] = p.score[begin + k];
+      taken = take_all(p, begin, n, box, score, of_warp);
+    } else {
+      taken = take_all(p, begin, n, p.box + begin, p.score + begin, of_warp);
     }
-    // Each thread has its own elements, and the first round's barrier comes before anybody reads another's.
-    Best<T> best{minus_inf, n};
-    for (int k = i; k < n; k += kThreads) best.meet(score[k], k);
-    int rank = 0;
-    for (int parity = 0;; parity ^= 1, ++rank) {
-      best.meet_lanes();
-      if (lane == 0) of_warp[parity][warp] = best;
-      __syncthreads();
-      best = of_warp[parity][lane % kWarps];
-      best.meet_lanes();
-      if (best.score == minus_inf) break;  // the same for the whole block
-      const Box<T> taken = box[best.at];
-      const T taken_area = area(taken), taken_score = best.score;
-      const int at = best.at;
-      if (i == 0) {
-        p.taken[begin + rank] = p.members[begin + at];
-        p.taken_score[begin + rank] = taken_score;
-      }
-      best = {minus_inf, n};
-      for (int k = i; k < n; k += kThreads) {
-        const T left = k == at || score[k] == minus_inf
-                           ? minus_inf
-                           : decayed(score[k], taken, taken_area, box[k], area(box[k]), p.rules);
-        score[k] = left;
-        best.meet(left, k);
-      }
-    }
-    if (i == 0) atomicAdd(p.count, rank);
+    if (i == 0) atomicAdd(p.count, taken);
     __syncthreads();  // before the next group's boxes replace these
   }
 }
@@ -121,11 +129,10 @@ __global__ void __launch_bounds__(kThreads) soft_nms_kernel(Problem<T> p, int fi
 template <class T>
 struct ByTakenScore {
   Problem<T> p;
-  __device__ uint64_t operator()(int, int i) const {
-    // Of one group, what was taken stands in its final order.
-    if (p.taken[i] < 0) return ~uint64_t{0};
-    const auto ascending = sortable(p.taken_score[i] + T(0));
-    return p.groups == nullptr ? 0 : static_cast<decltype(sortable(T()))>(~ascending);
+  using Key = decltype(sortable(T()));
+  __device__ Key operator()(int, int i) const {
+    if (p.taken[i] < 0) return ~Key{0};
+    return p.groups == nullptr ? 0 : ~sortable(p.taken_score[i] + T(0));  // one group stands in its final order
   }
 };
 template <class T>
@@ -167,8 +174,7 @@ int run(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& 
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   sort_lists(1, n, boxes, ByTakenScore<T>{p}, Write<T>{p, dets.mutable_data_ptr<T>(), indices.mutable_data_ptr<int64_t>()});
   int found = 0;  // the answer's size: the host has to wait for it
-  STD_CUDA_CHECK(cudaMemcpyAsync(&found, p.count, sizeof(int), cudaMemcpyDeviceToHost, stream));
-  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int32(count.get(), &found));  // through pinned memory
   return found;
 }
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrcnn.data.images import as_image
+
 
 def _colour(label: int) -> tuple[int, int, int]:
     """A class's own strong colour: hues by the golden ratio, so that neighbours differ."""
@@ -82,8 +84,6 @@ class Detections:
         image: whatever `Detector` takes: path, PIL image, array or tensor.
         """
         from PIL import Image, ImageDraw, ImageFont  # torchvision brings it
-
-        from fastrcnn.data import as_image
 
         picture = Image.fromarray(as_image(image).permute(1, 2, 0).numpy())
         pen = ImageDraw.Draw(picture)

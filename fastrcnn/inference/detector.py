@@ -14,8 +14,9 @@ from fastrcnn.layers import fold_batch_norm
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.preprocess import resized_size
 from fastrcnn.models.rpn import RPN
-from fastrcnn.models.zoo import NAMES, RPNS, named_model
 from fastrcnn.weights import coco_address, infer_model
+from fastrcnn.weights.named import named_model
+from fastrcnn.zoo.recipes import NAMES, RPNS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READERS = 2  # threads that decode ahead of the model
@@ -163,15 +164,14 @@ class Detector:
 
     @torch.inference_mode()
     def _detect(self, group: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor, Detections]]:
-        offset = self.model.label_offset
         images = [image for _, image in group]
         if self.device.type == "cuda":  # from pinned memory a copy does not make the host wait
             images = [image.pin_memory() for image in images]
-        results = self.model([image.to(self.device, non_blocking=True) for image in images])
+        results = self.model.detect(*self.model.prepare([image.to(self.device, non_blocking=True) for image in images]))
         counts = [len(r["scores"]) for r in results]
         keys = ("boxes", "scores", "labels")
         columns = (torch.cat([r[key] for r in results]).cpu().split(counts) for key in keys)
         for (index, image), boxes, scores, labels in zip(group, *columns):
             kept = scores > self.score_threshold
-            found = boxes[kept].float(), scores[kept].float(), labels[kept] - offset
+            found = boxes[kept].float(), scores[kept].float(), labels[kept]
             yield index, image, Detections(*found, self.class_names, self.category_ids)

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastrcnn.checkpoints.pretrained import pretrained_state
 from fastrcnn.models.build import build
 from fastrcnn.models.fpn import FPN
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.preprocess import DataPreprocessor
 from fastrcnn.models.profiles import get_profile
 from fastrcnn.models.resnet import ResNet, ResNetV1d, ResNeXt
@@ -58,10 +60,12 @@ class BaseDetector(nn.Module):
 
     def init_weights(self) -> None:
         """Fresh weights everywhere, and the pretrained ones that the backbone or a shared head names, as MMDetection's
-        `init_weights` does. Building alone reads no file. Raises what `load_pretrained` raises."""
-        for m in self.children():
-            if hasattr(m, "init_weights"):
-                m.init_weights()
+        `init_weights` does. Building alone reads no file. Raises what `pretrained_state` raises, and ValueError where the
+        file does not fit."""
+        states = {m: pretrained_state(*m.pretrained) for m in self.modules() if getattr(m, "pretrained", None)}
+        for child in self.children():
+            if hasattr(child, "init_weights"):
+                child.init_weights(*[states[m] for m in child.modules() if m in states])
 
     def set_profile(self, name: str) -> None:
         """Takes over every default of a peer, those that are constructor arguments in MMDetection included."""
@@ -116,48 +120,74 @@ class BaseDetector(nn.Module):
         feats = self.backbone(batch.to(self.dtype))
         return feats if self.neck is None else self.neck(feats)
 
-    def _sizes(self, image_sizes, batch: Tensor) -> Tensor:
-        sizes = torch.as_tensor(image_sizes, device=batch.device)
-        if sizes.shape != (len(batch), 2):
-            raise ValueError(f"image_sizes: expected [{len(batch)}, 2] (height, width), got {list(sizes.shape)}")
-        return sizes
+    def prepare(self, images: Sequence[Tensor]) -> tuple[Tensor, Frame]:
+        """(batch [B, 3, H, W], its geometry) of images [3, H, W] RGB, float in 0..1 or uint8, of any sizes."""
+        batch, sizes, factors = self.data_preprocessor(images, self.dtype)
+        return batch, Frame(sizes, tuple(batch.shape[2:]), factors)
 
-    @staticmethod
-    def _factors(scale_factors, batch: Tensor) -> Tensor | None:
-        if scale_factors is None:
-            return None
-        return torch.as_tensor(scale_factors, dtype=torch.float32, device=batch.device)
+    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
+        """`predict` with labels that count from 0 in every profile: what a subclass computes."""
+        raise NotImplementedError
 
-    def _checked(self, targets, batch: Tensor) -> list[dict]:
-        """Targets with labels counted from 0, on the batch's device."""
-        if targets is None or len(targets) != len(batch):
+    def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:
+        """`loss` of targets that are checked and count their labels from 0: what a subclass computes."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def predict(self, batch: Tensor, image_sizes, scale_factors=None) -> list[dict[str, Tensor]]:
+        """Detections of each image: dict of boxes [N, 4] xyxy pixels, scores [N], labels [N], by descending score.
+
+        batch [B, 3, H, W], normalised and padded; image_sizes [B, 2] (height, width) before padding; scale_factors [B, 2]
+        (width, height), new over old: boxes come back in the old image's coordinates; None leaves them as they are.
+        Labels are the profile's; a stand-alone RPN's proposals all have label 0. Raises ValueError naming the argument.
+        """
+        return self.outside(self.detect(batch, Frame.of(batch, image_sizes, scale_factors)))
+
+    def loss(self, batch: Tensor, image_sizes, targets: list[dict]) -> dict[str, Tensor]:
+        """The losses under the profile's names (those of an FCOS that proposes under MMDetection's).
+
+        batch [B, 3, H, W], normalised and padded; image_sizes [B, 2] (height, width) before padding; targets: dicts with
+        boxes [M, 4] xyxy pixels of the batch, labels [M] (the profile's; a stand-alone RPN needs none), and optionally
+        ignore_boxes [R, 4]. Raises TypeError or ValueError naming the target.
+        """
+        frame = Frame.of(batch, image_sizes)
+        return self.losses(batch, frame, self.inside(targets, len(batch), batch.device))
+
+    def outside(self, found: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Detections as a caller gets them: labels in the profile's numbers. `inside` is the way back, for targets; no
+        other place knows the offset."""
+        return [{**f, "labels": f["labels"] + self.label_offset} for f in found]
+
+    def inside(self, targets: list[dict], count: int, device: torch.device) -> list[dict]:
+        """`count` targets, checked, with labels counted from 0, on `device`. Raises as `loss` does."""
+        if targets is None or len(targets) != count:
             got = None if targets is None else len(targets)
-            raise ValueError(f"targets: expected one for each of the {len(batch)} images, got {got}")
-        checked = []
-        for i, target in enumerate(targets):
-            needed = ("boxes", "labels") if self.reads_labels else ("boxes",)
-            missing = [key for key in needed if key not in target]
-            if missing:
-                raise ValueError(f"targets[{i}]: expected the keys {' and '.join(needed)}, missing {missing}")
-            boxes = coordinates(target["boxes"].to(batch.device)).reshape(-1, 4)
-            labels = torch.zeros(len(boxes), dtype=torch.int64, device=batch.device)
-            if self.reads_labels:
-                labels = target["labels"].to(batch.device).long() - self.label_offset
-            if len(boxes) != len(labels):
-                raise ValueError(f"targets[{i}]: {len(boxes)} boxes but {len(labels)} labels")
-            degenerate = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
-            if bool(degenerate.any()):
-                box = boxes[degenerate][0].tolist()
-                raise ValueError(f"targets[{i}]: expected boxes with x2 > x1 and y2 > y1, got {box}")
-            if bool(((labels < 0) | (labels >= self.num_classes)).any()):
-                low = self.label_offset
-                raise ValueError(f"targets[{i}]: expected labels in {low}..{low + self.num_classes - 1}, "
-                                 f"got {sorted(set(target['labels'].tolist()))}")  # fmt: skip
-            one = dict(boxes=boxes, labels=labels)
-            if "ignore_boxes" in target:
-                one["ignore_boxes"] = coordinates(target["ignore_boxes"].to(batch.device)).reshape(-1, 4)
-            checked.append(one)
-        return checked
+            raise ValueError(f"targets: expected one for each of the {count} images, got {got}")
+        return [self._inside(f"targets[{i}]", target, device) for i, target in enumerate(targets)]
+
+    def _inside(self, name: str, target: dict, device: torch.device) -> dict:
+        needed = ("boxes", "labels") if self.reads_labels else ("boxes",)
+        missing = [key for key in needed if key not in target]
+        if missing:
+            raise ValueError(f"{name}: expected the keys {' and '.join(needed)}, missing {missing}")
+        checked = {k: _boxes(f"{name}[{k!r}]", target[k], device) for k in ("boxes", "ignore_boxes") if k in target}
+        boxes = checked["boxes"]
+        degenerate = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
+        if bool(degenerate.any()):
+            raise ValueError(f"{name}: expected boxes with x2 > x1 and y2 > y1, got {boxes[degenerate][0].tolist()}")
+        if not self.reads_labels:
+            return {**checked, "labels": torch.zeros(len(boxes), dtype=torch.int64, device=device)}
+        labels = torch.as_tensor(target["labels"], device=device)
+        if labels.shape != boxes.shape[:1]:
+            expected = f"expected shape [{len(boxes)}], got {list(labels.shape)}"
+            raise ValueError(f"{name}: {len(boxes)} boxes but {labels.numel()} labels: {expected}")
+        if len(labels) and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+            raise TypeError(f"{name}: expected integer labels, got {labels.dtype}")
+        low, inner = self.label_offset, labels.long() - self.label_offset
+        if bool(((inner < 0) | (inner >= self.num_classes)).any()):
+            expected = f"{low}..{low + self.num_classes - 1}"
+            raise ValueError(f"{name}: expected labels in {expected}, got {sorted(set(labels.tolist()))}")
+        return {**checked, "labels": inner}
 
     def forward(self, images: Sequence[Tensor], targets: list[dict] | None = None):
         """torchvision's convention. images: list of [3, H, W] RGB, float in 0..1 (or uint8), of any sizes.
@@ -165,16 +195,18 @@ class BaseDetector(nn.Module):
         Training: targets (boxes in the pixels of these images) -> dict of losses. Evaluation: list of dicts boxes [N, 4]
         xyxy pixels of the original image, labels [N], scores [N].
         """
-        batch, sizes, scale_factors = self.data_preprocessor(images, self.dtype)
+        batch, frame = self.prepare(images)
         if not self.training:
-            return self.predict(batch, sizes, scale_factors)
-        if targets is None:
-            raise ValueError("targets: expected one for each image in training mode, got None")
-        scaled = []
-        for target, factor in zip(targets, scale_factors):
-            target = dict(target)
-            for key in ("boxes", "ignore_boxes"):
-                if key in target:
-                    target[key] = coordinates(target[key].to(batch.device)) * factor.repeat(2)
-            scaled.append(target)
-        return self.loss(batch, sizes, scaled)
+            with torch.no_grad():
+                return self.outside(self.detect(batch, frame))
+        return self.losses(batch, frame, frame.scale(self.inside(targets, len(batch), batch.device)))
+
+
+def _boxes(name: str, value, device: torch.device) -> Tensor:
+    """[N, 4] in the precision of boxes; a target without objects may have an empty tensor of any shape."""
+    boxes = coordinates(torch.as_tensor(value, device=device))
+    if boxes.numel() and (boxes.dim() != 2 or boxes.shape[1] != 4):
+        raise ValueError(f"{name}: expected shape [N, 4], got {list(boxes.shape)}")
+    if not bool(boxes.isfinite().all()):
+        raise ValueError(f"{name}: expected finite pixels, got {boxes[~boxes.isfinite().all(1)][0].tolist()}")
+    return boxes.reshape(-1, 4)

@@ -32,3 +32,16 @@ def settings(defaults: dict, given: dict | None, what: str) -> dict:
     if unknown:
         raise ValueError(f"{what}: options that are not supported: {unknown}, expected some of {sorted(defaults)}")
     return {**defaults, **given}
+
+
+def merge(base: dict, overrides: dict) -> dict:
+    """`overrides` laid over `base`, dict by dict; a dict with _delete_=True replaces instead (MMDetection's rule)."""
+    out = dict(base)
+    for key, value in overrides.items():
+        if key == "_delete_":
+            continue  # False: it is read where it is True
+        if isinstance(value, dict) and isinstance(out.get(key), dict) and not value.get("_delete_"):
+            out[key] = merge(out[key], value)
+        else:
+            out[key] = {k: v for k, v in value.items() if k != "_delete_"} if isinstance(value, dict) else value
+    return out

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastrcnn.models.anchors import AnchorGenerator, build_anchor_generator
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder, build_box_coder
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import build_loss
 from fastrcnn.models.matching import assign
 from fastrcnn.models.profiles import Profile, get_profile
@@ -55,26 +56,22 @@ class DenseHead(nn.Module):
             self._base_by_device[device] = [b.to(device) for b in base]
         return self._base_by_device[device]
 
-    def grid_shape(self, batch_shape: Sequence[int]) -> Sequence[int] | None:
-        return batch_shape if self.profile.strides_from_grid else None
+    def grid_shape(self, frame: Frame) -> Sequence[int] | None:
+        return frame.padded if self.profile.strides_from_grid else None
 
-    def anchors(self, maps: Sequence[Tensor], batch_shape: Sequence[int]) -> list[Tensor]:
-        """All anchors [H * W * A, 4] of each level, for the head's output maps and the padded (height, width)."""
+    def anchors(self, maps: Sequence[Tensor], frame: Frame) -> list[Tensor]:
+        """All anchors [H * W * A, 4] of each level, for the head's output maps."""
         sizes = [x.shape[2:] for x in maps]
-        return self.anchor_generator.grid(
-            sizes, self.profile.round_anchors, self.grid_shape(batch_shape), maps[0].device
-        )
+        return self.anchor_generator.grid(sizes, self.profile.round_anchors, self.grid_shape(frame), maps[0].device)
 
     @torch.no_grad()
-    def assigned(
-        self, maps: Sequence[Tensor], image_sizes: Tensor, batch_shape: Sequence[int], targets: list[dict]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def assigned(self, maps: Sequence[Tensor], frame: Frame, targets: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
         """(anchors [N, 4], ground-truth index of each [B, N], or -1 background or -2 ignored, best IoU [B, N])."""
-        anchors = candidates = torch.cat(self.anchors(maps, batch_shape))
+        anchors = candidates = torch.cat(self.anchors(maps, frame))
         inside = None
         if self.profile.anchors_inside:
             sizes, border = [x.shape[2:] for x in maps], self.train_cfg["allowed_border"]
-            inside = self.anchor_generator.inside(sizes, image_sizes, border, self.pad_size_divisor, anchors.device)
+            inside = self.anchor_generator.inside(sizes, frame.sizes, border, self.pad_size_divisor, anchors.device)
             if not bool(inside.all()):
                 nowhere = anchors.new_tensor([-1e6, -1e6, -1e6, -1e6])
                 candidates = torch.where(inside[..., None], anchors, nowhere)

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.build import build, settings
 from fastrcnn.models.fcos_head import FCOSHead
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.roi_head import StandardRoIHead
-from fastrcnn.models.rpn import RPNHead, check_proposal_cfg
+from fastrcnn.models.rpn_head import RPNHead, check_proposal_cfg
 
 
 class FasterRCNN(BaseDetector):
@@ -64,9 +65,6 @@ class FasterRCNN(BaseDetector):
         if self.rpn_proposal["max_per_img"] == default:  # C4 and DC5 have their own
             self.rpn_proposal["max_per_img"] = p.rpn_post_nms_train
 
-    def _propose(self, feats, sizes: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.rpn_head.predict(*self.rpn_head(feats), sizes, batch.shape[2:], self.rpn_head.test_cfg)
-
     @torch.no_grad()
     def proposals(self, batch: Tensor, image_sizes) -> list[tuple[Tensor, Tensor]]:
         """The RPN's (boxes [K, 4] xyxy pixels, scores [K]) of each image after NMS, by descending score.
@@ -74,35 +72,21 @@ class FasterRCNN(BaseDetector):
         batch [B, 3, H, W], normalised and padded; image_sizes [B, 2] (height, width) before padding. Scores are sigmoids,
         in the detectron2 profile logits.
         """
-        sizes = self._sizes(image_sizes, batch)
-        boxes, scores, counts = self._propose(self.extract_feat(batch), sizes, batch)
+        frame, head = Frame.of(batch, image_sizes), self.rpn_head
+        boxes, scores, counts = head.predict(*head(self.extract_feat(batch)), frame, head.test_cfg)
         return [(b[:n], s[:n]) for b, s, n in zip(boxes, scores, counts.tolist())]
 
-    @torch.no_grad()
-    def predict(self, batch: Tensor, image_sizes, scale_factors=None) -> list[dict[str, Tensor]]:
-        """Detections of each image: dict of boxes [N, 4] xyxy pixels, scores [N], labels [N], by descending score.
+    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
+        feats, head = self.extract_feat(batch), self.rpn_head
+        # Proposals stay in pixels of the batch, whatever the detections come back in.
+        boxes, _, counts = head.predict(*head(feats), frame._replace(factors=None), head.test_cfg)
+        return self.roi_head.predict(feats, boxes, counts, frame)
 
-        batch [B, 3, H, W], normalised and padded; image_sizes [B, 2] (height, width) before padding; scale_factors [B, 2]
-        (width, height), new over old: boxes come back in the old image's coordinates; None leaves them as they are.
-        """
-        sizes = self._sizes(image_sizes, batch)
-        feats = self.extract_feat(batch)
-        boxes, _, counts = self._propose(feats, sizes, batch)
-        return self.roi_head.predict(feats, boxes, counts, sizes, self._factors(scale_factors, batch))
-
-    def loss(self, batch: Tensor, image_sizes, targets: list[dict]) -> dict[str, Tensor]:
-        """The losses under the profile's names (those of an FCOS that proposes under MMDetection's).
-
-        batch [B, 3, H, W], normalised and padded; image_sizes [B, 2] (height, width) before padding; targets: dicts with
-        boxes [M, 4] xyxy pixels of the batch, labels [M] (from 0, in the torchvision profile from 1), and optionally
-        ignore_boxes [R, 4]. Raises ValueError naming the target.
-        """
-        sizes = self._sizes(image_sizes, batch)
-        targets = self._checked(targets, batch)
-        feats = self.extract_feat(batch)
+    def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:
+        feats, frame = self.extract_feat(batch), frame._replace(factors=None)
         outs = self.rpn_head(feats)
-        rpn_losses = self.rpn_head.loss(*outs, sizes, batch.shape[2:], targets)
+        rpn_losses = self.rpn_head.loss(*outs, frame, targets)
         with torch.no_grad():
-            boxes, _, counts = self.rpn_head.predict(*outs, sizes, batch.shape[2:], self.rpn_proposal)
+            boxes, _, counts = self.rpn_head.predict(*outs, frame, self.rpn_proposal)
         roi_losses = self.roi_head.loss(feats, boxes, counts, targets)
         return dict(zip((*self.rpn_head.loss_names, *self.profile.losses[2:]), (*rpn_losses, *roi_losses)))

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.build import build, settings
 from fastrcnn.models.dense_head import flat_levels
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import EPS, GIoULoss, IoULoss, build_loss
 from fastrcnn.models.post_process import nms_limit
 from fastrcnn.models.profiles import Profile, get_profile
-from fastrcnn.models.rpn import check_proposal_cfg
+from fastrcnn.models.rpn_head import check_proposal_cfg
 from fastrcnn.ops import nms_padded
+from fastrcnn.ops._boxes import take_boxes
 from fastrcnn.ops._checks import coordinates
 
 TEST_CFG = dict(nms_pre=-1, max_per_img=1000, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=-1, score_thr=0)
@@ -196,23 +198,22 @@ class FCOSHead(nn.Module):
         cls_scores: Sequence[Tensor],
         bbox_preds: Sequence[Tensor],
         centernesses: Sequence[Tensor],
-        image_sizes: Tensor,
-        batch_shape: Sequence[int],
+        frame: Frame,
         cfg: dict,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Proposals after NMS: boxes [B, max_per_img, 4] xyxy pixels, scores [B, max_per_img], counts [B]; zeros beyond.
+        """Proposals after NMS: boxes [B, max_per_img, 4] xyxy pixels of the batch, scores [B, max_per_img], counts [B];
+        zeros beyond.
 
         Of each level the nms_pre best (all where it is not above 0) by objectness alone, above score_thr; then NMS over
-        all levels on objectness times centerness. image_sizes [B, 2] (height, width) before padding;
-        batch_shape is not read.
+        all levels on objectness times centerness.
         """
         levels = []
         for logit, distance, factor, points in zip(cls_scores, bbox_preds, centernesses, self.points(cls_scores)):
             score = coordinates(logit).sigmoid().flatten(1)  # [B, H * W]
             most = cfg["nms_pre"] if cfg["nms_pre"] > 0 else None
             score, best = (x[:, :most] for x in score.sort(dim=1, descending=True, stable=True))
-            moves = distance.flatten(2).transpose(1, 2).gather(1, best[..., None].expand(-1, -1, 4))
-            boxes = self.bbox_coder.decode(points[best], moves, image_sizes)
+            moves = take_boxes(distance.flatten(2).transpose(1, 2), best)
+            boxes = self.bbox_coder.decode(points[best], moves, frame.sizes)
             valid = score > cfg.get("score_thr", 0)
             levels.append((boxes, score * coordinates(factor).sigmoid().flatten(1).gather(1, best), valid))
         boxes, scores, valid = (torch.cat(column, 1) for column in zip(*levels))
@@ -220,11 +221,11 @@ class FCOSHead(nn.Module):
             valid = valid & (boxes[..., 2:] - boxes[..., :2] > cfg["min_bbox_size"]).all(-1)
         # Shapes stay static: the valid ones are counted, the others sort behind them by a score below any sigmoid's.
         scores, order = torch.where(valid, scores, -1.0).sort(dim=1, descending=True, stable=True)
-        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+        boxes = take_boxes(boxes, order)
         most = nms_limit(cfg["nms"], cfg["max_per_img"])
         keep, counts = nms_padded(boxes, scores, None, cfg["nms"]["iou_threshold"], most, valid.sum(1))
         kept, beyond = keep.clamp(min=0), keep < 0
-        boxes = boxes.gather(1, kept[..., None].expand(-1, -1, 4)).masked_fill(beyond[..., None], 0)
+        boxes = take_boxes(boxes, kept).masked_fill(beyond[..., None], 0)
         return boxes, scores.gather(1, kept).masked_fill(beyond, 0), counts
 
     @torch.no_grad()
@@ -265,12 +266,11 @@ class FCOSHead(nn.Module):
         cls_scores: Sequence[Tensor],
         bbox_preds: Sequence[Tensor],
         centernesses: Sequence[Tensor],
-        image_sizes: Tensor,
-        batch_shape: Sequence[int],
+        frame: Frame,
         targets: list[dict],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(objectness loss, box loss, centerness loss), scalars. targets: dicts with boxes [M, 4], all one class;
-        image_sizes and batch_shape are not read."""
+        """(objectness loss, box loss, centerness loss), scalars. targets: dicts with boxes [M, 4], all one class. Every
+        position of the batch counts, those in the padding (outside frame.sizes) as background."""
         positive, distances = self.assigned(cls_scores, targets)
         count = max(int(positive.sum()), 1)
         truth, moves = distances[positive], flat_levels(bbox_preds, 4)[positive]  # [P, 4]

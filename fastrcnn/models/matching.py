@@ -39,10 +39,11 @@ def _padded(boxes: Sequence[Tensor], device) -> tuple[Tensor, Tensor]:
 def assign(boxes: Tensor, targets: Sequence[dict], assigner: dict, profile: Profile) -> tuple[Tensor, Tensor]:
     """Ground-truth index of each box [B, N] int64, -1 background, -2 ignored, and its best IoU [B, N].
 
-    boxes [N, 4] or [B, N, 4] xyxy pixels; targets: dicts with boxes [M, 4] and optionally ignore_boxes [R, 4];
-    assigner: MMDetection's MaxIoUAssigner options. A neg_iou_thr of (low, high) ignores what overlaps by less than low.
+    boxes [N, 4] or [B, N, 4] xyxy pixels; targets: dicts with boxes [M, 4] and optionally ignore_boxes [R, 4]; assigner:
+    MMDetection's MaxIoUAssigner options, all of them, as `check_assigner` gives them. A neg_iou_thr of (low, high) ignores
+    what overlaps by less than low.
     """
-    rules = check_assigner(assigner)
+    rules = dict(assigner)
     gts, counts = _padded([t["boxes"] for t in targets], boxes.device)
     ignore, ignore_counts = None, None
     if rules["ignore_iof_thr"] > 0 and any(len(t.get("ignore_boxes", ())) for t in targets):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastrcnn.models.frame import Frame
 from fastrcnn.models.profiles import Profile
 from fastrcnn.ops import batched_nms, batched_soft_nms
 
@@ -34,10 +35,8 @@ def nms_limit(cfg: dict, max_per_img: int) -> int | None:
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: dict, max_output: int) -> tuple[Tensor, Tensor]:
     """(kept indices, their scores) by descending score, of NMS or soft-NMS within each class (or across all of them).
 
-    boxes [N, 4], scores [N], labels [N]; cfg: see `check_nms`; max_output: not above 0 keeps all.
-    Raises what `check_nms` raises.
+    boxes [N, 4], scores [N], labels [N]; cfg: what `check_nms` lets through; max_output: not above 0 keeps all.
     """
-    check_nms(cfg, "nms")
     groups = torch.zeros_like(labels) if cfg.get("class_agnostic") else labels
     return _within(groups, boxes, scores, cfg, nms_limit(cfg, max_output))
 
@@ -59,8 +58,7 @@ def finish(
     scores: Tensor,
     labels: Tensor,
     images: Tensor,
-    image_sizes: Tensor,
-    scales: Tensor | None,
+    frame: Frame,
     cfg: dict,
     profile: Profile,
     min_size: float = -1,
@@ -68,17 +66,17 @@ def finish(
     """Detections of each image: dict of boxes [K, 4], scores [K], labels [K], by descending score.
 
     boxes [N, 4] xyxy pixels of the resized images, the candidates of all of them; images [N] int64: whose they are;
-    image_sizes [B, 2] (height, width) after resizing; scales [B, 2] (width, height), new over old, or None to stay there;
     cfg: `nms` and `max_per_img` (not above 0 keeps all) of MMDetection's test_cfg; min_size: boxes enter NMS if both sides
     are longer, in the pixels that NMS sees; below 0 all do. The host waits for the whole batch, not image by image.
     """
-    factors = None if scales is None else 1.0 / scales  # [B, 2]
+    image_sizes = frame.sizes
+    factors = None if frame.factors is None else 1.0 / frame.factors  # [B, 2]
     if factors is not None and profile.rescale_before_nms:
         boxes = boxes * factors.repeat(1, 2)[images]
     if min_size >= 0:
         large = ((boxes[:, 2:] - boxes[:, :2]) > min_size).all(-1).nonzero()[:, 0]
         boxes, scores, labels, images = boxes[large], scores[large], labels[large], images[large]
-    nms = check_nms(cfg["nms"], "nms")
+    nms = cfg["nms"]
     most = nms_limit(nms, cfg["max_per_img"])
     groups = images if nms.get("class_agnostic") else images * 2**32 + labels
     keep, scores = _within(groups, boxes, scores, nms, most if len(image_sizes) == 1 else None)

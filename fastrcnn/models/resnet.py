@@ -4,13 +4,14 @@ Arguments, defaults and state-dict keys are MMDetection's; a torchvision ResNet'
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastrcnn.layers import build_conv, build_norm, build_plugin, conv_norm_act
+from fastrcnn.models.pretrained import pretrained_source, take_pretrained
 
 POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 
@@ -143,16 +144,6 @@ def make_res_layer(block, inplanes, planes, num_blocks, stride=1, dilation=1, av
     blocks = [block(inplanes, planes, stride=stride, downsample=downsample, **shared)]
     blocks += [block(out, planes, stride=1, **shared) for _ in range(1, num_blocks)]
     return nn.Sequential(*blocks)
-
-
-def pretrained_source(pretrained: str | None, init_cfg: dict | None) -> tuple[str, str] | None:
-    """(checkpoint, key prefix in it) from MMDetection's 2.x or 3.x way to name one. Raises ValueError for both at once, and
-    for another init_cfg: random initialisation is each module's own."""
-    if init_cfg is None:
-        return None if pretrained is None else (pretrained, "")
-    if pretrained is not None or not isinstance(init_cfg, dict) or init_cfg.get("type") != "Pretrained":
-        raise ValueError(f"init_cfg: expected type='Pretrained' and no `pretrained`, got {init_cfg} and {pretrained!r}")
-    return init_cfg["checkpoint"], init_cfg.get("prefix") or ""
 
 
 def init_convs_and_norms(module: nn.Module) -> None:
@@ -298,14 +289,14 @@ class ResNet(nn.Module):
         else:
             yield self.conv1, self, self.norm1_name
 
-    def init_weights(self) -> None:
-        """Fresh weights: the pretrained ones where the constructor names them, for every key that they have; else
-        Kaiming-normal convolutions (fan-out) and unit norms, with zero_init_residual each block starting as identity."""
-        self._init_at_random()
-        if self.pretrained is not None:
-            from fastrcnn.weights import load_pretrained  # weights are read into models: a local import
+    def init_weights(self, state: Mapping[str, Tensor] | None = None) -> None:
+        """Fresh weights: those of `state`, a classifier's, for every key that it has; else Kaiming-normal convolutions
+        (fan-out) and unit norms, with zero_init_residual each block starting as identity.
 
-            load_pretrained(self, *self.pretrained)
+        Raises ValueError where `pretrained` or init_cfg names a checkpoint and no state is handed in.
+        """
+        self._init_at_random()
+        take_pretrained(self, state)
 
     def _init_at_random(self) -> None:
         init_convs_and_norms(self)

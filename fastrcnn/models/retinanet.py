@@ -1,192 +1,12 @@
 """RetinaNet (Lin et al., "Focal Loss for Dense Object Detection", 2017): classes and boxes straight from every anchor."""
 
-import math
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor, nn
 
-from fastrcnn.layers import ConvModule, conv_norm_act
-from fastrcnn.models.anchors import build_anchor_generator
 from fastrcnn.models.base_detector import BaseDetector
-from fastrcnn.models.build import build, settings
-from fastrcnn.models.dense_head import DenseHead, flat_levels
+from fastrcnn.models.build import build
 from fastrcnn.models.fpn import FPN
-from fastrcnn.models.losses import build_loss, positive_weight
-from fastrcnn.models.matching import check_assigner
-from fastrcnn.models.post_process import check_nms, finish
-from fastrcnn.models.profiles import Profile
-from fastrcnn.ops._checks import coordinates
-
-TEST_CFG = dict(
-    nms_pre=1000, min_bbox_size=-1, score_thr=0.05, nms=dict(type="nms", iou_threshold=0.5), max_per_img=100
-)
-TRAIN_CFG = dict(
-    assigner=dict(
-        type="MaxIoUAssigner",
-        pos_iou_thr=0.5,
-        neg_iou_thr=0.4,
-        min_pos_iou=0,
-        match_low_quality=True,
-        ignore_iof_thr=-1,
-    ),
-    sampler=dict(type="PseudoSampler"),  # focal loss: every anchor counts
-    allowed_border=-1,
-    pos_weight=-1,
-)
-
-
-class RetinaHead(DenseHead):
-    """Two towers of 3x3 convolutions, then a 3x3 for the classes (A * C channels, sigmoid) and one for the boxes (A * 4).
-
-    num_classes counts foreground. Keys: cls_convs.{i}.conv, reg_convs.{i}.conv, retina_cls, retina_reg. Source:
-    MMDetection's RetinaHead.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        in_channels: int,
-        stacked_convs: int = 4,
-        feat_channels: int = 256,
-        conv_cfg: dict | None = None,
-        norm_cfg: dict | None = None,
-        anchor_generator: dict = dict(
-            type="AnchorGenerator", octave_base_scale=4, scales_per_octave=3, ratios=[0.5, 1.0, 2.0],
-            strides=[8, 16, 32, 64, 128],
-        ),
-        bbox_coder: dict = dict(type="DeltaXYWHBBoxCoder"),
-        loss_cls: dict = dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
-        loss_bbox: dict = dict(type="SmoothL1Loss", beta=1.0 / 9.0, loss_weight=1.0),
-        reg_decoded_bbox: bool = False,
-        train_cfg: dict | None = None,
-        test_cfg: dict | None = None,
-        profile: str | Profile = "mmdet",
-    ):  # fmt: skip
-        train_cfg = settings(TRAIN_CFG, train_cfg, "bbox_head train_cfg")
-        test_cfg = settings(TEST_CFG, test_cfg, "bbox_head test_cfg")
-        super().__init__(
-            anchor_generator, bbox_coder, loss_cls, loss_bbox, reg_decoded_bbox, train_cfg, test_cfg, profile
-        )
-        check_nms(test_cfg["nms"], "bbox_head test_cfg nms")
-        check_assigner(train_cfg["assigner"])
-        if train_cfg["sampler"] != dict(type="PseudoSampler"):
-            raise ValueError(f"sampler: RetinaNet trains on every anchor (PseudoSampler), got {train_cfg['sampler']}")
-        if type(self.loss_cls).__name__ != "FocalLoss":
-            raise ValueError(f"loss_cls: expected FocalLoss, got {loss_cls}")
-        self.num_classes = num_classes
-        widths = [in_channels] + [feat_channels] * stacked_convs
-
-        def tower() -> nn.ModuleList:
-            convs = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
-            return nn.ModuleList(ConvModule(a, b, 3, padding=1, **convs) for a, b in zip(widths, widths[1:]))
-
-        self.cls_convs, self.reg_convs = tower(), tower()
-        self.retina_cls = nn.Conv2d(widths[-1], self.num_anchors * num_classes, 3, padding=1)
-        self.retina_reg = nn.Conv2d(widths[-1], self.num_anchors * 4, 3, padding=1)
-        self.loss_normalizer = 100.0  # Detectron2's running mean of the number of positives starts there
-        self.init_weights()
-
-    def take_defaults(self, profile: Profile) -> None:
-        """`set_profile`, and the peer's defaults of what MMDetection makes an argument: anchors, box loss, detections."""
-        self.anchor_generator = build_anchor_generator(profile.dense_anchors)
-        self.set_profile(profile)
-        self.loss_bbox = build_loss(profile.dense_loss_bbox)
-        self.test_cfg = {**self.test_cfg, "max_per_img": profile.dense_max_per_img}
-
-    def init_weights(self) -> None:
-        """Small random weights; the class biases make every anchor start at a score of 0.01."""
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, std=0.01)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
-        nn.init.constant_(self.retina_cls.bias, -math.log((1 - 0.01) / 0.01))
-
-    def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Per level: class logits [B, A * C, H, W] and deltas [B, A * 4, H, W]."""
-        logits, deltas = [], []
-        for x in feats:
-            cls, reg = x, x
-            for conv in self.cls_convs:
-                cls = conv(cls)
-            for conv in self.reg_convs:
-                reg = conv(reg)
-            logits.append(conv_norm_act(cls, self.retina_cls, None, relu=False))
-            deltas.append(conv_norm_act(reg, self.retina_reg, None, relu=False))
-        return logits, deltas
-
-    def predict(
-        self,
-        logits: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        image_sizes: Tensor,
-        batch_shape: Sequence[int],
-        scale_factors: Tensor | None,
-    ) -> list[dict[str, Tensor]]:
-        """Detections of each image (see `RetinaNet.predict`): of each level the nms_pre best scores above score_thr, then
-        NMS within each class."""
-        anchors = self.anchors(logits, batch_shape)
-        parts = []
-        for i, image_size in enumerate(image_sizes):
-            parts += self._candidates([(c[i], d[i]) for c, d in zip(logits, deltas)], anchors, image_size)
-        boxes, scores, labels = (torch.cat(p) for p in zip(*parts))
-        counts = [sum(len(p[0]) for p in parts[i : i + len(anchors)]) for i in range(0, len(parts), len(anchors))]
-        images = torch.arange(len(counts), device=boxes.device).repeat_interleave(
-            torch.tensor(counts, device=boxes.device), output_size=sum(counts)
-        )
-        cfg, p = self.test_cfg, self.profile
-        least = cfg["min_bbox_size"] if p.dense_drops_small else -1
-        return finish(boxes, scores, labels, images, image_sizes, scale_factors, cfg, p, least)
-
-    def _candidates(self, maps, anchors, image_size: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(boxes [K, 4], scores [K], labels [K]) of one image's levels."""
-        found, cfg = [], self.test_cfg
-        for (logit, delta), grid in zip(maps, anchors):
-            score = coordinates(logit.permute(1, 2, 0).reshape(-1)).sigmoid()
-            candidates = (score > cfg["score_thr"]).nonzero()[:, 0]
-            best = score[candidates].sort(descending=True, stable=True)
-            keep = candidates[best.indices[: cfg["nms_pre"]]]
-            row = keep // self.num_classes
-            moves = coordinates(delta.permute(1, 2, 0).reshape(-1, 4)[row])
-            limit = None if self.profile.clip_after_rescale else image_size.float()  # Detectron2 clips at the end only
-            boxes = self.bbox_coder.decode(grid[row].to(moves.dtype), moves, limit)
-            found.append((boxes, score[keep], keep % self.num_classes))
-        return found
-
-    def loss(
-        self,
-        logits: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        image_sizes: Tensor,
-        batch_shape: Sequence[int],
-        targets: list[dict],
-    ) -> tuple[Tensor, Tensor]:
-        """(class loss, box loss), scalars. targets: dicts with boxes [M, 4], labels [M], optionally ignore_boxes [R, 4]."""
-        anchors, matches, _ = self.assigned(logits, image_sizes, batch_shape, targets)
-        flat_logits, flat_deltas = flat_levels(logits, self.num_classes), flat_levels(deltas, 4)
-        picked = []
-        for i, target in enumerate(targets):
-            pos, used = (matches[i] >= 0).nonzero()[:, 0], (matches[i] >= -1).nonzero()[:, 0]
-            owners = matches[i, pos]
-            labels = torch.full_like(matches[i], self.num_classes)
-            labels[pos] = target["labels"][owners]
-            picked.append(
-                (flat_logits[i, used], labels[used], flat_deltas[i, pos], anchors[pos], target["boxes"][owners])
-            )
-        counts = [max(len(rows[4]), 1) for rows in picked]
-        if self.profile.dense_divisor == "image":
-            losses = [self._losses(*rows, count * len(targets)) for rows, count in zip(picked, counts)]
-            return sum(a for a, _ in losses), sum(b for _, b in losses)
-        count = sum(counts)
-        if self.profile.dense_divisor == "running":
-            count = max(sum(len(rows[4]) for rows in picked), 1)
-            count = self.loss_normalizer = 0.9 * self.loss_normalizer + 0.1 * count
-        return self._losses(*(torch.cat(column) for column in zip(*picked)), count)
-
-    def _losses(self, logits, labels, deltas, anchors, boxes, divisor) -> tuple[Tensor, Tensor]:
-        weight = positive_weight(labels < self.num_classes, self.train_cfg["pos_weight"])
-        return self.loss_cls(logits, labels, divisor, weight), self.box_loss(deltas, anchors, boxes, divisor)
+from fastrcnn.models.frame import Frame
+from fastrcnn.models.retina_head import RetinaHead
 
 
 class RetinaNet(BaseDetector):
@@ -230,21 +50,9 @@ class RetinaNet(BaseDetector):
         if isinstance(self.neck, FPN):
             self.neck.relu_before_extra_convs = self.profile.dense_extra_convs.get("relu_before_extra_convs", False)
 
-    @torch.no_grad()
-    def predict(self, batch: Tensor, image_sizes, scale_factors=None) -> list[dict[str, Tensor]]:
-        """Detections of each image: dict of boxes [N, 4] xyxy pixels, scores [N], labels [N], by descending score.
+    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
+        return self.bbox_head.predict(*self.bbox_head(self.extract_feat(batch)), frame)
 
-        batch [B, 3, H, W], normalised and padded; image_sizes [B, 2] (height, width) before padding; scale_factors [B, 2]
-        (width, height), new over old: boxes come back in the old image's coordinates; None leaves them as they are.
-        """
-        sizes = self._sizes(image_sizes, batch)
-        outs = self.bbox_head(self.extract_feat(batch))
-        return self.bbox_head.predict(*outs, sizes, batch.shape[2:], self._factors(scale_factors, batch))
-
-    def loss(self, batch: Tensor, image_sizes, targets: list[dict]) -> dict[str, Tensor]:
-        """The two losses under the profile's names. Arguments and errors as in `FasterRCNN.loss`, labels from 0."""
-        sizes = self._sizes(image_sizes, batch)
-        targets = self._checked(targets, batch)
-        outs = self.bbox_head(self.extract_feat(batch))
-        losses = self.bbox_head.loss(*outs, sizes, batch.shape[2:], targets)
+    def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:
+        losses = self.bbox_head.loss(*self.bbox_head(self.extract_feat(batch)), frame, targets)
         return dict(zip(self.profile.dense_losses, losses))

@@ -8,6 +8,7 @@ et al., 2019) spread the draw over the ground-truth boxes and over the IoU; Comb
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,10 +93,21 @@ def _pick(kind: str, options: dict, candidates, count, matches, max_iou, loss_of
     return picked.sort().values
 
 
-def check_sampler(sampler: dict) -> tuple[dict, tuple[dict, dict]]:
-    """(`OPTIONS` with the sampler's own, what picks the positives and the negatives). Raises ValueError for an unknown
-    type or option."""
-    rules = {**OPTIONS, "type": "RandomSampler", **sampler}
+class Sampler(NamedTuple):
+    """A sampler's settings: how many boxes an image, of them positives, negatives for a positive (below 0: any number),
+    whether ground truth joins the proposals, and what picks each side, a type with its options."""
+
+    num: int
+    pos_fraction: float
+    neg_pos_ub: float
+    add_gt_as_proposals: bool
+    pos: dict
+    neg: dict
+
+
+def build_sampler(cfg: dict) -> Sampler:
+    """MMDetection's dict as settings that nobody checks again. Raises ValueError for an unknown type or option."""
+    rules = {**OPTIONS, "type": "RandomSampler", **cfg}
     kind = rules.pop("type")
     shared = {k: rules.pop(k) for k in OPTIONS}
     sides = {"type": kind}, {"type": kind, **rules}
@@ -113,29 +125,28 @@ def check_sampler(sampler: dict) -> tuple[dict, tuple[dict, dict]]:
             raise ValueError(f"sampler: unknown type {side['type']!r}, expected one of {(*PICKS, 'CombinedSampler')}")
         if unknown:
             raise ValueError(f"sampler: unknown options {sorted(unknown)} of {side['type']}")
-    return shared, sides
+    return Sampler(**shared, pos=sides[0], neg=sides[1])
 
 
 def sample(
-    matches: Tensor, sampler: dict, max_iou: Tensor | None = None, loss_of: Callable[[Tensor], Tensor] | None = None
+    matches: Tensor, sampler: Sampler, max_iou: Tensor | None = None, loss_of: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Indices of the sampled positives and negatives of one image, each in ascending order.
 
     matches [N]: ground-truth index, -1 background, -2 ignored; max_iou [N]; loss_of: the loss of given indices, for OHEM.
     At most num * pos_fraction positives; negatives fill up to num, and are at most neg_pos_ub times the positives where
-    that is >= 0. Raises ValueError for an unknown type or option.
+    that is >= 0. Raises ValueError for OHEM without its loss.
     """
-    shared, sides = check_sampler(sampler)
 
     def side(cfg: dict, wanted: Tensor, count: int) -> Tensor:
         options = {k: v for k, v in cfg.items() if k != "type"}
         return _pick(cfg["type"], options, wanted.nonzero()[:, 0], count, matches, max_iou, loss_of)
 
-    positives = side(sides[0], matches >= 0, int(shared["num"] * shared["pos_fraction"]))
-    most = shared["num"] - len(positives)
-    if shared["neg_pos_ub"] >= 0:
-        most = min(most, int(shared["neg_pos_ub"] * max(1, len(positives))))
-    return positives, side(sides[1], matches == -1, most)
+    positives = side(sampler.pos, matches >= 0, int(sampler.num * sampler.pos_fraction))
+    most = sampler.num - len(positives)
+    if sampler.neg_pos_ub >= 0:
+        most = min(most, int(sampler.neg_pos_ub * max(1, len(positives))))
+    return positives, side(sampler.neg, matches == -1, most)
 
 
 def sample_batch(matches: Tensor, num: int, pos_fraction: float, neg_pos_ub: float = -1) -> tuple[Tensor, Tensor]:
@@ -163,15 +174,14 @@ def sample_batch(matches: Tensor, num: int, pos_fraction: float, neg_pos_ub: flo
 
 
 def sample_images(
-    matches: Tensor, sampler: dict, max_iou: Tensor, loss_of: Callable[[int, Tensor], Tensor] | None = None
+    matches: Tensor, sampler: Sampler, max_iou: Tensor, loss_of: Callable[[int, Tensor], Tensor] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """`sample` of each image, matches and max_iou [B, N]; loss_of: of (image, indices).
 
     RandomSampler waits for the device once a batch, for the counts; every other sampler several times an image.
     """
-    shared, sides = check_sampler(sampler)
-    if any(side != {"type": "RandomSampler"} for side in sides):
+    if any(side != {"type": "RandomSampler"} for side in (sampler.pos, sampler.neg)):
         losses = [loss_of and partial(loss_of, i) for i in range(len(matches))]
         return [sample(m, sampler, iou, loss) for m, iou, loss in zip(matches, max_iou, losses)]
-    indices, counts = sample_batch(matches, shared["num"], shared["pos_fraction"], shared["neg_pos_ub"])
+    indices, counts = sample_batch(matches, sampler.num, sampler.pos_fraction, sampler.neg_pos_ub)
     return [row[: sum(count)].split(count) for row, count in zip(indices, counts.tolist())]

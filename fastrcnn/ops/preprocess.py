@@ -5,8 +5,8 @@
 "pillow" (Detectron2): PIL's resize on bytes, antialiased: a triangle as wide as the reduction with 22-bit weights,
 columns first and rounded to bytes (Pillow 13 takes the rows first where that is less work); then (byte - mean) / std.
 The bytes are the peer's bit for bit, and so are the floats of "interpolate", but for the last bit where torch's CPU kernel
-sums in another order: small results, height + width <= 128, and all of them where torch runs one thread. mean and std are
-in the network's channel order. float64 images are normalised and interpolated in float64, all others in float32.
+sums in another order: small results, height + width <= 128, or a single thread. mean and std are in the network's channel
+order. float64 images are normalised and interpolated in float64, all others in float32.
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.evaluation import evaluate
 from fastrcnn.models import faster_rcnn
 from fastrcnn.training.trainer import train
-from fastrcnn.weights.load import model_metadata
+from fastrcnn.weights.save import model_metadata
 
 CLASS_NAMES = ["RBC", "WBC", "Platelets"]
 HELD_OUT_SEED = 1_000_000  # renders from here on are never trained on

@@ -2,14 +2,14 @@
 
 from fastrcnn.weights.load import (
     coco_address,
-    export_weights,
     infer_model,
     load_checkpoint,
+    load_pretrained,
     load_weights,
-    model_metadata,
     pretrained_model,
 )
-from fastrcnn.weights.pretrained import load_pretrained
+from fastrcnn.weights.named import named_model
+from fastrcnn.weights.save import export_weights, model_metadata
 
 __all__ = [
     "coco_address",
@@ -19,5 +19,6 @@ __all__ = [
     "load_pretrained",
     "load_weights",
     "model_metadata",
+    "named_model",
     "pretrained_model",
 ]

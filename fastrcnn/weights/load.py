@@ -6,17 +6,17 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fastrcnn.layers.builders import ConvWS2d
-from fastrcnn.models import RPN, FasterRCNN, RetinaNet, RPNHead
+from fastrcnn.checkpoints import detectron2, mmdet, torchvision
+from fastrcnn.checkpoints.pretrained import pretrained_state
+from fastrcnn.checkpoints.read import read
+from fastrcnn.models.build import merge
+from fastrcnn.models.pretrained import load_classifier
 from fastrcnn.models.profiles import get_profile
-from fastrcnn.models.published import coco_weights
-from fastrcnn.models.resnet import Bottleneck
-from fastrcnn.models.zoo import NAMES, RPNS, merge, named_model
-from fastrcnn.weights import detectron2, files, mmdet, torchvision
+from fastrcnn.zoo.published import coco_weights
+from fastrcnn.zoo.recipes import NAMES, RPNS, Detector, recipe
 
 # The layers whose shape depends on the number of classes.
 _CLASS_LAYERS = ("roi_head.bbox_head.fc_cls.", "roi_head.bbox_head.fc_reg.", "bbox_head.retina_cls.")
-Detector = FasterRCNN | RetinaNet | RPN
 _TELL = "name it, or build it with fastrcnn.models.from_mmdet_config and load the checkpoint with load_weights"
 PEERS = {"torchvision": torchvision, "detectron2": detectron2, "mmdet": mmdet}
 
@@ -28,10 +28,10 @@ def _name(source) -> str:
 def load_checkpoint(path_or_url: str | Path | Mapping) -> tuple[dict[str, Tensor], str, dict, dict]:
     """(state dict in our keys, peer, the peer's options for the model, metadata).
 
-    Raises ValueError where the keys belong to none of the three peers, or to MMDetection 1.x, and whatever `files.read`
+    Raises ValueError where the keys belong to none of the three peers, or to MMDetection 1.x, and whatever `read`
     raises.
     """
-    state, meta = files.read(path_or_url)
+    state, meta = read(path_or_url)
     source = _name(path_or_url)
     for name, peer in PEERS.items():
         if peer.detect(state):
@@ -128,7 +128,7 @@ def _build(state, profile, meta, num_classes, name, overrides) -> Detector:
     if "style" in unsaid:
         unsaid["backbone"] = dict(style=unsaid.pop("style"))
     overrides = merge(merge(unsaid, differs), overrides)
-    return named_model(name, num_classes, profile, **overrides)
+    return recipe(name, num_classes, profile, **overrides)
 
 
 def pretrained_model(
@@ -140,9 +140,9 @@ def pretrained_model(
     name: the model (default: told by a detector's keys; "r50_fpn" for a classifier); overrides: as in
     `fastrcnn.models.faster_rcnn`. Raises ValueError where the checkpoint does not fit.
     """
-    content, meta = files.read(path_or_url)
+    content, meta = read(path_or_url)
     if "layer1.0.conv1.weight" in content:
-        model = named_model(name or "r50_fpn", num_classes, **overrides)
+        model = recipe(name or "r50_fpn", num_classes, **overrides)
         body = {f"backbone.{k}": v for k, v in content.items() if not k.startswith("fc.")}
         others = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
         _apply(model, {**others, **body}, model.profile.name, {}, {}, _name(path_or_url), None)
@@ -221,50 +221,11 @@ def _apply(model, state, profile, options, meta, source, norm_eps) -> None:
     model.class_names = names if names and len(names) == model.num_classes else None
 
 
-def _check_layers(model, peer: str, style: str) -> None:
-    """Raises ValueError for layers with the peer's keys that compute something else than the peer's."""
-    setting = " (MODEL.RESNETS.STRIDE_IN_1X1)" if peer == "detectron2" else ""
-    for name, m in model.named_modules():
-        if isinstance(m, Bottleneck) and max(m.conv1.stride + m.conv2.stride) > 1:
-            found = "caffe" if max(m.conv1.stride) > 1 else "pytorch"
-            if found != style:
-                raise ValueError(f"{name}: expected style {style!r} as in {peer}'s own models{setting}, got {found!r}")
-        if isinstance(m, nn.GroupNorm) and m.num_groups != 32:
-            raise ValueError(f"{name}: expected the 32 groups of {peer}'s group norms, got {m.num_groups}")
-        if isinstance(m, ConvWS2d):
-            raise ValueError(f"{name}: {peer} has no convolution with standardised weights (ConvWS)")
+def load_pretrained(module: nn.Module, checkpoint: str | Path, prefix: str = "") -> nn.Module:
+    """Loads a classifier's (or, with prefix "backbone", a detector's) weights into a backbone, in place; returns it.
 
-
-def export_weights(model: Detector, peer: str) -> dict[str, Tensor]:
-    """The model's state dict in the keys of "mmdet", "torchvision" or "detectron2", for `load_state_dict` there.
-
-    The weights give the same detections there only where the model follows that peer's profile and is built as the peer's
-    own, so another one is refused: ValueError. So is a key that the peer's own models have no place for.
+    checkpoint: a file, an https address or a short name such as "torchvision://resnet50". Raises ValueError naming what
+    does not fit, otherwise what `pretrained_state` raises. `module` is untouched when an error is raised.
     """
-    if peer not in PEERS:
-        raise ValueError(f"peer: expected one of {', '.join(PEERS)}, got {peer!r}")
-    if model.profile.name != peer:
-        raise ValueError(
-            f"the model follows the profile {model.profile.name!r}: its weights would give other boxes in {peer}"
-        )
-    state, head = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}, getattr(model, "rpn_head", None)
-    if peer == "mmdet":
-        return mmdet.export(state)
-    if peer == "detectron2" and isinstance(head, RPNHead):
-        anchors = head.anchor_generator  # ratio by ratio, or already in Detectron2's order
-        exported = detectron2.export(state, len(anchors.ratios) if anchors.scale_major else 1)
-    else:
-        exported = PEERS[peer].export(state)
-    _check_layers(model, peer, PEERS[peer].own_style(state))
-    return exported
-
-
-def model_metadata(name: str, model: Detector, overrides: dict) -> dict[str, str]:
-    """What `infer_model` reads back from a safetensors file of ours."""
-    names = "\n".join(model.class_names or [])
-    options = model.peer_options()
-    backbone = {"style": options["style"]} if "style" in options else {}
-    if "norm_eps" in options:
-        backbone["norm_cfg"] = dict(eps=options["norm_eps"])
-    overrides = merge(overrides, dict(data_preprocessor=options["data_preprocessor"], backbone=backbone))
-    return dict(model=name, profile=model.profile.name, overrides=json.dumps(overrides), class_names=names)
+    load_classifier(module, pretrained_state(checkpoint, prefix), str(checkpoint))
+    return module

@@ -13,7 +13,7 @@ import os
 import re
 from pathlib import Path
 
-from fastrcnn.models.zoo import merge
+from fastrcnn.models.build import merge
 
 # Steps of one file, items of one value, letters of one text: what no config needs, and what keeps a hostile one short.
 LIMIT = 100_000

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastrcnn.models.published import PUBLISHED, Published
-from fastrcnn.models.zoo import NAMES, RPNS, named_model
+from fastrcnn.zoo.published import PUBLISHED, Published
+from fastrcnn.zoo.recipes import NAMES, RPNS, recipe
 
 PROPOSALS = 1000  # that the second stage is counted with, as in MMDetection: what the RPN gives for an image
 FUSED = ("conv_bn_relu", "deform_conv2d")  # our operators that convolve with an argument `weight`, where they exist
@@ -82,7 +82,7 @@ def catalogue(name_contains: str = "") -> Iterator[dict]:
             same = [p for p in rows if p.variant == variant]
             with torch.device("meta"):
                 classes = len(same[0].classes) or None if same else None
-                model = named_model(name, classes, **(same[0].overrides if same else {}))
+                model = recipe(name, classes, **(same[0].overrides if same else {}))
             yield dict(
                 model=name, variant="" if variant == "-" else variant, **complexity(model), published=_facts(same)
             )

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from fastrcnn.weights import files
+from fastrcnn.checkpoints.read import read
 
 # torchvision's and OpenMMLab's own addresses; the file names end in the first digits of their SHA-256.
 _TORCHVISION = "https://download.pytorch.org/models/"
@@ -35,18 +34,13 @@ SHORT_NAMES = {
     "open-mmlab://resnet50_v1c": _OPENMMLAB + "resnet50_v1c-2cccc1ad.pth",
     "open-mmlab://resnet101_v1c": _OPENMMLAB + "resnet101_v1c-e67eebb6.pth",
 }
-# What an image classifier has no weights for: the layers that detectors add to a residual block.
-_ADDED = ("conv_offset", "context_block", "gen_attention_block", "nonlocal_block", "conv_block", "num_batches_tracked")
 
 
-@torch.no_grad()
-def load_pretrained(module: nn.Module, checkpoint: str | Path, prefix: str = "") -> nn.Module:
-    """Loads a classifier's (or, with prefix "backbone", a detector's) weights into a backbone, in place; returns it.
+def pretrained_state(checkpoint: str | Path, prefix: str = "") -> dict[str, Tensor]:
+    """The state dict of an image classifier or, with prefix "backbone", of a detector's backbone.
 
-    checkpoint: a file, an https address or a short name such as "torchvision://resnet50". Keys of the file that `module`
-    has no place for (the classifier's last layer, a stage that was not built) are left; plugins and the offsets of
-    deformable convolutions keep their own start. Raises ValueError naming what the file lacks or has in another shape,
-    and for an unknown short name; otherwise what `files.read` raises. `module` is untouched when an error is raised.
+    checkpoint: a file, an https address or a short name such as "torchvision://resnet50". Raises ValueError for an unknown
+    short name, otherwise what `read` raises.
     """
     source = str(checkpoint)
     if "://" in source and not source.startswith(("http://", "https://")):
@@ -55,17 +49,8 @@ def load_pretrained(module: nn.Module, checkpoint: str | Path, prefix: str = "")
             raise ValueError(f"pretrained: unknown name {source!r}, expected a file, an address or one of "
                              f"{', '.join(SHORT_NAMES)}")  # fmt: skip
         source = SHORT_NAMES[source]
-    state, _ = files.read(source)
-    if prefix:
-        prefix = prefix.rstrip(".") + "."
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    own = module.state_dict()
-    wanted = {k for k in own if not any(part in k for part in _ADDED)}
-    missing = sorted(k for k in wanted if k not in state)
-    shapes = [f"{k} {list(state[k].shape)}, expected {list(own[k].shape)}"
-              for k in sorted(set(own) & set(state)) if state[k].shape != own[k].shape]  # fmt: skip
-    if missing or shapes:
-        what = [f"lacks {', '.join(missing[:6])}"] * bool(missing) + [f"has {', '.join(shapes[:6])}"] * bool(shapes)
-        raise ValueError(f"pretrained: {checkpoint} does not fit the {type(module).__name__}: it {' and '.join(what)}")
-    module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
-    return module
+    state, _ = read(source)
+    if not prefix:
+        return state
+    prefix = prefix.rstrip(".") + "."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -4,10 +4,10 @@ import inspect
 from pathlib import Path
 
 from fastrcnn.models.build import build
-from fastrcnn.models.config_file import read_config
 from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.retinanet import RetinaNet
 from fastrcnn.models.rpn import RPN
+from fastrcnn.zoo.config_file import read_config
 
 DETECTORS = {"FasterRCNN": FasterRCNN, "RetinaNet": RetinaNet, "RPN": RPN}
 # Of a data_preprocessor: what shapes the model's input, and what a trainer of boxes reads or does not need.

@@ -2,6 +2,7 @@
 
 import copy
 
+from fastrcnn.models.build import merge
 from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.profiles import get_profile
 from fastrcnn.models.retinanet import RetinaNet
@@ -187,67 +188,20 @@ def rpn_config(name: str, num_classes: int = 1, profile: str = "mmdet") -> dict:
     return dict(config, train_cfg=dict(rpn=train_cfg), test_cfg=dict(rpn=test_cfg))
 
 
-def merge(base: dict, overrides: dict) -> dict:
-    """`overrides` laid over `base`, dict by dict; a dict with _delete_=True replaces instead (MMDetection's rule)."""
-    out = dict(base)
-    for key, value in overrides.items():
-        if key == "_delete_":
-            continue  # False: it is read where it is True
-        if isinstance(value, dict) and isinstance(out.get(key), dict) and not value.get("_delete_"):
-            out[key] = merge(out[key], value)
-        else:
-            out[key] = {k: v for k, v in value.items() if k != "_delete_"} if isinstance(value, dict) else value
-    return out
+Detector = FasterRCNN | RetinaNet | RPN
 
 
-def _named(kind, config_of, name, num_classes, profile, weights, overrides):
-    if weights is not None:
-        # Weights are read into models: a local import.
-        from fastrcnn.weights import coco_address, infer_model, load_weights
+def kind_of(name: str) -> type[Detector]:
+    """The detector that a model's name stands for."""
+    return RetinaNet if name.startswith("retinanet_") else RPN if name.startswith("rpn_") else FasterRCNN
 
-        source = coco_address(name, profile) if weights == "coco" else weights
-        if num_classes is None:
-            return infer_model(source, name, **overrides)
+
+def recipe(name: str, num_classes: int | None = None, profile: str | None = None, **overrides) -> Detector:
+    """A named model with fresh weights; arguments and errors as in `fastrcnn.models.faster_rcnn`, without `weights`."""
+    kind = kind_of(name)
+    config_of = {FasterRCNN: model_config, RetinaNet: retinanet_config, RPN: rpn_config}[kind]
     profile = profile or ("torchvision" if name.endswith("_v2") else "mmdet")
     counted = () if num_classes is None else (num_classes,)
     model = kind(profile=profile, **merge(config_of(name, *counted, profile=profile), overrides))
     model.zoo_name, model.zoo_overrides = name, overrides  # what a saved file needs to build it again
-    if weights is not None:
-        load_weights(model, source)
-        model.eval()
     return model
-
-
-def faster_rcnn(
-    name: str, num_classes: int | None = None, profile: str | None = None, weights: str | None = None, **overrides
-) -> FasterRCNN:
-    """A named Faster R-CNN, in evaluation mode when `weights` are given.
-
-    num_classes counts foreground classes (default: those of the weights, else 80). profile: "mmdet" (default;
-    "torchvision" for r50_fpn_v2), "torchvision" or "detectron2". weights: a checkpoint file or https address of any of the
-    three peers, whose profile is then taken over, or "coco" for published ones (see `fastrcnn models`), of the peer that
-    `profile` names. overrides: FasterRCNN's arguments, dicts laid over the named model's own, as in
-    `faster_rcnn("r50_fpn", neck=dict(out_channels=128), test_cfg=dict(rcnn=dict(score_thr=0.3)), min_size=640)`.
-    Raises ValueError for an unknown name, profile or type, TypeError for an unknown argument.
-    """
-    return _named(FasterRCNN, model_config, name, num_classes, profile, weights, overrides)
-
-
-def retinanet(
-    name: str, num_classes: int | None = None, profile: str | None = None, weights: str | None = None, **overrides
-) -> RetinaNet:
-    """A named RetinaNet ("retinanet_r50_fpn"); arguments and errors as in `faster_rcnn`."""
-    return _named(RetinaNet, retinanet_config, name, num_classes, profile, weights, overrides)
-
-
-def rpn(
-    name: str, num_classes: int | None = None, profile: str | None = None, weights: str | None = None, **overrides
-) -> RPN:
-    """A named RPN on its own ("rpn_r50_fpn"), of one class; arguments and errors as in `faster_rcnn`."""
-    return _named(RPN, rpn_config, name, num_classes, profile, weights, overrides)
-
-
-def named_model(name: str, *args, **kwargs) -> FasterRCNN | RetinaNet | RPN:
-    """`retinanet`, `rpn` or `faster_rcnn`, as the name says."""
-    kind = retinanet if name.startswith("retinanet_") else rpn if name.startswith("rpn_") else faster_rcnn
-    return kind(name, *args, **kwargs)

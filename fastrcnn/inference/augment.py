@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.faster_rcnn import FasterRCNN
-from fastrcnn.models.post_process import suppress
+from fastrcnn.models.frame import Frame
+from fastrcnn.models.post_process import check_nms, suppress
 from fastrcnn.models.roi_head import StandardRoIHead
 from fastrcnn.models.rpn import RPN
 from fastrcnn.ops._checks import coordinates
@@ -112,6 +113,7 @@ def det_tta(
     argument.
     """
     _check(model, (BaseDetector,), images, scales, flips)
+    check_nms(nms, "nms")
     seen: list[list[dict[str, Tensor]]] = [[] for _ in images]
     for batch, views in _batches(model, images, scales, flips):
         found = model.predict(batch, [v.size for v in views], [v.factor for v in views])
@@ -167,17 +169,14 @@ def aug_test(
     said = [_second_stage(model.roi_head, feats, views, proposals) for feats, views in seen]
     boxes, scores = (torch.stack(column).mean(0) for column in zip(*said))
     counts = [len(p) for p in proposals]
-    return [
-        _detections(model.roi_head, b, s, image.shape[1:])
-        for b, s, image in zip(boxes.split(counts), scores.split(counts), images)
-    ]
+    parts = zip(boxes.split(counts), scores.split(counts), images)
+    return model.outside([_detections(model.roi_head, b, s, image.shape[1:]) for b, s, image in parts])
 
 
 def _propose(model: FasterRCNN | RPN, feats, batch: Tensor, views: Sequence[View]) -> list[tuple[Tensor, Tensor]]:
     """The RPN's (boxes [K, 4] in pixels of the view, scores [K]) of each image."""
     head = model.rpn_head
-    sizes = torch.tensor([v.size for v in views], device=batch.device)
-    boxes, scores, counts = head.predict(*head(feats), sizes, batch.shape[2:], head.test_cfg)
+    boxes, scores, counts = head.predict(*head(feats), Frame.of(batch, [v.size for v in views]), head.test_cfg)
     return [(b[:n], s[:n]) for b, s, n in zip(boxes, scores, counts.tolist())]
 
 
@@ -213,5 +212,5 @@ def _second_stage(
 def _detections(head: StandardRoIHead, boxes: Tensor, scores: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
     """Detections of one image of `size` (height, width), from boxes [P, C, 4] in its pixels and scores [P, classes]."""
     row, column, label = head.candidates(scores)
-    sizes = torch.tensor([list(size)], device=boxes.device)
-    return head.finish(boxes[row, column], scores[row, label], label, torch.zeros_like(label), sizes, None)[0]
+    frame = Frame(torch.tensor([list(size)], device=boxes.device), tuple(size))
+    return head.finish(boxes[row, column], scores[row, label], label, torch.zeros_like(label), frame)[0]

@@ -1,0 +1,37 @@
+"""fastrcnn eval."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastrcnn.cli.common import Device, console, fail
+
+
+def print_scores(model, dataset) -> None:
+    """COCO's numbers; of an RPN alone, whose objects have no classes, its recall."""
+    from fastrcnn.evaluation import evaluate, evaluate_proposals
+
+    for name, value in (evaluate if model.reads_labels else evaluate_proposals)(model, dataset).items():
+        console.print(f"{name:8} {value:5.1f}")
+
+
+def evaluate(
+    annotations: Annotated[Path, typer.Argument(help="COCO annotation file")],
+    weights: Annotated[str, typer.Option(help="checkpoint of any peer, or trained here")],
+    images: Annotated[Path | None, typer.Option(help="image folder [default: images/ beside the annotations]")] = None,
+    device: Device = "auto",
+) -> None:
+    """COCO's twelve numbers of a checkpoint on annotated images, or the recall of a region proposal network."""
+    from fastrcnn.data import CocoDataset
+    from fastrcnn.inference.detector import as_device
+    from fastrcnn.weights import infer_model
+
+    try:
+        dataset = CocoDataset(annotations, images)
+        model = infer_model(weights).to(as_device(device))
+        if model.reads_labels and model.num_classes != len(dataset.class_names):
+            fail(f"{weights} has {model.num_classes} classes, {annotations} has {len(dataset.class_names)}")
+        print_scores(model, dataset)
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)

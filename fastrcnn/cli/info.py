@@ -1,0 +1,50 @@
+"""fastrcnn info."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fastrcnn.cli.common import console
+
+
+def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
+    """Versions, devices, and what answers each operator: a compiled kernel or the reference, and why."""
+    import torch
+
+    import fastrcnn
+    from fastrcnn import _extension
+
+    devices = [f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"]
+    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    facts = dict(
+        fastrcnn=fastrcnn.__version__,
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        python=sys.version.split()[0],
+        built_with_torch=_extension.built_with_torch(),
+        devices=devices,
+        ops=_extension.kernel_table(),
+        dtypes=_extension.kernel_tables(),
+        reasons=_extension.reasons(),
+    )
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for key in ("fastrcnn", "torch", "cuda", "python", "built_with_torch"):
+        console.print(f"{key:17} {facts[key]}")
+    console.print(f"{'devices':17} {', '.join(devices)}")
+    table = Table("op", "cpu", "cuda")
+    for op, row in facts["ops"].items():
+        cells = []
+        for device, answer in row.items():
+            others = [name for name, ops in facts["dtypes"].items() if ops[op][device] != answer]
+            cell = f"[green]{answer}[/]" if answer == "kernel" else answer
+            cells.append(cell + (f", {', '.join(others)}: reference" if others else ""))
+        table.add_row(op, *cells)
+    console.print(table)
+    for name, reason in facts["reasons"].items():
+        if reason:
+            console.print(f"{name}: {reason}", markup=False, soft_wrap=True)

@@ -1,0 +1,167 @@
+"""Region proposal network (Ren et al., Faster R-CNN, 2015) on a feature pyramid."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastrcnn.layers import ConvModule, conv_norm_act
+from fastrcnn.models.build import settings
+from fastrcnn.models.dense_head import DenseHead, flat_levels
+from fastrcnn.models.frame import Frame
+from fastrcnn.models.losses import build_loss, positive_weight
+from fastrcnn.models.matching import check_assigner
+from fastrcnn.models.post_process import check_nms, nms_limit
+from fastrcnn.models.profiles import Profile
+from fastrcnn.models.sampling import build_sampler, sample_images
+from fastrcnn.ops import decode_proposals, nms_padded
+from fastrcnn.ops._boxes import take_boxes
+
+TEST_CFG = dict(nms_pre=1000, max_per_img=1000, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=-1)
+TRAIN_CFG = dict(
+    assigner=dict(
+        type="MaxIoUAssigner", pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3, match_low_quality=True,
+        ignore_iof_thr=-1,
+    ),
+    sampler=dict(type="RandomSampler", num=256, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False),
+    allowed_border=-1,
+    pos_weight=-1,
+)  # fmt: skip
+
+
+def check_proposal_cfg(cfg: dict, what: str) -> None:
+    """Raises ValueError for an NMS other than the plain one, or without a limit: shapes are static."""
+    check_nms(cfg["nms"], f"{what} nms", {"nms": {"iou_threshold"}})
+    if cfg["max_per_img"] < 1:
+        raise ValueError(f"{what} max_per_img: expected at least 1, got {cfg['max_per_img']}")
+
+
+class RPNHead(DenseHead):
+    """3x3 convolution(s) with ReLU, then 1x1 objectness (A channels) and deltas (4 A) on every level.
+
+    Keys: rpn_conv, rpn_cls, rpn_reg; with num_convs > 1, rpn_conv.{i}.conv. Source: MMDetection's RPNHead.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        feat_channels: int = 256,
+        num_classes: int = 1,
+        num_convs: int = 1,
+        anchor_generator: dict = dict(
+            type="AnchorGenerator", scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]
+        ),
+        bbox_coder: dict = dict(type="DeltaXYWHBBoxCoder"),
+        loss_cls: dict = dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
+        loss_bbox: dict = dict(type="SmoothL1Loss", beta=1.0 / 9.0, loss_weight=1.0),
+        reg_decoded_bbox: bool = False,
+        train_cfg: dict | None = None,
+        test_cfg: dict | None = None,
+        profile: str | Profile = "mmdet",
+    ):
+        if num_classes != 1:
+            raise ValueError(f"num_classes: an RPN has one class, got {num_classes}")
+        train_cfg = settings(TRAIN_CFG, train_cfg, "rpn_head train_cfg")
+        test_cfg = settings(TEST_CFG, test_cfg, "rpn_head test_cfg")
+        super().__init__(
+            anchor_generator, bbox_coder, loss_cls, loss_bbox, reg_decoded_bbox, train_cfg, test_cfg, profile
+        )
+        check_proposal_cfg(test_cfg, "rpn_head test_cfg")
+        self.train_cfg = {**train_cfg, "assigner": check_assigner(train_cfg["assigner"])}
+        self.sampler = build_sampler(train_cfg["sampler"])
+        if not self.bbox_coder.clip_border:
+            raise ValueError("bbox_coder: an RPN's boxes are clipped to the image, expected clip_border=True")
+        if not getattr(self.loss_cls, "use_sigmoid", False):
+            raise ValueError("loss_cls: the RPN's objectness needs use_sigmoid=True")
+        if num_convs == 1:
+            self.rpn_conv = nn.Conv2d(in_channels, feat_channels, 3, padding=1)
+        else:
+            widths = [in_channels] + [feat_channels] * num_convs
+            self.rpn_conv = nn.Sequential(*(ConvModule(a, b, 3, padding=1) for a, b in zip(widths, widths[1:])))
+        self.rpn_cls = nn.Conv2d(feat_channels, self.num_anchors, 1)
+        self.rpn_reg = nn.Conv2d(feat_channels, self.num_anchors * 4, 1)
+        self.init_weights()
+
+    def take_defaults(self, profile: Profile) -> None:
+        """`set_profile`, and the peer's defaults of what MMDetection makes an argument: box loss and min_pos_iou."""
+        self.set_profile(profile)
+        self.loss_bbox = build_loss(profile.rpn_loss_bbox)
+        assigner = {**self.train_cfg["assigner"], "min_pos_iou": profile.min_pos_iou}
+        self.train_cfg = {**self.train_cfg, "assigner": assigner}
+
+    @property
+    def loss_names(self) -> tuple[str, str]:
+        return self.profile.losses[:2]
+
+    def init_weights(self) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, std=0.01)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level: objectness logits [B, A, H, W] and deltas [B, 4 A, H, W]."""
+        logits, deltas = [], []
+        for x in feats:
+            plain = isinstance(self.rpn_conv, nn.Conv2d)
+            x = conv_norm_act(x, self.rpn_conv, None) if plain else self.rpn_conv(x)
+            logits.append(conv_norm_act(x, self.rpn_cls, None, relu=False))
+            deltas.append(conv_norm_act(x, self.rpn_reg, None, relu=False))
+        return logits, deltas
+
+    def predict(
+        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame, cfg: dict
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Proposals after NMS: boxes [B, max_per_img, 4] xyxy pixels, scores [B, max_per_img], counts [B]; zeros beyond.
+
+        cfg: nms_pre, min_bbox_size, nms and max_per_img. With frame.factors boxes come back in pixels of the original
+        image.
+        """
+        p, factors = self.profile, frame.factors
+        # Where boxes are scaled back before NMS, min_bbox_size counts the original's pixels.
+        early = factors is not None and p.rescale_before_nms
+        strides = self.anchor_generator.level_strides([x.shape[2:] for x in logits], self.grid_shape(frame))
+        base = self.base_anchors(logits[0].device)
+        boxes, scores, levels, counts = decode_proposals(
+            logits, deltas, base, strides, frame.sizes, cfg["nms_pre"], self.bbox_coder.means, self.bbox_coder.stds,
+            symmetric_clip=p.symmetric_clip, topk_on=p.rpn_topk_on, score=p.rpn_nms_on,
+            min_size=p.rpn_min_size if early else max(p.rpn_min_size, cfg["min_bbox_size"]),
+        )  # fmt: skip
+        factor = None if factors is None else (1.0 / factors).repeat(1, 2)[:, None]
+        if early:
+            boxes = boxes * factor
+            large = (boxes[..., 2:] - boxes[..., :2] > cfg["min_bbox_size"]).all(-1) & (levels >= 0)
+            # Shapes stay static: the large ones move to the front and are counted.
+            counts, first = large.sum(1), large.int().sort(dim=1, descending=True, stable=True).indices
+            boxes, scores, levels = take_boxes(boxes, first), scores.gather(1, first), levels.gather(1, first)
+        groups = None if cfg["nms"].get("class_agnostic") else levels
+        most = nms_limit(cfg["nms"], cfg["max_per_img"])
+        keep, counts = nms_padded(boxes, scores, groups, cfg["nms"]["iou_threshold"], most, counts)
+        kept = keep.clamp(min=0)
+        boxes = take_boxes(boxes, kept) * (keep >= 0)[..., None]
+        if factor is not None and not early:
+            boxes = boxes * factor
+        return boxes, scores.gather(1, kept) * (keep >= 0), counts
+
+    def loss(
+        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame, targets: list[dict]
+    ) -> tuple[Tensor, Tensor]:
+        """(objectness loss, box loss), scalars. targets: dicts with boxes [M, 4] and optionally ignore_boxes [R, 4]."""
+        anchors, matches, max_iou = self.assigned(logits, frame, targets)
+        flat_logits, flat_deltas = flat_levels(logits, 1)[..., 0], flat_levels(deltas, 4)
+        picked, sampled, floor = [], 0, 0
+        picks = sample_images(matches, self.sampler, max_iou)
+        for i, (target, (pos, neg)) in enumerate(zip(targets, picks)):
+            chosen = torch.cat([pos, neg])
+            labels = (matches[i, chosen] >= 0).long()
+            picked.append(
+                (flat_logits[i, chosen], labels, flat_deltas[i, pos], anchors[pos], target["boxes"][matches[i, pos]])
+            )
+            sampled += len(chosen)
+            floor += max(len(pos), 1) + max(len(neg), 1)
+        scores, labels, moves, boxes, truth = (torch.cat(column) for column in zip(*picked))
+        num = self.sampler.num * len(matches)
+        avg_factor = dict(floored=floor, sampled=max(sampled, 1), num=num)[self.profile.rpn_divisor]
+        weight = positive_weight(labels > 0, self.train_cfg["pos_weight"])
+        return self.loss_cls(scores, labels, avg_factor, weight), self.box_loss(moves, boxes, truth, avg_factor)
