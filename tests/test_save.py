@@ -15,7 +15,7 @@ import fastrcnn
 from fastrcnn.checkpoints.peer_options import PeerOptions
 from fastrcnn.models import FasterRCNN, ResNet, faster_rcnn, from_mmdet_config, retinanet, rpn
 from fastrcnn.models.build import merge
-from fastrcnn.weights import export_weights, infer_model, load_weights, pretrained_model, save, writable
+from fastrcnn.weights import export_weights, infer_model, load_weights, model_metadata, pretrained_model, save, writable
 
 NECK = dict(in_channels=[8, 16, 32, 64], out_channels=16)
 SMALL = dict(
@@ -248,3 +248,14 @@ def test_metadata_that_are_not_understood_are_named(tmp_path, key, text):
     save_file(tensors, tmp_path / "m.safetensors", {**meta, key: text})
     with pytest.raises(ValueError, match=r"m\.safetensors: "):
         infer_model(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_files_in_the_form_of_version_0_1(tmp_path, profile):
+    model = small(profile)
+    model.class_names = ["a", "b", "c"]
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(state, tmp_path / "m.safetensors", model_metadata("r18_fpn", model, model.zoo_overrides))
+    again = infer_model(tmp_path / "m.safetensors")
+    assert_same(model, again)
+    assert again.class_names == model.class_names
