@@ -21,7 +21,7 @@ NO_COMPILER = {**os.environ, "CXX": "/nonexistent"}
 def clone(tmp_path_factory):
     """A copy of the sources in a folder of the package's own name."""
     folder = tmp_path_factory.mktemp("parent") / "fastrcnn"
-    for part in ("csrc", "fastrcnn"):
+    for part in ("csrc", "fastrcnn", "scripts"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, folder)

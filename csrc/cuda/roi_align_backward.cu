@@ -7,6 +7,7 @@
 // above each other that reach its row, then spreads that sum over its pixels. The bins' weights on the tile are small
 // dense matrices in shared memory, built once for all warps, and so are the ranges of bins that each warp goes through.
 #include "roi_align.cuh"
+#include "scan.cuh"
 
 namespace fastrcnn {
 namespace {
@@ -26,25 +27,6 @@ struct Tiles {
   int across[kMaxLevels], down[kMaxLevels];
   void* grad[kMaxLevels];
 };
-
-// Where among the block's hits this thread's stands; `all` gets their number. All threads of the block call it.
-template <int kBlock>
-__device__ __forceinline__ int rank_of_hit(bool hit, int& all) {
-  __shared__ int hits[kBlock / kWarp];
-  const unsigned votes = __ballot_sync(0xffffffffu, hit);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  __syncthreads();  // those of the call before are read
-  if (lane == 0) hits[warp] = __popc(votes);
-  __syncthreads();
-  int rank = __popc(votes & ((1u << lane) - 1));
-  all = 0;
-#pragma unroll
-  for (int w = 0; w < kBlock / kWarp; ++w) {
-    rank += w < warp ? hits[w] : 0;
-    all += hits[w];
-  }
-  return rank;
-}
 
 // The pixels (first, last) of an axis that a RoI may touch; the margin is what rounding can move a sample by.
 template <class T>
@@ -83,13 +65,12 @@ bucket_kernel(const int* bucket, const int4* rectangle, int num_rois, int* begin
   for (int first = 0; first < num_rois; first += kBucketThreads) {
     const int k = first + thread;
     const bool hit = k < num_rois && bucket[k] == own;
-    int all;
-    const int slot = at + rank_of_hit<kBucketThreads>(hit, all);
+    const Sums hits = block_votes<kBucketThreads>(hit);
     if (hit) {
-      order[slot] = k;
-      ordered[slot] = rectangle[k];
+      order[at + hits.before] = k;
+      ordered[at + hits.before] = rectangle[k];
     }
-    at += all;
+    at += hits.all;
   }
   if (threadIdx.x == 0 && own == static_cast<int>(gridDim.x) - 1) begin[own + 1] = at;
 }
@@ -272,10 +253,9 @@ tile_kernel(const __grid_constant__ Pyramid p, const __grid_constant__ Tiles til
         const int4 r = ordered[at + threadIdx.x];
         hit = r.x < left + kTileW && r.z >= left && r.y < top + kTileH && r.w >= top;
       }
-      int all;
-      const int slot = found + rank_of_hit<kThreads>(hit, all);
-      if (hit) pending[slot] = order[at + threadIdx.x];
-      found += all;
+      const Sums hits = block_votes<kThreads>(hit);
+      if (hit) pending[found + hits.before] = order[at + threadIdx.x];
+      found += hits.all;
     }
     for (int first = 0; first < found; first += batch_rois) {
       const int count = min(batch_rois, found - first);
