@@ -7,41 +7,24 @@ import stat
 
 import pytest
 import torch
+from conftest import lively, picture, tiny_model, tiny_options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastrcnn
 from fastrcnn.checkpoints.peer_options import PeerOptions
-from fastrcnn.models import FasterRCNN, ResNet, faster_rcnn, from_mmdet_config, retinanet, rpn
-from fastrcnn.models.build import merge
+from fastrcnn.models import FasterRCNN, ResNet, from_mmdet_config, retinanet
 from fastrcnn.weights import export_weights, infer_model, load_weights, model_metadata, pretrained_model, save, writable
 
-NECK = dict(in_channels=[8, 16, 32, 64], out_channels=16)
-SMALL = dict(
-    min_size=64, max_size=96, backbone=dict(base_channels=8), neck=NECK, rpn_head=dict(in_channels=16, feat_channels=16),
-    roi_head=dict(bbox_roi_extractor=dict(out_channels=16), bbox_head=dict(in_channels=16, fc_out_channels=16)),
-    test_cfg=dict(rcnn=dict(score_thr=0.0)),
-)  # fmt: skip
+SMALL = tiny_options() | dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))
 # What a checkpoint may decide, each of which moves boxes.
 OPTIONS = PeerOptions(mean=(1.0, 2.0, 3.0), std=(50.0, 60.0, 70.0), bgr_to_rgb=False, pad_size_divisor=64, norm_eps=0.5)
-IMAGE = [torch.rand(3, 70, 90, generator=torch.Generator().manual_seed(3))]
-
-
-def lively(model: nn.Module) -> nn.Module:
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.running_var.uniform_(0.1, 1.0)
-        for name, parameter in model.named_parameters():
-            if any(part in name for part in ("fc_cls", "fc_reg", "rpn_cls", "rpn_reg", "retina_")):
-                parameter.normal_(std=0.1)
-    return model.eval()
+IMAGE = [picture(70, 90)]
 
 
 def small(profile="mmdet", options: PeerOptions | None = None) -> FasterRCNN:
-    model = lively(faster_rcnn("r18_fpn", 3, profile, **SMALL))
+    model = tiny_model(profile=profile, test_cfg=SMALL["test_cfg"])
     if options is not None:
         model.follow(profile, options)
     return model
@@ -59,23 +42,17 @@ def of_a_config() -> FasterRCNN:
     model["backbone"]["pretrained"] = "https://example.com/start.pth"
     model["test_cfg"]["rcnn"]["nms"] = dict(type="soft_nms", iou_threshold=0.4)
     resize = dict(type="Resize", scale=(96, 64), keep_ratio=True)
+    torch.manual_seed(5)
     return lively(from_mmdet_config(dict(model=model, test_pipeline=[resize], schedule=(1, "x"))))
 
 
 PROFILES = ("mmdet", "torchvision", "detectron2")
-BODY = dict(backbone=dict(base_channels=8), neck=NECK)
-HEAD = dict(bbox_roi_extractor=dict(out_channels=128), bbox_head=dict(in_channels=128, fc_out_channels=16))
-DC5 = dict(backbone=dict(base_channels=4), rpn_head=dict(in_channels=128, feat_channels=16), roi_head=HEAD)
 MODELS = {
     **{f"{p} {bool(o)}": (lambda p=p, o=o: small(p, o)) for p in PROFILES for o in (None, OPTIONS)},
     "config": of_a_config,
-    "retinanet": lambda: lively(
-        retinanet("retinanet_r18_fpn", 3, "detectron2", **BODY, bbox_head=dict(in_channels=16))
-    ),
-    "rpn": lambda: lively(
-        rpn("rpn_r50_fpn", **merge(BODY, dict(backbone=dict(depth=18), rpn_head=dict(in_channels=16))))
-    ),
-    "dc5": lambda: lively(faster_rcnn("r50_dc5", 2, **DC5, test_cfg=SMALL["test_cfg"])),
+    "retinanet": lambda: tiny_model("retinanet_r18_fpn", "detectron2"),
+    "rpn": lambda: tiny_model("rpn_r50_fpn"),
+    "dc5": lambda: tiny_model("r50_dc5", num_classes=2),
 }
 
 
@@ -147,7 +124,7 @@ def test_what_training_has_counted_is_kept(tmp_path):
     model.bbox_head.loss_normalizer.fill_(7.0)
     assert infer_model(save(model, tmp_path / "m.pth")).bbox_head.loss_normalizer == 7
     torch.save(model.state_dict(), tmp_path / "s.pth")
-    fresh = retinanet("retinanet_r18_fpn", 3, **BODY, bbox_head=dict(in_channels=16))
+    fresh = retinanet("retinanet_r18_fpn", 3, **tiny_options("retinanet_r18_fpn"))
     assert load_weights(fresh, tmp_path / "s.pth").bbox_head.loss_normalizer == 7
     assert not any("normalizer" in k for k in export_weights(model, "detectron2"))
 
@@ -215,8 +192,8 @@ HOSTILE = dict(
     weights=dict(weights="https://x/y"),
     backbone=dict(backbone="x"), neck=dict(neck=[dict(type="FPN")] * 3), classes=dict(num_classes=7),
     layers=dict(roi_head=dict(type="StandardRoIHead", bbox_roi_extractor={}, bbox_head=dict(num_shared_convs=10**9))),
-    channels=dict(neck=dict(NECK, type="FPN", out_channels=10**9)),
-    memory=dict(neck=dict(NECK, type="FPN", out_channels=10**5, num_outs=5)),
+    channels=dict(neck=dict(SMALL["neck"], type="FPN", out_channels=10**9)),
+    memory=dict(neck=dict(SMALL["neck"], type="FPN", out_channels=10**5, num_outs=5)),
     depth=dict(backbone=dict(type="ResNet", depth=152)),
 )  # fmt: skip
 
