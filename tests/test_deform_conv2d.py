@@ -57,7 +57,7 @@ CASES = {
     "no offset": Case(spread=0.0, masked=True),
     "one pixel": Case(size=(1, 1), masked=True),
     "one channel, one filter": Case(channels=1, filters=1),
-    "more columns than fit at once": Case(channels=32, filters=4, groups=2, size=(80, 80), masked=True),
+    "more columns than fit at once": Case(channels=32, filters=4, groups=2, size=(64, 66), masked=True),
 }
 
 
@@ -240,9 +240,8 @@ def test_repeats_bit_by_bit(device, need_kernel):
     need_kernel("deform_conv2d_backward", device)
     case = Case(channels=48, size=(40, 50), masked=True)
     tensors = case.tensors(device)
-    runs = [forward_and_gradients(deform_conv2d, tensors, case.where) for _ in range(3)]
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
+    once, again = [forward_and_gradients(deform_conv2d, tensors, case.where) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
 @pytest.mark.parametrize("masked", [False, True])

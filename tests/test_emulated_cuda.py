@@ -13,6 +13,7 @@ from emulated_cuda.build import CSRC, build, build_program, translate
 
 KERNELS = """
 #include <cuda_runtime.h>
+static_assert(sizeof(fmin(1.f, 2.f)) == 4 && sizeof(fmax(1.f, 2.f)) == 4 && sizeof(fma(1.f, 2.f, fabs(3.f))) == 4);
 // The sum over a block, from the last lane of each warp.
 __global__ void block_sum(const int* values, int* sums) {
   __shared__ int of_warp[4];

@@ -127,7 +127,8 @@ def test_compiles_as_one_graph_with_gradients(device, name):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = [outputs_and_gradients(lambda f=f, **t: f(t), tensors, wrt) for f in (compiled, model)]
-    assert all(torch.equal(a, b) for a, b in zip(*map(tree_leaves, results), strict=True))
+    exact = {} if name == "deform_roi_pool" else {"rtol": 0, "atol": 0}  # its gradient is added with atomics on CUDA
+    torch.testing.assert_close(*map(tree_leaves, results), equal_nan=True, **exact)
 
 
 @each_operator

@@ -17,6 +17,11 @@ constexpr int kChunk = 4096;  // candidates of one segment, for one block of the
 constexpr int kOwn = kChunk / kSelectThreads;
 constexpr int kGroup = 4096;  // output rows of one segment, for one block that sorts and decodes
 constexpr int kAllBins = 2048 + 2048 + 1024;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // 1,024 threads a multiprocessor
+constexpr int kCollectBlocks = 4;
+#else
+constexpr int kCollectBlocks = 5;
+#endif
 
 // The digits of a key, from the top: how far to the right it lies, its bits, where its bins begin among kAllBins.
 template <int kPass>
@@ -177,7 +182,8 @@ __global__ void __launch_bounds__(kSelectThreads) digit_kernel(const __grid_cons
 // Keys above the threshold are appended in any order, since they are sorted afterwards. Of the equal ones the first
 // `t.rank` count: a thread holds neighbours, and the chunks' own histograms tell how many came in the chunks before.
 // Few threads have a key to write, so those load it again: that keeps the registers down and more blocks on the device.
-__global__ void __launch_bounds__(kSelectThreads, 5) collect_kernel(const __grid_constant__ Shape shape, Work w) {
+__global__ void __launch_bounds__(kSelectThreads, kCollectBlocks)
+collect_kernel(const __grid_constant__ Shape shape, Work w) {
   using D = Digit<2>;
   __shared__ int base;
   const Place p = locate(shape, shape.chunk);

@@ -13,6 +13,11 @@
 #include <cstring>
 #include <type_traits>
 
+// CUDA's have overloads for float; those of <cmath> are in std alone, and a float would count as a double.
+using std::fabs, std::fma;
+inline float fmin(float a, float b) { return a < b || b != b ? a : b; }  // not libm's: most of an emulated NMS's time
+inline float fmax(float a, float b) { return a > b || b != b ? a : b; }
+
 // From here on the sources believe that nvcc compiles them.
 #define __CUDACC__ 1
 #define __host__
