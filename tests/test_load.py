@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import picture, tiny_model
+import torchvision
+from conftest import picture, tiny_model, tiny_options
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models import detection
 
 from fastrcnn import load_weights
 from fastrcnn.checkpoints.peer_options import EXTRA_STATE
-from fastrcnn.weights import load_checkpoint
+from fastrcnn.weights import infer_model, load_checkpoint, pretrained_model, save
 
 CLASSES = 3
 
@@ -266,3 +268,76 @@ def test_another_number_of_classes_is_explained(tmp_path):
     torch.save(tiny_model(num_classes=5).state_dict(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match="num_classes=5"):
         load_weights(tiny_model(), tmp_path / "model.pth")
+
+
+def test_a_detector_of_other_classes_keeps_all_but_its_last_layers():
+    theirs = detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    model = pretrained_model(theirs.state_dict(), 3)
+    assert model.num_classes == 3 and model.profile.name == "torchvision"
+    expected = infer_model(theirs.state_dict()).state_dict()
+    for key, value in model.state_dict().items():
+        last = key.startswith(("roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg"))
+        assert torch.equal(value, expected[key]) != last or (last and value.shape != expected[key].shape), key
+
+
+def test_a_detector_of_the_same_classes_is_taken_whole():
+    start = tiny_model(num_classes=4)
+    model = pretrained_model(start.state_dict(), 4, "r18_fpn", **tiny_options())
+    for key, value in start.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
+def test_last_layers_of_classes_in_another_order_start_afresh(tmp_path):
+    start, key = tiny_model(num_classes=2), "roi_head.bbox_head.fc_cls.weight"
+    start.class_names = ["cat", "dog"]
+    path = save(start, tmp_path / "a.safetensors")
+    for names, kept in ((["cat", "dog"], True), (["dog", "cat"], False), (["cat", "cow"], False), (None, True)):
+        model = pretrained_model(path, 2, class_names=names)
+        assert torch.equal(model.state_dict()[key], start.state_dict()[key]) == kept
+        assert torch.equal(model.backbone.conv1.weight, start.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("r18_fpn", "resnet18"), ("x50_32x4d_fpn", "resnext50_32x4d")])
+def test_a_classifier_becomes_the_backbone(name, classifier):
+    theirs = getattr(torchvision.models, classifier)(weights=None).state_dict()
+    model = pretrained_model(theirs, 2, name)
+    for key, value in theirs.items():
+        if not key.startswith("fc."):
+            assert torch.equal(model.state_dict()[f"backbone.{key}"], value), key
+    assert not model.backbone.conv1.weight.requires_grad and model.profile.name == "mmdet"
+
+
+def test_our_own_file_brings_its_architecture_along(tmp_path):
+    start = tiny_model()
+    save(start, tmp_path / "a.safetensors")
+    model = pretrained_model(tmp_path / "a.safetensors", 5, min_size=80)
+    assert model.num_classes == 5 and model.backbone.conv1.out_channels == 8
+    assert (model.data_preprocessor.min_size, model.data_preprocessor.max_size) == (80, 96)
+    again = tmp_path / "b.safetensors"
+    save(model, again)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, infer_model(again).state_dict()[key]), key
+
+
+def test_a_classifier_of_another_depth_is_named_key_by_key():
+    theirs = torchvision.models.resnet18(weights=None).state_dict()
+    with pytest.raises(ValueError, match=r"missing keys: backbone\.layer1\.2\.conv1\.weight"):
+        pretrained_model(theirs, 2, "r34_fpn")
+
+
+def test_a_file_of_an_unknown_profile_leaves_the_model_untouched(tmp_path):
+    save_file(tiny_model().state_dict(), tmp_path / "a.safetensors", dict(profile="yolo"))
+    model = tiny_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"a\.safetensors: profile: expected one of .*'yolo'"):
+        load_weights(model, tmp_path / "a.safetensors")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_our_own_files_style_and_input_go_into_a_model_that_has_others(tmp_path):
+    pixels = dict(mean=(1.0, 2.0, 3.0), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
+    start = tiny_model("r50_fpn", backbone=dict(style="caffe"), data_preprocessor=pixels)
+    save(start, tmp_path / "a.safetensors")
+    model = load_weights(tiny_model("r50_fpn", seed=1), tmp_path / "a.safetensors")
+    assert model.backbone.style == "caffe" and model.data_preprocessor.bgr
+    assert model.data_preprocessor.mean == (1.0, 2.0, 3.0)

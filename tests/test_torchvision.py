@@ -37,18 +37,18 @@ def assert_same_state(a, b) -> None:
 def theirs(request):
     torch.manual_seed(0)
     constructor = getattr(detection, request.param)
-    model = constructor(weights=None, weights_backbone=None, num_classes=91, min_size=160, max_size=224)
+    model = constructor(weights=None, weights_backbone=None, num_classes=91, min_size=96, max_size=128)
     model.eval()
     with torch.no_grad():
         cls, reg = model.head.classification_head, model.head.regression_head
-        feats = list(model.backbone(torch.randn(1, 3, 160, 160)).values())
+        feats = list(model.backbone(torch.randn(1, 3, 96, 128)).values())
         scale_outputs(cls.cls_logits, reg.bbox_reg, ([cls([x]) for x in feats], [reg([x]) for x in feats]))
     return model.double()
 
 
 @pytest.fixture(scope="module")
 def ours(theirs):
-    return infer_model({"state_dict": theirs.state_dict()}, min_size=160, max_size=224).double()
+    return infer_model({"state_dict": theirs.state_dict()}, min_size=96, max_size=128).double()
 
 
 @pytest.fixture(scope="module")
