@@ -40,8 +40,8 @@ inline DeformConv make_deform_conv(const Tensor& input, const Tensor& offset, co
   CHECK_ARGUMENT(input.size(2) * input.size(3) < (int64_t{1} << 31), "input: H * W must be below 2^31");
   const ScalarType acc = coordinate_type(input);
   const auto out_size = [&](int axis) {
-    const int64_t reach = dilation[axis] * (weight.size(2 + axis) - 1) + 1;
-    return (input.size(2 + axis) + 2 * padding[axis] - reach) / stride[axis] + 1;
+    const int64_t padded = as_int("padding", input.size(2 + axis) + 2 * padding[axis]);
+    return as_int("stride", (padded - dilation[axis] * (weight.size(2 + axis) - 1) - 1) / stride[axis] + 1);
   };
   DeformShape s;
   s.batch = input.size(0), s.channels = as_int("input", input.size(1));
@@ -50,11 +50,9 @@ inline DeformConv make_deform_conv(const Tensor& input, const Tensor& offset, co
   s.stride_h = as_int("stride", stride[0]), s.stride_w = as_int("stride", stride[1]);
   s.padding_h = as_int("padding", padding[0]), s.padding_w = as_int("padding", padding[1]);
   s.dilation_h = as_int("dilation", dilation[0]), s.dilation_w = as_int("dilation", dilation[1]);
-  as_int("padding", input.size(2) + 2 * padding[0]), as_int("padding", input.size(3) + 2 * padding[1]);
-  s.out_h = as_int("stride", out_size(0)), s.out_w = as_int("stride", out_size(1));
-  const int64_t filters = weight.size(0), group_channels = weight.size(1);
-  const int64_t taps = s.taps = as_int("weight", weight.size(2) * weight.size(3));
-  s.pixels = s.height * s.width;
+  s.out_h = out_size(0), s.out_w = out_size(1);
+  const int64_t filters = weight.size(0), group_channels = weight.size(1), taps = weight.size(2) * weight.size(3);
+  s.taps = as_int("weight", taps), s.pixels = s.height * s.width;
   CHECK_ARGUMENT(group_channels > 0 && taps > 0 && s.channels > 0 && s.channels % group_channels == 0,
                  "weight must be [O, C / groups, kh, kw] for an input of C channels");
   CHECK_ARGUMENT(taps * s.channels < (int64_t{1} << 31), "weight: kh * kw * C must be below 2^31");
@@ -68,9 +66,7 @@ inline DeformConv make_deform_conv(const Tensor& input, const Tensor& offset, co
   s.positions = as_int("offset", int64_t{s.out_h} * s.out_w);
   std::optional<Tensor> m;
   if (mask) {
-    CHECK_ARGUMENT(mask->dim() == 4 && mask->size(0) == s.batch && mask->size(1) == s.offset_groups * taps &&
-                       mask->size(2) == s.out_h && mask->size(3) == s.out_w,
-                   "mask must have shape [B, offset_groups * kh * kw, OH, OW]");
+    check_shape(*mask, "mask", "B, offset_groups * kh * kw, OH, OW", s.batch, s.offset_groups * taps, s.out_h, s.out_w);
     m = contiguous_as(*mask, acc);
   }
   // [G, O / G, C / G, taps] -> taps before channels, as the columns have them

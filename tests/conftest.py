@@ -1,12 +1,17 @@
-"""Shared by all tests: the devices, the guard against testing a reference with itself, and the tolerance rule."""
+"""Shared by all tests: the devices, the guard against testing a reference with itself, the tolerance rule, and one small
+model."""
 
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fastrcnn._extension import has_kernel
+from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.models.build import merge
+from fastrcnn.weights.named import named_model
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
@@ -88,3 +93,69 @@ def assert_within_twice(actual: torch.Tensor, low_precision: torch.Tensor, exact
     error = (actual.double() - exact.double()).abs().max().item()
     allowed = 2 * (low_precision.double() - exact.double()).abs().max().item() + floor * exact.abs().max().item()
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def picture(height: int = 64, width: int = 96, seed: int = 0) -> torch.Tensor:
+    """A rendered picture with structure, uint8 [3, height, width]."""
+    return torch.from_numpy(render_cells(seed, height, width)[0]).permute(2, 0, 1).contiguous()
+
+
+def tiny_options(name: str = "r18_fpn", channels: int = 8) -> dict:
+    """The overrides that make a named model small: images of at most 64 x 96 pixels, `channels` in its first stage."""
+    widths = [channels * 2**i * (1 if "r18" in name or "r34" in name else 4) for i in range(4)]
+    options = dict(min_size=64, max_size=96, backbone=dict(base_channels=channels))
+    width = 2 * channels
+    if name.endswith("_dc5") or name.startswith("retinanet"):
+        width = widths[-1]  # no neck; or a P6 of one shape, whichever map a profile makes it from
+    if not name.endswith("_dc5"):
+        options["neck"] = dict(in_channels=widths, out_channels=width)
+    if name.startswith("retinanet"):
+        return options | dict(bbox_head=dict(in_channels=width, feat_channels=16))
+    options["rpn_head"] = dict(in_channels=width, feat_channels=16)
+    if not name.startswith("rpn"):
+        box = dict(in_channels=width, conv_out_channels=channels, fc_out_channels=16)
+        options["roi_head"] = dict(bbox_roi_extractor=dict(out_channels=width), bbox_head=box)
+    return options
+
+
+def speak(layer: nn.Module, outputs: list[torch.Tensor], deviation: float, mean: float = 0.0) -> None:
+    """Scales a last layer, whose `outputs` [N, C, ...] are given, so that every channel has this deviation and mean."""
+    values = torch.cat([x.transpose(0, 1).flatten(1) for x in outputs], 1)
+    ratio = deviation / values.std(1)
+    layer.weight.mul_(ratio.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+    layer.bias.sub_(values.mean(1)).mul_(ratio).add_(mean)
+
+
+@torch.no_grad()
+def lively(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, its norms off the identity, and its heads scaled so that it finds objects of all its
+    classes, sure of some and not of others: with plain random heads nothing would be found."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.weight.uniform_(0.3, 0.7)  # below 1: maps that grow from block to block would drown every tolerance
+            m.bias.normal_(std=0.2)
+            m.running_mean.normal_(std=0.2)
+            m.running_var.uniform_(0.7, 1.3)
+    model.eval()
+    image, one_stage = [picture(seed=7)], hasattr(model, "bbox_head")
+    dense, name, mean = (model.bbox_head, "retina", -2.0) if one_stage else (model.rpn_head, "rpn", 0.0)
+    scores, moves = dense(model.extract_feat(model.data_preprocessor(image)[0]))
+    speak(getattr(dense, f"{name}_cls"), scores, 1.5, mean)
+    speak(getattr(dense, f"{name}_reg"), moves, 0.2)
+    if hasattr(model, "roi_head"):
+        box, seen = model.roi_head.bbox_head, {}
+        last = {box.fc_cls: 2.0, box.fc_reg: 0.5}
+        hooks = [layer.register_forward_hook(lambda layer, _, out: seen.update({layer: out})) for layer in last]
+        model(image)
+        for hook, (layer, deviation) in zip(hooks, last.items()):
+            hook.remove()
+            speak(layer, [seen[layer]], deviation)
+    return model
+
+
+def tiny_model(name="r18_fpn", profile="mmdet", num_classes: int | None = 3, seed: int = 0, **overrides) -> nn.Module:
+    """A small named model that finds things, the same for the same seed; `overrides` lie over `tiny_options`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        options = merge(tiny_options(name), overrides)
+        return lively(named_model(name, None if name.startswith("rpn") else num_classes, profile, **options))

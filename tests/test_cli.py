@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from PIL import Image
-from torch import nn
 from typer.testing import CliRunner
 
 import fastrcnn
@@ -20,14 +20,6 @@ from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.weights import save
 from fastrcnn.zoo.recipes import NAMES
 
-OVERRIDES = dict(
-    min_size=96,
-    max_size=128,
-    backbone=dict(base_channels=16),
-    neck=dict(in_channels=[16, 32, 64, 128], out_channels=32),
-    rpn_head=dict(in_channels=32, feat_channels=32),
-    roi_head=dict(bbox_roi_extractor=dict(out_channels=32), bbox_head=dict(in_channels=32, fc_out_channels=64)),
-)
 CLASSES = ["red", "white", "platelet"]
 
 
@@ -40,21 +32,14 @@ def run(*arguments, status: int = 0):
 
 
 def tiny(profile="mmdet"):
-    torch.manual_seed(0)
-    model = faster_rcnn("r18_fpn", 3, profile, **OVERRIDES)
-    nn.init.normal_(model.roi_head.bbox_head.fc_cls.weight, std=1.0)
-    nn.init.normal_(model.rpn_head.rpn_cls.weight, std=0.5)
+    model = tiny_model(profile=profile, min_size=96, max_size=128)
     model.class_names = CLASSES
     return model
 
 
 @pytest.fixture(scope="module", params=["mmdet", "torchvision"])
 def weights(request, tmp_path_factory):
-    with torch.random.fork_rng():
-        model = tiny(request.param)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save(model, path)
-    return path
+    return save(tiny(request.param), tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
 @pytest.fixture

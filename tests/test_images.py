@@ -205,10 +205,13 @@ def server(picture, tmp_path, monkeypatch):
         def do_GET(self):
             self.close_connection = True
             if "dripping" in self.path:
-                for byte in b"HTTP/1.1 200 OK\r\n" + 1000 * b"x":
+                head = b"HTTP/1.0 200 OK\r\nX-Slow: " + 100 * b"x" + b"\r\n\r\n"
+                for byte in head:
                     self.wfile.write(bytes([byte]))
                     if over.wait(0.02):
                         return
+                self.wfile.write(data)
+                return
             self.send_response(200)
             if "endless" not in self.path:
                 self.send_header("Content-Length", len(data))

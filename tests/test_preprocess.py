@@ -29,6 +29,8 @@ def preprocessor(profile: str, min_size=192, max_size=256) -> DataPreprocessor:
         ((400, 800), (667, 1333), (666, 1333), (667, 1333)),  # the long side decides
         ((800, 800), (800, 800), (800, 800), (800, 800)),
         ((2160, 3840), (750, 1333), (749, 1333), (750, 1333)),
+        ((1, 10000), (1, 1333), (1, 1333), (1, 1333)),  # a pixel at least
+        ((20000, 1), (1333, 1), (1333, 1), (1333, 1)),
     ],
 )
 def test_sizes(size, mmdet, torchvision, detectron2):

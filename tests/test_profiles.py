@@ -14,9 +14,9 @@
  7 fresh weights of the FPN  test_profiles.py::test_a_fresh_neck
  8 anchors                   test_profiles.py::test_what_a_model_built_with_each_profile_holds
                              test_profiles.py::test_the_last_cell_of_an_odd_map
- 9 low-quality floor         test_rpn.py::test_an_object_that_overlaps_no_anchor
-10 low-quality target        test_rpn.py::test_ties_go_to_the_last_object_in_mmdetection_and_to_the_best_elsewhere
-11 RPN's box loss            test_rpn.py::test_losses_by_hand_with_one_positive
+ 9 low-quality floor         test_rpn_head.py::test_an_object_that_overlaps_no_anchor
+10 low-quality target        test_rpn_head.py::test_ties_go_to_the_last_object_in_mmdetection_and_to_the_best_elsewhere
+11 RPN's box loss            test_rpn_head.py::test_losses_by_hand_with_one_positive
 12 RPN's ranking             test_profiles.py::test_mmdetection_picks_by_the_sigmoid_and_the_others_by_the_logit
                              test_profiles.py::test_detectron2_suppresses_by_the_logit
 13 proposals in training     test_profiles.py::test_what_a_model_built_with_each_profile_holds
@@ -50,6 +50,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_options
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
@@ -61,12 +62,7 @@ from fastrcnn.models.profiles import PROFILES, get_profile
 from fastrcnn.zoo.recipes import model_config
 
 NAMES = ("mmdet", "torchvision", "detectron2")
-SMALL = dict(
-    backbone=dict(base_channels=4),
-    neck=dict(in_channels=[4, 8, 16, 32], out_channels=8),
-    rpn_head=dict(in_channels=8, feat_channels=8),
-    roi_head=dict(bbox_roi_extractor=dict(out_channels=8), bbox_head=dict(in_channels=8, fc_out_channels=8)),
-)
+SMALL = tiny_options()
 
 
 def test_every_item_is_named_and_has_its_tests():
@@ -210,8 +206,8 @@ def test_norms_are_trained_in_mmdetection_only():
 
 
 def test_a_fresh_neck():
-    # A 1x1 convolution of 32 to 8 channels: uniform within sqrt(6 / (32 + 8)), or within sqrt(3 / 32).
-    for profile, bound in zip(NAMES, (0.3873, 0.3062, 0.3062)):
+    # A 1x1 convolution of 64 to 16 channels: uniform within sqrt(6 / (64 + 16)), or within sqrt(3 / 64).
+    for profile, bound in zip(NAMES, (0.2739, 0.2165, 0.2165)):
         neck = faster_rcnn("r18_fpn", 3, profile, **SMALL).neck
         assert 0.93 * bound < neck.lateral_convs[3].conv.weight.abs().max().item() <= bound + 1e-4
 

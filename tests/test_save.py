@@ -7,41 +7,27 @@ import stat
 
 import pytest
 import torch
+from conftest import lively, picture, tiny_model, tiny_options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.models import detection
 
 import fastrcnn
+from fastrcnn.checkpoints import torchvision
 from fastrcnn.checkpoints.peer_options import PeerOptions
-from fastrcnn.models import FasterRCNN, ResNet, faster_rcnn, from_mmdet_config, retinanet, rpn
+from fastrcnn.models import FasterRCNN, ResNet, faster_rcnn, from_mmdet_config, retinanet
 from fastrcnn.models.build import merge
-from fastrcnn.weights import export_weights, infer_model, load_weights, pretrained_model, save, writable
+from fastrcnn.weights import export_weights, infer_model, load_weights, model_metadata, pretrained_model, save, writable
 
-NECK = dict(in_channels=[8, 16, 32, 64], out_channels=16)
-SMALL = dict(
-    min_size=64, max_size=96, backbone=dict(base_channels=8), neck=NECK, rpn_head=dict(in_channels=16, feat_channels=16),
-    roi_head=dict(bbox_roi_extractor=dict(out_channels=16), bbox_head=dict(in_channels=16, fc_out_channels=16)),
-    test_cfg=dict(rcnn=dict(score_thr=0.0)),
-)  # fmt: skip
+SMALL = tiny_options() | dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))
 # What a checkpoint may decide, each of which moves boxes.
 OPTIONS = PeerOptions(mean=(1.0, 2.0, 3.0), std=(50.0, 60.0, 70.0), bgr_to_rgb=False, pad_size_divisor=64, norm_eps=0.5)
-IMAGE = [torch.rand(3, 70, 90, generator=torch.Generator().manual_seed(3))]
-
-
-def lively(model: nn.Module) -> nn.Module:
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.running_var.uniform_(0.1, 1.0)
-        for name, parameter in model.named_parameters():
-            if any(part in name for part in ("fc_cls", "fc_reg", "rpn_cls", "rpn_reg", "retina_")):
-                parameter.normal_(std=0.1)
-    return model.eval()
+IMAGE = [picture(70, 90)]
 
 
 def small(profile="mmdet", options: PeerOptions | None = None) -> FasterRCNN:
-    model = lively(faster_rcnn("r18_fpn", 3, profile, **SMALL))
+    model = tiny_model(profile=profile, test_cfg=SMALL["test_cfg"])
     if options is not None:
         model.follow(profile, options)
     return model
@@ -59,23 +45,17 @@ def of_a_config() -> FasterRCNN:
     model["backbone"]["pretrained"] = "https://example.com/start.pth"
     model["test_cfg"]["rcnn"]["nms"] = dict(type="soft_nms", iou_threshold=0.4)
     resize = dict(type="Resize", scale=(96, 64), keep_ratio=True)
+    torch.manual_seed(5)
     return lively(from_mmdet_config(dict(model=model, test_pipeline=[resize], schedule=(1, "x"))))
 
 
 PROFILES = ("mmdet", "torchvision", "detectron2")
-BODY = dict(backbone=dict(base_channels=8), neck=NECK)
-HEAD = dict(bbox_roi_extractor=dict(out_channels=128), bbox_head=dict(in_channels=128, fc_out_channels=16))
-DC5 = dict(backbone=dict(base_channels=4), rpn_head=dict(in_channels=128, feat_channels=16), roi_head=HEAD)
 MODELS = {
     **{f"{p} {bool(o)}": (lambda p=p, o=o: small(p, o)) for p in PROFILES for o in (None, OPTIONS)},
     "config": of_a_config,
-    "retinanet": lambda: lively(
-        retinanet("retinanet_r18_fpn", 3, "detectron2", **BODY, bbox_head=dict(in_channels=16))
-    ),
-    "rpn": lambda: lively(
-        rpn("rpn_r50_fpn", **merge(BODY, dict(backbone=dict(depth=18), rpn_head=dict(in_channels=16))))
-    ),
-    "dc5": lambda: lively(faster_rcnn("r50_dc5", 2, **DC5, test_cfg=SMALL["test_cfg"])),
+    "retinanet": lambda: tiny_model("retinanet_r18_fpn", "detectron2"),
+    "rpn": lambda: tiny_model("rpn_r50_fpn"),
+    "dc5": lambda: tiny_model("r50_dc5", num_classes=2),
 }
 
 
@@ -147,7 +127,7 @@ def test_what_training_has_counted_is_kept(tmp_path):
     model.bbox_head.loss_normalizer.fill_(7.0)
     assert infer_model(save(model, tmp_path / "m.pth")).bbox_head.loss_normalizer == 7
     torch.save(model.state_dict(), tmp_path / "s.pth")
-    fresh = retinanet("retinanet_r18_fpn", 3, **BODY, bbox_head=dict(in_channels=16))
+    fresh = retinanet("retinanet_r18_fpn", 3, **tiny_options("retinanet_r18_fpn"))
     assert load_weights(fresh, tmp_path / "s.pth").bbox_head.loss_normalizer == 7
     assert not any("normalizer" in k for k in export_weights(model, "detectron2"))
 
@@ -211,10 +191,13 @@ def meta_of(path) -> tuple[dict, dict]:
 
 
 HOSTILE = dict(
-    list=[1], null=None, text="x", type=dict(type="os.system"), unknown=dict(nosuch=1), weights=dict(weights="https://x/y"),
+    list=[1], null=None, text="x", type=dict(type="os.system"), unknown=dict(nosuch=1),
+    weights=dict(weights="https://x/y"),
     backbone=dict(backbone="x"), neck=dict(neck=[dict(type="FPN")] * 3), classes=dict(num_classes=7),
     layers=dict(roi_head=dict(type="StandardRoIHead", bbox_roi_extractor={}, bbox_head=dict(num_shared_convs=10**9))),
-    channels=dict(neck=dict(NECK, type="FPN", out_channels=10**9)), depth=dict(backbone=dict(type="ResNet", depth=152)),
+    channels=dict(neck=dict(SMALL["neck"], type="FPN", out_channels=10**9)),
+    memory=dict(neck=dict(SMALL["neck"], type="FPN", out_channels=10**5, num_outs=5)),
+    depth=dict(backbone=dict(type="ResNet", depth=152)),
 )  # fmt: skip
 
 
@@ -245,3 +228,143 @@ def test_metadata_that_are_not_understood_are_named(tmp_path, key, text):
     save_file(tensors, tmp_path / "m.safetensors", {**meta, key: text})
     with pytest.raises(ValueError, match=r"m\.safetensors: "):
         infer_model(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_files_in_the_form_of_version_0_1(tmp_path, profile):
+    model = small(profile)
+    model.class_names = ["a", "b", "c"]
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(state, tmp_path / "m.safetensors", model_metadata("r18_fpn", model, model.zoo_overrides))
+    again = infer_model(tmp_path / "m.safetensors")
+    assert_same(model, again)
+    assert again.class_names == model.class_names
+
+
+CONSTRUCTORS = [detection.fasterrcnn_resnet50_fpn, detection.fasterrcnn_resnet50_fpn_v2]
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_torchvision_takes_its_own_weights_back_unchanged(constructor):
+    theirs = constructor(weights=None, weights_backbone=None, num_classes=5)
+    state = theirs.state_dict()
+    back = export_weights(infer_model(state), "torchvision")
+    assert set(back) == set(state)
+    theirs.load_state_dict(back, strict=True)
+    unread = "roi_heads.box_predictor.bbox_pred"
+    for key, value in state.items():
+        kept = slice(4, None) if key.startswith(unread) else slice(None)
+        expected = value if value.dim() == 0 else value[kept]
+        assert torch.equal(back[key] if value.dim() == 0 else back[key][kept], expected), key
+
+
+@pytest.mark.parametrize("peer", ["mmdet", "detectron2"])
+def test_exported_weights_load_here_again(peer):
+    model = tiny_model("r50_fpn", peer)
+    again = load_weights(tiny_model("r50_fpn", seed=1), export_weights(model, peer))
+    assert again.profile.name == peer
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_another_profile_and_an_unknown_peer_are_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="follows the profile 'mmdet'"):
+        export_weights(model, "torchvision")
+    with pytest.raises(ValueError, match="peer"):
+        export_weights(model, "yolo")
+
+
+def test_a_layer_that_the_peer_does_not_have_is_named():
+    head = dict(type="ConvFCBBoxHead", num_shared_fcs=1, num_cls_fcs=1)
+    model = narrow("r18_fpn", "torchvision", roi_head=dict(bbox_head=head))
+    with pytest.raises(ValueError, match="cls_fcs"):
+        export_weights(model, "torchvision")
+
+
+def narrow(name: str, profile: str, **overrides):
+    """A small model as it is born."""
+    return faster_rcnn(name, 3, profile, **merge(tiny_options(name), overrides))
+
+
+@pytest.mark.parametrize(
+    "peer, backbone, message",
+    [
+        ("torchvision", dict(style="caffe"), "style 'pytorch' as in torchvision's own models, got 'caffe'"),
+        ("detectron2", dict(style="pytorch"), r"style 'caffe' .*\(MODEL.RESNETS.STRIDE_IN_1X1\), got 'pytorch'"),
+        (
+            "detectron2",
+            dict(type="ResNeXt", groups=2, base_width=2, style="caffe"),
+            r"style 'pytorch' .*\(MODEL.RESNETS.STRIDE_IN_1X1\), got 'caffe'",
+        ),
+    ],
+)
+def test_another_style_than_the_peers_own_is_refused(peer, backbone, message):
+    model = narrow("r50_fpn", peer, backbone=backbone)
+    with pytest.raises(ValueError, match=rf"backbone\.layer2\.0: expected {message}"):
+        export_weights(model, peer)
+    model.backbone.set_style("pytorch" if backbone["style"] == "caffe" else "caffe")
+    assert export_weights(model, peer)
+
+
+def test_the_last_stage_of_a_c4_has_a_style_too():
+    model = faster_rcnn("r50_c4", 3, "detectron2", roi_head=dict(shared_head=dict(style="pytorch")))
+    with pytest.raises(ValueError, match=r"roi_head\.shared_head\.layer4\.0: expected style 'caffe'"):
+        export_weights(model, "detectron2")
+
+
+@pytest.mark.parametrize("peer, style", [("torchvision", "caffe"), ("detectron2", "pytorch")])
+def test_basic_blocks_have_no_style(peer, style):
+    assert export_weights(narrow("r18_fpn", peer, backbone=dict(style=style)), peer)
+
+
+@pytest.mark.parametrize("name", ["r50_c4", "r50_dc5"])
+def test_torchvision_has_no_detector_without_a_pyramid(name):
+    small = {} if name == "r50_c4" else dict(roi_head=dict(bbox_head=dict(fc_out_channels=4)))
+    with pytest.raises(ValueError, match="torchvision has no detector without a pyramid"):
+        export_weights(faster_rcnn(name, 3, "torchvision", **small), "torchvision")
+
+
+def _plugin(kind: str, **options) -> dict:
+    return dict(plugins=[dict(cfg=dict(type=kind, **options), position="after_conv2")])
+
+
+@pytest.mark.parametrize(
+    "backbone, key",
+    [
+        (dict(dcn=dict(type="DCNv2"), stage_with_dcn=(False, True, True, True)), "layer2.0.conv2.conv_offset.weight"),
+        (_plugin("ContextBlock", ratio=0.5), "layer1.0.context_block.conv_mask.weight"),
+        (_plugin("GeneralizedAttention", num_heads=2), "layer1.0.gen_attention_block"),
+        (_plugin("NonLocal2d"), "layer1.0.nonlocal_block"),
+        (_plugin("ConvModule", out_channels=4, kernel_size=1), "layer1.0.conv_block"),
+        (dict(type="ResNetV1d"), "stem.0.weight"),
+        (dict(avg_down=True), "layer1.0.downsample.2.weight"),
+    ],
+)
+def test_only_a_plain_resnet_has_a_place_in_torchvision(backbone, key):
+    state = narrow("r50_fpn", "torchvision").state_dict()
+    added = narrow("r50_fpn", "torchvision", backbone=backbone).state_dict()
+    assert f"backbone.{key}" in added or any(k.startswith(f"backbone.{key}.") for k in added)
+    with pytest.raises(ValueError, match=rf"torchvision's detectors have no place for backbone\.{key}"):
+        torchvision.export({**state, **{k: v for k, v in added.items() if k.startswith(f"backbone.{key}")}})
+
+
+def test_group_norms_and_standardised_weights_are_refused():
+    gn = dict(norm_cfg=dict(type="GN", num_groups=4))
+    with pytest.raises(ValueError, match=r"torchvision's detectors have no place for backbone\.gn1"):
+        export_weights(narrow("r50_fpn", "torchvision", backbone=gn), "torchvision")
+    with pytest.raises(ValueError, match=r"backbone\.gn1: expected the 32 groups of detectron2's group norms, got 4"):
+        export_weights(narrow("r50_fpn", "detectron2", backbone=gn), "detectron2")
+    for peer in ("torchvision", "detectron2"):
+        with pytest.raises(ValueError, match=rf"backbone\.conv1: {peer} has no .*ConvWS"):
+            export_weights(narrow("r50_fpn", peer, backbone=dict(conv_cfg=dict(type="ConvWS"))), peer)
+
+
+def test_boxes_that_are_the_same_for_every_class_are_refused_by_torchvision_alone():
+    agnostic = dict(roi_head=dict(bbox_head=dict(reg_class_agnostic=True)))
+    with pytest.raises(ValueError, match=r"fc_reg: .* expected 12 rows, got the 4 of reg_class_agnostic"):
+        export_weights(narrow("r50_fpn", "torchvision", **agnostic), "torchvision")
+    state = export_weights(narrow("r50_fpn", "detectron2", **agnostic), "detectron2")
+    assert len(state["roi_heads.box_predictor.bbox_pred.weight"]) == 4
+    one = faster_rcnn("r18_fpn", 1, "torchvision", **agnostic)
+    assert len(export_weights(one, "torchvision")["roi_heads.box_predictor.bbox_pred.weight"]) == 8

@@ -1,19 +1,12 @@
 import pytest
 import torch
+from conftest import tiny_options
 from torch import nn
 
 from fastrcnn.models import faster_rcnn
+from fastrcnn.models.build import merge
 from fastrcnn.training import train
 from fastrcnn.training.demo import RenderedCells
-
-OVERRIDES = dict(
-    min_size=96,
-    max_size=128,
-    backbone=dict(base_channels=16, frozen_stages=-1, norm_eval=False),
-    neck=dict(in_channels=[16, 32, 64, 128], out_channels=32),
-    rpn_head=dict(in_channels=32, feat_channels=32),
-    roi_head=dict(bbox_roi_extractor=dict(out_channels=32), bbox_head=dict(in_channels=32, fc_out_channels=64)),
-)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +16,8 @@ def cells():
 
 def tiny():
     torch.manual_seed(0)
-    return faster_rcnn("r18_fpn", 3, **OVERRIDES)
+    training = dict(backbone=dict(frozen_stages=-1, norm_eval=False))
+    return faster_rcnn("r18_fpn", 3, **merge(tiny_options(), training))
 
 
 def total_loss(line: str) -> float:

@@ -54,6 +54,8 @@ def whole_pictures() -> list[tuple[str, bytes]]:
         for mode in modes:
             for options in OPTIONS.get(kind, ({},)):
                 picture = noise.convert("L").convert("I").convert(mode) if mode == "I;16" else noise.convert(mode)
+                if mode == "F":
+                    picture = Image.fromarray(np.asarray(picture) / np.float32(255))
                 file = io.BytesIO()
                 extra = dict(exif=exif) if kind in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF") else {}
                 picture.save(file, kind, **options, **extra)

@@ -106,15 +106,17 @@ def pixels_of(image) -> Tensor:
     decodes."""
     check_size(image)
     if image.mode == "I":  # 16 bits in Pillow's 32
-        array = np.asarray(image)
+        array = np.array(image)
         if array.min() < 0 or array.max() > 0xFFFF or 0 < array.max() <= 0xFF:
             raise ValueError(f"expected 16-bit values in mode I, got {array.min()} to {array.max()}: "
                              "convert the picture to mode L or I;16")  # fmt: skip
         array = array.astype(np.uint16)
     elif image.mode.startswith("I;16") or image.mode == "F":
         array = np.asarray(image)
+    elif image.mode in ("1", "L", "LA"):
+        array = np.array(image.convert("L"))
     else:
-        array = np.array(image.convert("RGB"))
+        array = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return _turned(bytes_of(array), image)
 
 

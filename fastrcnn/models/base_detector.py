@@ -67,6 +67,11 @@ class BaseDetector(nn.Module):
         trained = any(p.requires_grad for m in self._norms() for p in m.parameters())
         self.built = Built(self.profile.name, self.peer_options, trained, {"type": type(self).__name__, **given})
 
+    @property
+    def zoo_overrides(self) -> dict:
+        """The constructor's arguments, as they can be laid over a named model (see `weights.model_metadata`)."""
+        return {k: v for k, v in self.built.arguments.items() if k not in ("type", "profile")}
+
     def _norms(self) -> list[nn.Module]:
         return [m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 

@@ -11,19 +11,17 @@ from fastrcnn.ops.preprocess import check_images
 
 
 def resized_size(height: int, width: int, min_size: int, max_size: int, resize: str) -> tuple[int, int]:
-    """(height, width) with the short side at min_size unless the long side would exceed max_size."""
+    """(height, width) with the short side at min_size unless the long side would exceed max_size; at least a pixel each,
+    where the peers fail on a picture too thin."""
     scale = min(min_size / min(height, width), max_size / max(height, width))
-    if resize == "opencv":
-        return int(height * scale + 0.5), int(width * scale + 0.5)
-    if resize == "interpolate":
-        return int(height * scale), int(width * scale)
-    # Detectron2 fixes the short side first and shrinks both when the long one is too large.
-    scale = min_size / min(height, width)
-    new = (min_size, scale * width) if height < width else (scale * height, min_size)
-    if max(new) > max_size:
-        scale = max_size / max(new)
-        new = tuple(v * scale for v in new)
-    return int(new[0] + 0.5), int(new[1] + 0.5)
+    new, add = (height * scale, width * scale), 0.0 if resize == "interpolate" else 0.5
+    if resize == "pillow":  # Detectron2 fixes the short side first and shrinks both when the long one is too large
+        scale = min_size / min(height, width)
+        new = (min_size, scale * width) if height < width else (scale * height, min_size)
+        if max(new) > max_size:
+            scale = max_size / max(new)
+            new = tuple(v * scale for v in new)
+    return max(1, int(new[0] + add)), max(1, int(new[1] + add))
 
 
 class DataPreprocessor(nn.Module):

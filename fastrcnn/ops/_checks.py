@@ -1,5 +1,6 @@
 """Argument checks shared by the public functions: each error names the argument, what came and what was expected."""
 
+import reprlib
 import sys
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
 
 
 def _shown(value) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+    return f"{type(value).__name__} {list(getattr(value, 'shape', ())) or reprlib.repr(value)}"
 
 
 def check_number(name: str, value, low: float = -MOST, high: float = MOST) -> float:

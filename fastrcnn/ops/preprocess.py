@@ -23,7 +23,6 @@ from fastrcnn.ops._checks import (
     check_int,
     check_numbers,
     check_same_device,
-    check_tensors,
 )
 
 RULES = ("opencv", "interpolate", "pillow")
@@ -125,12 +124,17 @@ declare("preprocess", _op_reference, _fake)
 
 def check_images(images: Sequence[Tensor]) -> None:
     """[3, H, W] each, uint8 or floating point, on one device. Raises TypeError or ValueError naming the image."""
-    for i, image in enumerate(check_tensors("images", images)):
-        if image.layout != torch.strided:
-            raise TypeError(f"images[{i}]: expected a dense tensor, got {image.layout}")
-        if image.dim() != 3 or image.shape[0] != 3 or not all(1 <= n <= MOST for n in image.shape[1:]):
-            raise ValueError(f"images[{i}]: expected a tensor [3, H, W] of 1 to {MOST} rows and columns, "
-                             f"got {list(image.shape)}")  # fmt: skip
+    if not isinstance(images, (list, tuple)):
+        raise TypeError(f"images: expected a list of tensors [3, H, W], got {type(images).__name__}")
+    if len(images) == 0:
+        raise ValueError("images: expected at least one image, got none")
+    for i, image in enumerate(images):
+        dense = isinstance(image, Tensor) and image.layout == torch.strided
+        if not dense or image.dim() != 3 or image.shape[0] != 3 or not all(1 <= n <= MOST for n in image.shape[1:]):
+            got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(
+                f"images[{i}]: expected a dense tensor [3, H, W] of 1 to {MOST} rows and columns, got {got}"
+            )
         if image.dtype != torch.uint8 and image.dtype not in FLOATING:
             raise TypeError(f"images[{i}]: expected float in 0..1 or uint8, got {image.dtype}")
     if any(image.device != images[0].device for image in images):

@@ -3,7 +3,7 @@
 from fastrcnn.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from fastrcnn.weights.load import coco_address, infer_model, load_pretrained, load_weights, pretrained_model
 from fastrcnn.weights.named import named_model
-from fastrcnn.weights.save import export_weights, save, writable
+from fastrcnn.weights.save import export_weights, model_metadata, save, writable
 
 __all__ = [
     "Checkpoint",
@@ -13,6 +13,7 @@ __all__ = [
     "load_checkpoint",
     "load_pretrained",
     "load_weights",
+    "model_metadata",
     "named_model",
     "pretrained_model",
     "save",

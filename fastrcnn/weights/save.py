@@ -12,6 +12,7 @@ from fastrcnn.checkpoints import detectron2
 from fastrcnn.checkpoints.checkpoint import PEERS
 from fastrcnn.checkpoints.peer_options import EXTRA_STATE, to_text
 from fastrcnn.layers.builders import ConvWS2d
+from fastrcnn.models.build import merge
 from fastrcnn.models.resnet import Bottleneck
 from fastrcnn.models.rpn_head import RPNHead
 from fastrcnn.weights.describe import description
@@ -75,6 +76,21 @@ def _categories(model: Detector) -> dict[str, str]:
     for row, number in zip(rows, ids or ()):
         row["id"] = int(number)
     return dict(categories=json.dumps(rows))
+
+
+def model_metadata(name: str, model: Detector, overrides: dict) -> dict[str, str]:
+    """Metadata in the form of version 0.1, for those who write a safetensors file themselves: the model is the named one
+    with `overrides` (`model.zoo_overrides`) laid over it. `save` writes all of it, and more."""
+    o = model.peer_options
+    pixels = dict(mean=o.mean, std=o.std, bgr_to_rgb=o.bgr_to_rgb)
+    backbone = {} if o.style is None else dict(style=o.style)
+    if o.norm_eps is not None:
+        backbone["norm_cfg"] = dict(eps=o.norm_eps)
+    overrides = merge(
+        {k: v for k, v in overrides.items() if v is not None}, dict(data_preprocessor=pixels, backbone=backbone)
+    )
+    names = "\n".join(model.class_names or [])
+    return dict(model=name, profile=model.profile.name, overrides=json.dumps(overrides), class_names=names)
 
 
 def writable(path: str | Path) -> Path:

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import tiny_model, tiny_options
 from torch import nn
 from torchvision.ops import roi_align
 
@@ -16,14 +17,7 @@ from fastrcnn.zoo.recipes import model_config
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 NORM = ("weight", "bias", "running_mean", "running_var")
-TINY = dict(
-    min_size=64,
-    max_size=96,
-    backbone=dict(base_channels=4),
-    rpn_head=dict(in_channels=128, feat_channels=16),
-    roi_head=dict(bbox_roi_extractor=dict(out_channels=128), bbox_head=dict(in_channels=128, fc_out_channels=16)),
-    test_cfg=dict(rpn=dict(max_per_img=50), rcnn=dict(score_thr=0.0)),
-)
+TINY = tiny_options("r50_dc5")
 
 
 def unit(name: str, norm: str) -> set[str]:
@@ -159,21 +153,8 @@ def test_a_lone_rpn_goes_out_and_comes_back():
         infer_model(state)
 
 
-def tiny_dc5(profile="mmdet", seed=0):
-    torch.manual_seed(seed)
-    model = faster_rcnn("r50_dc5", 3, profile, **TINY)
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(0.2, 0.5)
-                m.running_var.uniform_(0.1, 1.0)
-        for layer in (model.rpn_head.rpn_cls, model.roi_head.bbox_head.fc_cls):
-            layer.bias.normal_()
-    return model.eval()
-
-
 def test_a_dc5_in_a_pickle_of_numpy_arrays(tmp_path):
-    source = tiny_dc5("detectron2")
+    source = tiny_model("r50_dc5", "detectron2")
     state = {k: v.numpy() for k, v in export_weights(source, "detectron2").items()}
     cells = cell_anchors((32, 64, 128, 256, 512), (0.5, 1.0, 2.0)).numpy()
     state["proposal_generator.anchor_generator.cell_anchors.0"] = cells
@@ -214,17 +195,7 @@ def test_the_networks_of_the_configurations():
     assert {b.conv2.dilation for b in model.backbone.layer4} == {(2, 2)}
 
 
-SMALL = dict(
-    min_size=64,
-    max_size=96,
-    backbone=dict(base_channels=32),
-    neck=dict(in_channels=[128, 256, 512, 1024], out_channels=32),
-    rpn_head=dict(in_channels=32, feat_channels=32),
-    roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=32),
-        bbox_head=dict(in_channels=32, conv_out_channels=32, fc_out_channels=16),
-    ),
-)
+SMALL = tiny_options("r50_fpn", 32)  # channels that 32 groups divide
 
 
 def small(profile="mmdet", name="r50_fpn", **overrides):
@@ -290,12 +261,12 @@ def test_without_a_pyramid_images_are_padded_to_the_largest_only(plain):
     def pads(model) -> tuple[int, int]:
         return model.data_preprocessor.pad_size_divisor, model.rpn_head.pad_size_divisor
 
-    model, theirs = tiny_dc5(), export_weights(tiny_dc5("detectron2"), "detectron2")
+    model, theirs = tiny_model("r50_dc5"), export_weights(tiny_model("r50_dc5", "detectron2"), "detectron2")
     assert pads(model) == (32, 32) and pads(load_weights(model, theirs)) == (1, 1)
     assert load_weights(model, theirs).data_preprocessor([torch.rand(3, 65, 90)])[0].shape[2:] == (64, 89)
-    assert pads(load_weights(model, tiny_dc5().state_dict())) == (32, 32)
+    assert pads(load_weights(model, tiny_model("r50_dc5").state_dict())) == (32, 32)
     own = faster_rcnn("r50_dc5", 3, "detectron2", **merge(TINY, dict(data_preprocessor=dict(pad_size_divisor=16))))
-    assert pads(load_weights(own, tiny_dc5().state_dict())) == (32, 32)
+    assert pads(load_weights(own, tiny_model("r50_dc5").state_dict())) == (32, 32)
     assert pads(load_weights(own, theirs)) == (16, 16)
     assert pads(load_weights(small(data_preprocessor=dict(pad_size_divisor=64)), plain)) == (64, 64)
 

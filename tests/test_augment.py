@@ -1,68 +1,34 @@
 import pytest
 import torch
+from conftest import picture, tiny_model
 from torch import nn
 
-from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.inference.augment import View, aug_test, aug_test_rpn, det_tta, flip_boxes
-from fastrcnn.models import RPN, FasterRCNN, StandardRoIHead, faster_rcnn
+from fastrcnn.models import RPN, FasterRCNN, StandardRoIHead
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder
 from fastrcnn.models.build import merge
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.profiles import PROFILES
 from fastrcnn.models.retinanet import RetinaNet
-from fastrcnn.zoo.recipes import model_config
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
-SMALL = dict(backbone=dict(base_channels=16), neck=dict(in_channels=[16, 32, 64, 128], out_channels=32))
-TWO_STAGES = dict(
-    SMALL,
-    rpn_head=dict(in_channels=32, feat_channels=32),
-    roi_head=dict(bbox_roi_extractor=dict(out_channels=32), bbox_head=dict(in_channels=32, fc_out_channels=64)),
-    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
-)
 SCALES, FLIPS = [(96, 64), (160, 96)], (None, "horizontal", "vertical", "diagonal")
 AS_IT_IS = [(96, 64)]  # of images of 64 x 96, which are not resized
 # Nothing is suppressed: sets of boxes that differ by a mirror only stay comparable to the last box.
 KEEP_ALL = dict(type="nms", iou_threshold=1.0)
 
 
-def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """A rendered picture with structure, uint8 [3, H, W]."""
-    return torch.from_numpy(render_cells(seed, height, width)[0]).permute(2, 0, 1).contiguous()
-
-
-@torch.no_grad()
-def lively(model: nn.Module) -> nn.Module:
-    """Scores and deltas that vary from place to place, as a trained model's do."""
-    for name, layer in model.named_modules():
-        deviation = dict(rpn_cls=0.5, rpn_reg=0.05, fc_cls=0.5, fc_reg=0.3, retina_cls=2.0, retina_reg=0.1)
-        if name.split(".")[-1] in deviation:
-            layer.weight.normal_(std=deviation[name.split(".")[-1]])
-    return model.eval()
-
-
-def common(profile: str) -> dict:
-    """Images at most 64 x 96, and alike in range: no profile's scores are so large that all are 0 or 1."""
-    pixels = dict(data_preprocessor=dict(std=(58.0, 57.0, 57.0))) if profile == "detectron2" else {}
-    return dict(profile=profile, min_size=64, max_size=96, **pixels)
-
-
 def two_stages(profile="mmdet", **more) -> FasterRCNN:
-    torch.manual_seed(1)
-    return lively(faster_rcnn("r18_fpn", 3, **common(profile), **merge(TWO_STAGES, more)))
+    proposals = dict(test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)))
+    return tiny_model("r18_fpn", profile, **merge(proposals, more))
 
 
 def retina(profile="mmdet") -> RetinaNet:
-    torch.manual_seed(1)
-    over = dict(SMALL, bbox_head=dict(in_channels=32, feat_channels=32, stacked_convs=1))
-    return lively(RetinaNet(**common(profile), **merge(model_config("retinanet_r18_fpn", 3, profile), over)))
+    return tiny_model("retinanet_r18_fpn", profile)
 
 
 def proposer(profile="mmdet") -> RPN:
-    torch.manual_seed(1)
-    cfg = merge(model_config("r18_fpn", 3, profile), TWO_STAGES)
-    del cfg["roi_head"]
-    return lively(RPN(**common(profile), **cfg))
+    return tiny_model("rpn_r50_fpn", profile, test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)))
 
 
 DETECTORS = {"faster_rcnn": two_stages, "retinanet": retina, "rpn": proposer}
@@ -348,9 +314,10 @@ def test_batches_of_several_sizes_find_boxes_within_the_images(kind, profile):
 
 @pytest.mark.parametrize("function", [det_tta, aug_test])
 def test_nothing_found_is_an_empty_result(function):
-    no_proposals, low_scores = dict(rpn=dict(min_bbox_size=10_000)), dict(rcnn=dict(score_thr=1.0))
-    for test_cfg in (no_proposals, low_scores):
-        for found in function(two_stages(test_cfg=test_cfg), [picture(64, 90), picture(60, 60)], SCALES):
+    for stage, cfg in (("rpn_head", dict(min_bbox_size=10_000)), ("roi_head", dict(score_thr=1.0))):
+        head = getattr(model := two_stages(), stage)
+        head.test_cfg = {**head.test_cfg, **cfg}
+        for found in function(model, [picture(64, 90), picture(60, 60)], SCALES):
             assert found["boxes"].shape == (0, 4)
             assert found["scores"].shape == found["labels"].shape == (0,) and found["labels"].dtype == torch.int64
 

@@ -6,51 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
+from conftest import picture, tiny_model, tiny_options
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models import detection
 
 from fastrcnn import load_weights
 from fastrcnn.checkpoints.peer_options import EXTRA_STATE
-from fastrcnn.data.rendered_cells import render_cells
-from fastrcnn.models import faster_rcnn
-from fastrcnn.weights import load_checkpoint
+from fastrcnn.weights import infer_model, load_checkpoint, pretrained_model, save
 
 CLASSES = 3
 
 
-def overrides(bottleneck: bool) -> dict:
-    """A named model, made small."""
-    return dict(
-        min_size=64,
-        max_size=96,
-        backbone=dict(base_channels=8),
-        neck=dict(in_channels=[8 * 2**i * (4 if bottleneck else 1) for i in range(4)], out_channels=16),
-        rpn_head=dict(in_channels=16, feat_channels=16),
-        roi_head=dict(bbox_roi_extractor=dict(out_channels=16), bbox_head=dict(in_channels=16, fc_out_channels=16)),
-        test_cfg=dict(rcnn=dict(score_thr=0.0)),
-    )
-
-
-def tiny(name="r18_fpn", profile="mmdet", seed=0, num_classes=CLASSES):
-    """A small model whose norms and heads have all moved away from their initial values."""
-    torch.manual_seed(seed)
-    model = faster_rcnn(name, num_classes, profile, **overrides(name != "r18_fpn"))
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(0.2, 0.5)
-                m.bias.normal_(std=0.2)
-                m.running_mean.normal_(std=0.2)
-                m.running_var.uniform_(0.1, 1.0)
-        for layer in (model.rpn_head.rpn_cls, model.roi_head.bbox_head.fc_cls, model.roi_head.bbox_head.fc_reg):
-            layer.weight.normal_(std=0.3)
-            layer.bias.normal_(std=0.1)
-    return model.eval()
-
-
 def found_by(model) -> dict:
-    image = torch.from_numpy(render_cells(0, 64, 90)[0]).permute(2, 0, 1)
-    return model.eval()([image])[0]
+    return model.eval()([picture(64, 90)])[0]
 
 
 def assert_same_model(a, b) -> None:
@@ -119,13 +89,13 @@ def to_detectron2(state: dict) -> dict:
 @pytest.mark.parametrize("old_names", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_torchvision_weights_give_torchvisions_model(tmp_path, old_names, frozen):
-    source = tiny(profile="torchvision")
+    source = tiny_model(profile="torchvision")
     torch.save(to_torchvision(source.state_dict(), old_names, frozen), tmp_path / "model.pth")
     if frozen:  # the published weights were made with frozen norms of epsilon 0
         for m in source.backbone.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.eps = 0.0
-    loaded = load_weights(tiny(seed=1), tmp_path / "model.pth")
+    loaded = load_weights(tiny_model(seed=1), tmp_path / "model.pth")
     assert loaded.profile.name == "torchvision"
     assert torch.equal(loaded.roi_head.bbox_head.fc_cls.bias, source.roi_head.bbox_head.fc_cls.bias)
     assert_same_model(loaded, source)
@@ -134,15 +104,15 @@ def test_torchvision_weights_give_torchvisions_model(tmp_path, old_names, frozen
 
 
 def test_the_norms_epsilon_can_be_given(tmp_path):
-    torch.save(to_torchvision(tiny().state_dict(), frozen=True), tmp_path / "model.pth")
+    torch.save(to_torchvision(tiny_model().state_dict(), frozen=True), tmp_path / "model.pth")
     for given, expected in ((None, 0.0), (1e-5, 1e-5), (1e-3, 1e-3)):
-        model = load_weights(tiny(seed=1), tmp_path / "model.pth", norm_eps=given)
+        model = load_weights(tiny_model(seed=1), tmp_path / "model.pth", norm_eps=given)
         assert {m.eps for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)} == {expected}
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_detectron2_weights_give_detectron2s_model(tmp_path, suffix):
-    source = tiny("r50_fpn", "detectron2")
+    source = tiny_model("r50_fpn", "detectron2")
     state, path = to_detectron2(source.state_dict()), tmp_path / f"model{suffix}"
     if suffix == ".pkl":
         content = dict(model={k: v.numpy() for k, v in state.items()}, __author__="Detectron2 Model Zoo")
@@ -150,7 +120,7 @@ def test_detectron2_weights_give_detectron2s_model(tmp_path, suffix):
     else:
         anchors = {f"proposal_generator.anchor_generator.cell_anchors.{i}": torch.zeros(3, 4) for i in range(5)}
         torch.save(dict(model={**state, **anchors}, iteration=90000), path)
-    loaded = load_weights(tiny("r50_fpn", seed=1), path)
+    loaded = load_weights(tiny_model("r50_fpn", seed=1), path)
     assert loaded.profile.name == "detectron2" and loaded.data_preprocessor.mean == (103.53, 116.28, 123.675)
     block = loaded.backbone.layer2[0]
     assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
@@ -182,7 +152,7 @@ def history_buffer(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["pth", "safetensors", "ddp"])
 def test_mmdetection_weights(tmp_path, layout, history_buffer):
-    source = tiny()
+    source = tiny_model()
     state, path = dict(source.state_dict()), tmp_path / ("m.safetensors" if layout == "safetensors" else "m.pth")
     if layout == "safetensors":
         save_file(state, path)
@@ -192,7 +162,7 @@ def test_mmdetection_weights(tmp_path, layout, history_buffer):
         state |= {"data_preprocessor.mean": torch.zeros(3)}
         meta = dict(dataset_meta=dict(CLASSES=("rbc", "wbc", "platelet")), cfg="style='pytorch'", epoch=12)
         history_buffer(dict(meta=meta, state_dict=state), path)
-    loaded = load_weights(tiny(seed=1), path)
+    loaded = load_weights(tiny_model(seed=1), path)
     assert loaded.profile.name == "mmdet"
     assert loaded.class_names == (None if layout == "safetensors" else ["rbc", "wbc", "platelet"])
     assert_same_model(loaded, source)
@@ -214,7 +184,7 @@ def input_and_strides(model) -> tuple:
 
 
 def test_a_caffe_style_checkpoint_says_so(tmp_path):
-    model = load_weights(tiny("r50_fpn"), save_mmdetection(tmp_path / "m.pth", tiny("r50_fpn"), CAFFE_CFG))
+    model = load_weights(tiny_model("r50_fpn"), save_mmdetection(tmp_path / "m.pth", tiny_model("r50_fpn"), CAFFE_CFG))
     mean, std, pixel, first, second, _ = input_and_strides(model)
     assert (mean, std, first, second) == ((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), (2, 2), (1, 1))
     rgb = [(325 + 4096 * c) % 251 for c in range(3)]
@@ -224,7 +194,7 @@ def test_a_caffe_style_checkpoint_says_so(tmp_path):
 @pytest.mark.parametrize("built_for", ["mmdet", "torchvision"])
 @pytest.mark.parametrize("first", ["caffe", "torchvision", "detectron2"])
 def test_a_second_checkpoint_leaves_nothing_of_the_first(tmp_path, first, built_for):
-    source = tiny("r50_fpn")
+    source = tiny_model("r50_fpn")
     plain = save_mmdetection(tmp_path / "plain.pth", source)
     before = tmp_path / "before.pth"
     if first == "caffe":
@@ -232,21 +202,21 @@ def test_a_second_checkpoint_leaves_nothing_of_the_first(tmp_path, first, built_
     else:
         torch.save(to_torchvision(source.state_dict(), frozen=True) if first == "torchvision" else
                    dict(model=to_detectron2(source.state_dict())), before)  # fmt: skip
-    model = tiny("r50_fpn", built_for, seed=1)
+    model = tiny_model("r50_fpn", built_for, seed=1)
     load_weights(load_weights(model, before), plain)
-    assert input_and_strides(model) == input_and_strides(tiny("r50_fpn"))
+    assert input_and_strides(model) == input_and_strides(tiny_model("r50_fpn"))
     assert_same_model(model, source)
 
 
 def test_torchvision_weights_fit_a_model_built_for_detectron2(tmp_path):
-    source = tiny("r50_fpn", "torchvision")
+    source = tiny_model("r50_fpn", "torchvision")
     torch.save(to_torchvision(source.state_dict()), tmp_path / "model.pth")
-    assert_same_model(load_weights(tiny("r50_fpn", "detectron2", seed=1), tmp_path / "model.pth"), source)
+    assert_same_model(load_weights(tiny_model("r50_fpn", "detectron2", seed=1), tmp_path / "model.pth"), source)
 
 
 @pytest.mark.parametrize("peer", ["torchvision", "detectron2", "mmdet"])
 def test_the_peer_is_told_by_its_keys(tmp_path, peer):
-    state = tiny("r50_fpn").state_dict()
+    state = tiny_model("r50_fpn").state_dict()
     rename = dict(torchvision=to_torchvision, detectron2=to_detectron2, mmdet=dict)[peer]
     torch.save(rename(state), tmp_path / "model.pth")
     checkpoint = load_checkpoint(tmp_path / "model.pth")
@@ -267,22 +237,22 @@ def test_other_networks_are_refused(tmp_path, content):
 
 def test_a_missing_file_and_a_file_without_tensors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        load_weights(tiny(), tmp_path / "nowhere.pth")
+        load_weights(tiny_model(), tmp_path / "nowhere.pth")
     torch.save(dict(state_dict={}, meta={}), tmp_path / "model.pth")
     with pytest.raises(ValueError, match="no tensors"):
-        load_weights(tiny(), tmp_path / "model.pth")
+        load_weights(tiny_model(), tmp_path / "model.pth")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="dict"):
-        load_weights(tiny(), tmp_path / "list.pth")
+        load_weights(tiny_model(), tmp_path / "list.pth")
 
 
 def test_keys_that_do_not_fit_are_named_and_the_model_is_untouched(tmp_path):
-    state = dict(tiny(seed=1).state_dict())
+    state = dict(tiny_model(seed=1).state_dict())
     del state["neck.fpn_convs.2.conv.bias"]
     state["neck.gate.weight"] = torch.zeros(3)
     state["rpn_head.rpn_conv.weight"] = torch.zeros(16, 16, 1, 1)
     torch.save(state, tmp_path / "model.pth")
-    model = tiny("r18_fpn", "torchvision")
+    model = tiny_model("r18_fpn", "torchvision")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError) as error:
         load_weights(model, tmp_path / "model.pth")
@@ -295,6 +265,79 @@ def test_keys_that_do_not_fit_are_named_and_the_model_is_untouched(tmp_path):
 
 
 def test_another_number_of_classes_is_explained(tmp_path):
-    torch.save(tiny(num_classes=5).state_dict(), tmp_path / "model.pth")
+    torch.save(tiny_model(num_classes=5).state_dict(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match="num_classes=5"):
-        load_weights(tiny(), tmp_path / "model.pth")
+        load_weights(tiny_model(), tmp_path / "model.pth")
+
+
+def test_a_detector_of_other_classes_keeps_all_but_its_last_layers():
+    theirs = detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    model = pretrained_model(theirs.state_dict(), 3)
+    assert model.num_classes == 3 and model.profile.name == "torchvision"
+    expected = infer_model(theirs.state_dict()).state_dict()
+    for key, value in model.state_dict().items():
+        last = key.startswith(("roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg"))
+        assert torch.equal(value, expected[key]) != last or (last and value.shape != expected[key].shape), key
+
+
+def test_a_detector_of_the_same_classes_is_taken_whole():
+    start = tiny_model(num_classes=4)
+    model = pretrained_model(start.state_dict(), 4, "r18_fpn", **tiny_options())
+    for key, value in start.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
+def test_last_layers_of_classes_in_another_order_start_afresh(tmp_path):
+    start, key = tiny_model(num_classes=2), "roi_head.bbox_head.fc_cls.weight"
+    start.class_names = ["cat", "dog"]
+    path = save(start, tmp_path / "a.safetensors")
+    for names, kept in ((["cat", "dog"], True), (["dog", "cat"], False), (["cat", "cow"], False), (None, True)):
+        model = pretrained_model(path, 2, class_names=names)
+        assert torch.equal(model.state_dict()[key], start.state_dict()[key]) == kept
+        assert torch.equal(model.backbone.conv1.weight, start.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("r18_fpn", "resnet18"), ("x50_32x4d_fpn", "resnext50_32x4d")])
+def test_a_classifier_becomes_the_backbone(name, classifier):
+    theirs = getattr(torchvision.models, classifier)(weights=None).state_dict()
+    model = pretrained_model(theirs, 2, name)
+    for key, value in theirs.items():
+        if not key.startswith("fc."):
+            assert torch.equal(model.state_dict()[f"backbone.{key}"], value), key
+    assert not model.backbone.conv1.weight.requires_grad and model.profile.name == "mmdet"
+
+
+def test_our_own_file_brings_its_architecture_along(tmp_path):
+    start = tiny_model()
+    save(start, tmp_path / "a.safetensors")
+    model = pretrained_model(tmp_path / "a.safetensors", 5, min_size=80)
+    assert model.num_classes == 5 and model.backbone.conv1.out_channels == 8
+    assert (model.data_preprocessor.min_size, model.data_preprocessor.max_size) == (80, 96)
+    again = tmp_path / "b.safetensors"
+    save(model, again)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, infer_model(again).state_dict()[key]), key
+
+
+def test_a_classifier_of_another_depth_is_named_key_by_key():
+    theirs = torchvision.models.resnet18(weights=None).state_dict()
+    with pytest.raises(ValueError, match=r"missing keys: backbone\.layer1\.2\.conv1\.weight"):
+        pretrained_model(theirs, 2, "r34_fpn")
+
+
+def test_a_file_of_an_unknown_profile_leaves_the_model_untouched(tmp_path):
+    save_file(tiny_model().state_dict(), tmp_path / "a.safetensors", dict(profile="yolo"))
+    model = tiny_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"a\.safetensors: profile: expected one of .*'yolo'"):
+        load_weights(model, tmp_path / "a.safetensors")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_our_own_files_style_and_input_go_into_a_model_that_has_others(tmp_path):
+    pixels = dict(mean=(1.0, 2.0, 3.0), std=(1.0, 1.0, 1.0), bgr_to_rgb=False)
+    start = tiny_model("r50_fpn", backbone=dict(style="caffe"), data_preprocessor=pixels)
+    save(start, tmp_path / "a.safetensors")
+    model = load_weights(tiny_model("r50_fpn", seed=1), tmp_path / "a.safetensors")
+    assert model.backbone.style == "caffe" and model.data_preprocessor.bgr
+    assert model.data_preprocessor.mean == (1.0, 2.0, 3.0)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import picture, tiny_model, tiny_options
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
 
 from fastrcnn.checkpoints import torchvision as torchvision_weights
 from fastrcnn.checkpoints.peer_options import EXTRA_STATE
-from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import RPN, ResNet, ResNeXt, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, faster_rcnn
 from fastrcnn.models.build import merge
 from fastrcnn.weights import coco_address, infer_model, load_weights, save
@@ -18,34 +18,8 @@ FPN_NAMES = ("r18_fpn", "r34_fpn", "r50_fpn", "r101_fpn", "r152_fpn", "x50_32x4d
              "x101_64x4d_fpn", "r50_fpn_v2")  # fmt: skip
 
 
-def overrides(name: str, score_thr: float = 0.0) -> dict:
-    """The named model, made small."""
-    widths = [8 * 2**i * (1 if name in ("r18_fpn", "r34_fpn") else 4) for i in range(4)]
-    box = dict(in_channels=16, fc_out_channels=16)
-    return dict(
-        min_size=64,
-        max_size=96,
-        backbone=dict(base_channels=8),
-        neck=dict(in_channels=widths, out_channels=16),
-        rpn_head=dict(in_channels=16, feat_channels=16),
-        roi_head=dict(
-            bbox_roi_extractor=dict(out_channels=16),
-            bbox_head=dict(conv_out_channels=8, **box) if name.endswith("_v2") else box,
-        ),
-        test_cfg=dict(rcnn=dict(score_thr=score_thr)),
-    )
-
-
-def small(name: str, profile=None, num_classes=3, seed=0):
-    torch.manual_seed(seed)
-    model = faster_rcnn(name, num_classes, profile, **overrides(name))
-    nn.init.normal_(model.roi_head.bbox_head.fc_cls.weight, std=0.5)
-    nn.init.normal_(model.rpn_head.rpn_cls.weight, std=0.5)
-    return model.eval()
-
-
 def found_by(model) -> dict:
-    return model.eval()([torch.from_numpy(render_cells(0, 64, 90)[0]).permute(2, 0, 1)])[0]
+    return model.eval()([picture(64, 90)])[0]
 
 
 def test_the_names_of_the_documentation_are_there():
@@ -160,21 +134,21 @@ def test_published_weights_have_https_addresses():
 
 @pytest.mark.parametrize("name", ["r18_fpn", "r50_fpn", "r101_fpn", "x50_32x4d_fpn", "r50_fpn_v2"])
 def test_the_model_is_told_by_a_checkpoints_keys(tmp_path, name):
-    source = small(name, "mmdet")
+    source = tiny_model(name, "mmdet")
     torch.save(dict(state_dict=source.state_dict()), tmp_path / "model.pth")
-    model = infer_model(tmp_path / "model.pth", **overrides(name))
+    model = infer_model(tmp_path / "model.pth", **tiny_options(name))
     assert not model.training and model.num_classes == 3 and model.profile.name == "mmdet"
     with torch.device("meta"):
-        expected = faster_rcnn(name, 3, "mmdet", **overrides(name))
+        expected = faster_rcnn(name, 3, "mmdet", **tiny_options(name))
     assert repr(model.backbone) == repr(expected.backbone) and repr(model.roi_head) == repr(expected.roi_head)
     first, second = found_by(model), found_by(source)
     assert len(first["boxes"]) > 20 and torch.equal(first["boxes"], second["boxes"])
     with pytest.raises(ValueError, match="does not fit"):
-        infer_model(tmp_path / "model.pth", "r34_fpn", **overrides(name))
+        infer_model(tmp_path / "model.pth", "r34_fpn", **tiny_options(name))
 
 
 def test_an_unknown_depth_asks_for_the_name(tmp_path):
-    state = {k: v for k, v in small("r50_fpn").state_dict().items() if not k.startswith("backbone.layer3.5.")}
+    state = {k: v for k, v in tiny_model("r50_fpn").state_dict().items() if not k.startswith("backbone.layer3.5.")}
     torch.save(state, tmp_path / "model.pth")
     with pytest.raises(ValueError, match="cannot tell the model"):
         infer_model(tmp_path / "model.pth")
@@ -182,7 +156,7 @@ def test_an_unknown_depth_asks_for_the_name(tmp_path):
 
 @pytest.mark.parametrize("profile", ["mmdet", "torchvision", "detectron2"])
 def test_our_own_files_bring_back_the_whole_model(tmp_path, profile):
-    source = small("r18_fpn", profile)
+    source = tiny_model("r18_fpn", profile)
     source.class_names = ["red", "white", "small one"]
     save(source, tmp_path / "model.safetensors")
     model = infer_model(tmp_path / "model.safetensors")
@@ -197,9 +171,9 @@ def test_our_own_files_bring_back_the_whole_model(tmp_path, profile):
 @pytest.mark.parametrize("peer", ["frozen torchvision", "caffe"])
 def test_our_own_files_keep_what_a_peers_checkpoint_decided(tmp_path, peer):
     # Both move the numbers: torchvision's published epsilon of 0, and MMDetection's caffe input.
-    model = small("r50_fpn")
+    model = tiny_model("r50_fpn", test_cfg=dict(rcnn=dict(score_thr=0.0)))
     meta = dict(cfg="style='caffe'") if peer == "caffe" else {}
-    torch.save(dict(meta=meta, state_dict=small("r50_fpn", seed=1).state_dict()), tmp_path / "peer.pth")
+    torch.save(dict(meta=meta, state_dict=tiny_model("r50_fpn", seed=1).state_dict()), tmp_path / "peer.pth")
     load_weights(model, tmp_path / "peer.pth", norm_eps=None if peer == "caffe" else 0.0)
     save(model, tmp_path / "model.safetensors")
     again = infer_model(tmp_path / "model.safetensors")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import tiny_model, tiny_options
 from torch import nn
 from torchvision.models import detection
 
@@ -11,26 +12,12 @@ from fastrcnn.weights import export_weights, infer_model, load_weights, pretrain
 
 CLASSES = 4
 WB = ("weight", "bias")
-SMALL = dict(
-    min_size=64,
-    max_size=96,
-    backbone=dict(base_channels=4),
-    neck=dict(in_channels=[4, 8, 16, 32], out_channels=32),
-    bbox_head=dict(in_channels=32, feat_channels=32),
-)
+NAME = "retinanet_r18_fpn"
+SMALL = tiny_options(NAME)
 
 
-def small(profile="mmdet", seed=0, num_classes=CLASSES, name="retinanet_r18_fpn", **overrides):
-    torch.manual_seed(seed)
-    model = retinanet(name, num_classes, profile, **SMALL, **overrides)
-    with torch.no_grad():
-        for parameter in model.bbox_head.parameters():
-            parameter.normal_(std=0.1)
-        batch, _, _ = model.eval().data_preprocessor([torch.rand(3, 64, 90)])
-        scale_outputs(
-            model.bbox_head.retina_cls, model.bbox_head.retina_reg, model.bbox_head(model.extract_feat(batch))
-        )
-    return model
+def small(profile="mmdet", seed=0, num_classes=CLASSES, **overrides):
+    return tiny_model(NAME, profile, num_classes, seed, **overrides)
 
 
 def scale_outputs(cls: nn.Conv2d, reg: nn.Conv2d, outputs) -> None:
@@ -50,18 +37,18 @@ def assert_same_state(a, b) -> None:
 def theirs(request):
     torch.manual_seed(0)
     constructor = getattr(detection, request.param)
-    model = constructor(weights=None, weights_backbone=None, num_classes=91, min_size=160, max_size=224)
+    model = constructor(weights=None, weights_backbone=None, num_classes=91, min_size=96, max_size=128)
     model.eval()
     with torch.no_grad():
         cls, reg = model.head.classification_head, model.head.regression_head
-        feats = list(model.backbone(torch.randn(1, 3, 160, 160)).values())
+        feats = list(model.backbone(torch.randn(1, 3, 96, 128)).values())
         scale_outputs(cls.cls_logits, reg.bbox_reg, ([cls([x]) for x in feats], [reg([x]) for x in feats]))
     return model.double()
 
 
 @pytest.fixture(scope="module")
 def ours(theirs):
-    return infer_model({"state_dict": theirs.state_dict()}, min_size=160, max_size=224).double()
+    return infer_model({"state_dict": theirs.state_dict()}, min_size=96, max_size=128).double()
 
 
 @pytest.fixture(scope="module")
