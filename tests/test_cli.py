@@ -153,7 +153,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(folder, tmp_path, monkeypat
     def fail(*args, **kwargs):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", fail)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     printed = run("detect", folder, *options, "--out", tmp_path / "out", status=1)
     lines = [line for line in printed.splitlines() if line.strip()]
@@ -210,7 +210,7 @@ def test_models_lists_every_name():
 
 
 def test_demo_finds_cells_without_a_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("it went to the network"))
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", lambda *a, **k: pytest.fail("it went to the network"))
     printed = run("demo", "--out", tmp_path / "out", "--device", "cpu")
     assert (tmp_path / "out" / "demo.jpg").is_file()
     content = content_of(tmp_path / "out")

@@ -83,6 +83,8 @@ def test_what_is_left_out_or_cut_is_counted_and_the_file_kept_as_it_is(file):
     assert dataset.left_out == {"cut at the edge": 2, "less than a pixel wide or high": 1, "outside the picture": 1}
     assert [a["bbox"] for a in dataset.annotations] == [a["bbox"] for a in ANNOTATIONS]
     assert read_through(dataset) == {0: 1, 1: 1, 2: 1}
+    dataset = CocoDataset(changed(file, "annotations", dict(bbox=[20, 20, 1, 1])))  # a pixel is enough
+    assert [20, 20, 21, 21] in dataset.targets[0]["boxes"].tolist()
 
 
 def test_the_image_folder_can_be_given(file, tmp_path):

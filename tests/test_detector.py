@@ -340,6 +340,8 @@ def test_the_other_detectors_find_above_the_threshold(name, label):
     model = tiny(name=name)
     head = getattr(model, "bbox_head", None) or model.rpn_head
     head.test_cfg["max_per_img"] = 10_000
-    few, many = (Detector(model, device="cpu", score_threshold=t)(picture())[0] for t in (0.6, 0.3))
+    many, few = (Detector(model, device="cpu", score_threshold=t)(picture())[0] for t in (0.3, 0.6))
     assert 0 < len(few) < len(many) and few.scores.min() > 0.6 and many.scores.min() > 0.3
+    edge = few.scores.min().item()  # an object of just this score is not above it
+    assert 0 < len(Detector(model, device="cpu", score_threshold=edge)(picture())[0]) < len(few)
     assert label in many.names

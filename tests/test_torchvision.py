@@ -84,8 +84,8 @@ def test_torchvisions_losses(theirs, ours, images):
 
 def test_torchvision_takes_its_own_weights_back_unchanged(theirs, ours):
     back = export_weights(ours, "torchvision")
-    theirs.load_state_dict(back, strict=True)
     assert_same_state(theirs.state_dict(), back)
+    theirs.load_state_dict(back, strict=True)
 
 
 def test_the_first_names_of_the_towers(theirs, ours):
