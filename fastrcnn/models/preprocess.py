@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from fastrcnn.models.profiles import Profile
 from fastrcnn.ops import preprocess
-from fastrcnn.ops.preprocess import check_images
 
 
 def resized_size(height: int, width: int, min_size: int, max_size: int, resize: str) -> tuple[int, int]:
@@ -56,9 +55,10 @@ class DataPreprocessor(nn.Module):
         new over old. Raises TypeError or ValueError naming the image.
         """
         images = list(images)
-        check_images(images)
         p, step = self.profile, self.pad_size_divisor
-        old = [tuple(image.shape[1:]) for image in images]
+        # The operator checks the images: what is none has a size of one pixel until it is named there.
+        pictures = [isinstance(x, Tensor) and x.dim() == 3 and x.numel() > 0 for x in images]
+        old = [tuple(x.shape[1:]) if is_one else (1, 1) for x, is_one in zip(images, pictures)]
         new = [resized_size(*size, self.min_size, self.max_size, p.resize) for size in old]
         padded = [(max(sides) + step - 1) // step * step for sides in zip(*new)]
         batch = preprocess(images, new, padded, self.mean, self.std, p.resize, self.bgr, dtype)

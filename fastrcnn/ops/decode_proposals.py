@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastrcnn.ops._bind import bind, declare
 from fastrcnn.ops._box_math import sigmoid
+from fastrcnn.ops._boxes import take_boxes
 from fastrcnn.ops._checks import (
     ANY_COUNT,
     check_choice,
@@ -62,7 +63,7 @@ def _op_reference(
         cell = torch.stack([cell % width, cell // width], -1).to(dtype)
         shift = cell * cell.new_tensor(strides[2 * level : 2 * level + 2])
         anchors = base.to(dtype)[top % num_anchors] + shift.repeat(1, 1, 2)
-        deltas = deltas.gather(1, top[..., None].expand(-1, -1, 4))
+        deltas = take_boxes(deltas, top)
         boxes.append(_decode_reference(anchors, deltas, sizes, means, stds, wh_ratio_clip, symmetric_clip))
         logits = logits.gather(1, top)
         scores.append(logits if return_logits else sigmoid(logits))
@@ -72,7 +73,7 @@ def _op_reference(
     valid = (size > min_size).all(-1)  # also drops NaN
     first = torch.sort(valid.int(), dim=1, descending=True, stable=True).indices
     valid = valid.gather(1, first)
-    boxes = torch.where(valid[..., None], boxes.gather(1, first[..., None].expand(-1, -1, 4)), 0.0)
+    boxes = torch.where(valid[..., None], take_boxes(boxes, first), 0.0)
     scores = torch.where(valid, scores.gather(1, first), 0.0)
     levels = torch.where(valid, levels.gather(1, first), -1)
     return boxes, scores, levels, valid.sum(1)
