@@ -206,15 +206,12 @@ def test_bad_options_are_named(options, names):
         ResNet(**options)
 
 
-def test_building_reads_no_file_and_init_weights_does(tmp_path):
+def test_init_weights_takes_a_state_and_reads_no_file():
     source = ResNet(**SMALL)
-    torch.save(source.state_dict(), tmp_path / "start.pth")
-    for named in (
-        dict(pretrained=str(tmp_path / "start.pth")),
-        dict(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "start.pth"))),
-    ):
+    for named in (dict(pretrained="absent.pth"), dict(init_cfg=dict(type="Pretrained", checkpoint="absent.pth"))):
         model = ResNet(**SMALL, **named)
         assert not torch.equal(model.conv1.weight, source.conv1.weight)
-        model.init_weights()
+        with pytest.raises(ValueError, match=r"starts from absent\.pth: hand in its state dict"):
+            model.init_weights()
+        model.init_weights(source.state_dict())
         assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
-    ResNet(**SMALL, pretrained=str(tmp_path / "absent.pth"))
