@@ -31,7 +31,9 @@ class Built:
 
 
 class BaseDetector(nn.Module):
-    """Backbone and neck in front of the heads that a subclass adds, with its `predict` and `loss`.
+    """Backbone and neck in front of the heads that a subclass adds. What it finds and how it learns are a subclass's
+    `detect(batch, frame)`, `predict` with labels that count from 0 in every profile, and `losses(batch, frame, targets)`,
+    `loss` of targets that `inside` has checked.
 
     backbone, neck (or None): modules or MMDetection's dicts; profile: whose semantics, "mmdet", "torchvision" or
     "detectron2"; min_size, max_size: pixels of the short and at most of the long side after resizing;
@@ -183,14 +185,6 @@ class BaseDetector(nn.Module):
         """(batch [B, 3, H, W], its geometry) of images [3, H, W] RGB, float in 0..1 or uint8, of any sizes."""
         batch, sizes, factors = self.data_preprocessor(images, self.dtype)
         return batch, Frame(sizes, tuple(batch.shape[2:]), factors)
-
-    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
-        """`predict` with labels that count from 0 in every profile: what a subclass computes."""
-        raise NotImplementedError
-
-    def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:
-        """`loss` of targets that are checked and count their labels from 0: what a subclass computes."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def predict(self, batch: Tensor, image_sizes, scale_factors=None) -> list[dict[str, Tensor]]:
