@@ -335,7 +335,9 @@ def test_a_few_steps_of_training(profile):
 def test_the_running_mean_of_detectron2_is_in_the_state_dict_and_only_there():
     head = squares("detectron2")
     target = [dict(boxes=torch.tensor([[0.0, 0, 30, 30]]), labels=torch.tensor([1]))]
-    head.loss([torch.zeros(1, 2, 2, 3)], [torch.zeros(1, 4, 2, 3)], Frame(torch.tensor([[64, 96]]), (64, 96)), target)
+    frame = Frame(torch.tensor([[64, 96]]), (64, 96))
+    losses = head.loss([torch.zeros(1, 2, 2, 3)], [torch.zeros(1, 4, 2, 3)], frame, target)
+    assert {loss.dtype for loss in losses} == {torch.float32}
     state = head.state_dict()
     assert state["loss_normalizer"].item() == pytest.approx(0.9 * 100 + 0.1)
     again = squares("detectron2")

@@ -252,7 +252,9 @@ class BaseDetector(nn.Module):
         if not self.training:
             with torch.no_grad():
                 return self.outside(self.detect(batch, frame))
-        return self.losses(batch, frame, frame.scale(self.inside(targets, len(batch), batch.device)))
+        return self.losses(
+            batch, frame._replace(factors=None), frame.scale(self.inside(targets, len(batch), batch.device))
+        )
 
 
 def _boxes(name: str, value, device: torch.device) -> Tensor:

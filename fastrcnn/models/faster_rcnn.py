@@ -84,7 +84,7 @@ class FasterRCNN(BaseDetector):
         return self.roi_head.predict(feats, boxes, counts, frame)
 
     def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:
-        feats, frame = self.extract_feat(batch), frame._replace(factors=None)
+        feats = self.extract_feat(batch)
         outs = self.rpn_head(feats)
         rpn_losses = self.rpn_head.loss(*outs, frame, targets)
         with torch.no_grad():

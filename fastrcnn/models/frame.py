@@ -10,7 +10,7 @@ from torch import Tensor
 class Frame(NamedTuple):
     """The geometry of a batch, which the preprocessor makes and every head takes.
 
-    sizes [B, 2] int64 (height, width) of the images in the batch, before padding; padded: (height, width) of the batch;
+    sizes [B, 2] (height, width) of the images in the batch, before padding; padded: (height, width) of the batch;
     factors [B, 2] float32 (width, height), new over old, or None: boxes stay in pixels of the batch.
     """
 
@@ -22,8 +22,7 @@ class Frame(NamedTuple):
     def of(cls, batch: Tensor, image_sizes, scale_factors=None) -> "Frame":
         """The frame of a batch [B, C, H, W] whose geometry a caller gives as tensors or lists, on the batch's device.
 
-        Raises ValueError naming image_sizes or scale_factors where their shape is another, a size does not lie in the
-        batch, or a factor is not above 0.
+        Raises ValueError naming image_sizes or scale_factors where their shape is another.
         """
         sizes = _pairs("image_sizes", "(height, width)", image_sizes, batch, None)
         if scale_factors is not None:
@@ -32,14 +31,9 @@ class Frame(NamedTuple):
 
     def scale(self, targets: Sequence[dict]) -> list[dict]:
         """targets with `boxes` and `ignore_boxes` in pixels of the original images -> in pixels of the batch."""
-        scaled = []
-        for target, factor in zip(targets, self.factors, strict=True):
-            moved = {
-                k: torch.as_tensor(target[k], device=factor.device) for k in ("boxes", "ignore_boxes") if k in target
-            }
-            scaled.append({**target, **{k: v * factor.to(v.dtype if v.is_floating_point() else factor.dtype).repeat(2)
-                                        for k, v in moved.items()}})  # fmt: skip
-        return scaled
+        keys = ("boxes", "ignore_boxes")
+        pairs = zip(targets, self.factors.repeat(1, 2), strict=True)
+        return [{**target, **{k: target[k] * factor for k in keys if k in target}} for target, factor in pairs]
 
 
 def _pairs(name: str, what: str, value, batch: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -90,7 +90,7 @@ class RetinaHead(DenseHead):
         """Where the profile divides by a running mean of the number of positives (Detectron2's starts at 100), training
         goes on from it, and it is part of the state dict; elsewhere the keys are MMDetection's alone."""
         super().set_profile(profile)
-        mean = getattr(self, "loss_normalizer", torch.tensor(100.0, dtype=torch.float64))
+        mean = getattr(self, "loss_normalizer", torch.tensor(100.0))
         self.register_buffer("loss_normalizer", mean, persistent=self.profile.dense_divisor == "running")
 
     @staticmethod
@@ -131,8 +131,8 @@ class RetinaHead(DenseHead):
         return logits, deltas
 
     def predict(self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame) -> list[dict[str, Tensor]]:
-        """Detections of each image (see `BaseDetector.detect`): of each level the nms_pre best scores above score_thr, then
-        NMS within each class."""
+        """Detections of each image (see `BaseDetector.predict`), labels from 0: of each level the nms_pre best scores above
+        score_thr, then NMS within each class."""
         anchors = self.anchors(logits, frame)
         parts = []
         for i, image_size in enumerate(frame.sizes):

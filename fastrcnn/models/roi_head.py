@@ -78,8 +78,8 @@ class StandardRoIHead(nn.Module):
     def predict(
         self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, frame: Frame
     ) -> list[dict[str, Tensor]]:
-        """Detections of each image (see `BaseDetector.detect`). proposals [B, P, 4] xyxy pixels of the batch, of which
-        counts[b] rows are valid."""
+        """Detections of each image (see `BaseDetector.predict`), labels from 0. proposals [B, P, 4] xyxy pixels of the
+        batch, of which counts[b] rows are valid."""
         batch, most, _ = proposals.shape
         valid = torch.arange(most, device=counts.device)[None] < counts[:, None]  # [B, P]
         image = torch.arange(batch, device=counts.device, dtype=proposals.dtype)[:, None, None].expand(-1, most, 1)

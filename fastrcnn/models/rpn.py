@@ -67,4 +67,4 @@ class RPN(BaseDetector):
 
     def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:
         outs = self.rpn_head(self.extract_feat(batch))
-        return dict(zip(self.rpn_head.loss_names, self.rpn_head.loss(*outs, frame._replace(factors=None), targets)))
+        return dict(zip(self.rpn_head.loss_names, self.rpn_head.loss(*outs, frame, targets)))

@@ -137,6 +137,7 @@ def config_of(checkpoint: Checkpoint, num_classes: int, name: str | None, overri
                 config = merge(config, changed)
         return merge(config, overrides)
     told = checkpoint.meta.get("model")
+    told = told if isinstance(told, str) else None  # of somebody else's file it may be anything
     name, differs = (name or told, {}) if name or told in RECIPES else _named_by(checkpoint.state)
     unsaid = checkpoint.unsaid.said()
     own = dict(backbone=dict(style=unsaid["style"])) if "style" in unsaid else {}
