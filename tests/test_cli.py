@@ -17,7 +17,7 @@ from fastrcnn.cli import app
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import faster_rcnn
 from fastrcnn.models.base_detector import BaseDetector
-from fastrcnn.weights import save
+from fastrcnn.weights import infer_model, save
 from fastrcnn.zoo.recipes import NAMES
 
 CLASSES = ["red", "white", "platelet"]
@@ -307,12 +307,20 @@ def test_a_proposal_network_trains_and_its_recall_is_measured(dataset, tmp_path)
     assert "loss_rpn_bbox" in printed and "AR@1000" in printed
     assert Detector(str(out), device="cpu").class_names == ["object"]
     assert "AR@100 " in run("eval", dataset, "--weights", out, "--device", "cpu")
+    tuned = [v for v in SHORT if v not in ("--model", "r18_fpn")]  # the weights say that they are an RPN's
+    run("train", dataset, "--out", tmp_path / "tuned.safetensors", "--weights", out, *tuned)
+    assert Detector(str(tmp_path / "tuned.safetensors"), device="cpu").class_names == ["object"]
 
 
 def test_training_goes_on_from_torchvision_weights(dataset, tmp_path):
-    model, start = faster_rcnn("r18_fpn", 3, "torchvision"), tmp_path / "start.safetensors"
+    model, start, out = faster_rcnn("r18_fpn", 3, "torchvision"), tmp_path / "start.pth", tmp_path / "trained.pth"
     save(model, start)
-    run("train", dataset, "--weights", start, "--out", tmp_path / "trained.safetensors", *SHORT)
+    run("train", dataset, "--weights", start, "--out", out, *SHORT)
+    trained = infer_model(out)
+    assert trained.profile.name == "torchvision"
+    frozen, moved = "backbone.conv1.weight", "roi_head.bbox_head.fc_cls.weight"
+    assert torch.equal(trained.state_dict()[frozen], model.state_dict()[frozen])
+    assert not torch.equal(trained.state_dict()[moved], model.state_dict()[moved])
 
 
 @pytest.mark.parametrize("command, options", [("train", ()), ("eval", ("--weights", "nowhere.pth"))])
@@ -333,6 +341,7 @@ def other_name(content):
     (("--val", "nothing.json"), None, "nothing.json"),
     (("--val", "other.json"), None, "blue are none of the model's 3 classes"),
     (("--val", "far.json"), None, "far.png"),
+    (("--val", "bare.json"), None, "bare.json: no object is annotated"),
     (("--epochs", -3), None, "epochs"),
     (("--batch", 0), None, "batch_size"),
     (("--lr", "nan"), None, "lr"),
@@ -345,7 +354,9 @@ def other_name(content):
 def test_what_a_run_lacks_is_one_line_before_its_first_step(dataset, tmp_path, monkeypatch, options, change, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(BaseDetector, "forward", lambda *a: pytest.fail("it has begun"))
-    for name, alter in (("other.json", other_name), ("far.json", lambda c: c["images"][0].update(file_name="far.png"))):
+    altered = {"other.json": other_name, "far.json": lambda c: c["images"][0].update(file_name="far.png"),
+               "bare.json": lambda c: c.update(annotations=[])}  # fmt: skip
+    for name, alter in altered.items():
         Path(name).write_text(dataset.read_text())
         with_content(Path(name), alter)
     if change:

@@ -38,31 +38,33 @@ def train(
 
     from fastrcnn.data import CocoDataset, read_through
     from fastrcnn.evaluation import match_classes
-    from fastrcnn.evaluation.coco import require_hotcoco
+    from fastrcnn.evaluation.coco import require_hotcoco, truth_of_file
     from fastrcnn.inference.detector import as_device
     from fastrcnn.training import train as run
     from fastrcnn.weights import pretrained_model, save, writable
     from fastrcnn.weights.named import named_model
+    from fastrcnn.zoo.recipes import RPNS
 
     try:  # everything that the run needs, before its first step
         chosen, out = as_device(device), writable(out)
         dataset = CocoDataset(annotations, images, v2.RandomHorizontalFlip())
-        proposes = (model or "").startswith("rpn_")
-        names = ["object"] if proposes else dataset.class_names
         if val is not None:
             require_hotcoco()
             held_out = CocoDataset(val, images)
-            if not proposes:
-                match_classes(names, held_out.class_names)
+            truth_of_file(held_out, range(len(held_out)))
             read_through(held_out)
         torch.manual_seed(0)  # of the weights that start afresh
-        sizes, classes = dict(min_size=min_size, max_size=max_size), len(names)
+        sizes, names = dict(min_size=min_size, max_size=max_size), dataset.class_names
+        classes = 1 if model in RPNS else len(names)
         if weights:
             net = pretrained_model(weights, classes, model, names, **sizes)
         else:  # nothing may stay frozen at random values
             backbone = dict(frozen_stages=-1, norm_eval=False, norm_cfg=dict(requires_grad=True))
             net = named_model(model or "r50_fpn", classes, backbone=backbone, **sizes)
-        net.class_names, net.category_ids = names, None if proposes else dataset.category_ids
+        if net.reads_labels:  # an RPN's objects are one class, which is named nowhere
+            net.class_names, net.category_ids = names, dataset.category_ids
+            if val is not None:
+                match_classes(names, held_out.class_names)
         net = net.to(chosen)
     except (ValueError, OSError, ImportError) as error:
         fail(error)

@@ -207,9 +207,9 @@ class BaseDetector(nn.Module):
         return self.losses(batch, frame, self.inside(targets, len(batch), batch.device))
 
     def outside(self, found: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Detections as a caller gets them: labels in the profile's numbers. `inside` is the way back, for targets; no
-        other place knows the offset."""
-        return [{**f, "labels": f["labels"] + self.label_offset} for f in found]
+        """Detections, or targets, as a caller has them: labels, where there are some, in the profile's numbers. `inside` is
+        the way back, for targets; no other place knows the offset."""
+        return [{**f, "labels": f["labels"] + self.label_offset} if "labels" in f else f for f in found]
 
     def inside(self, targets: list[dict], count: int, device: torch.device) -> list[dict]:
         """`count` targets, checked, with labels counted from 0, on `device`. Raises as `loss` does."""
