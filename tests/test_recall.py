@@ -231,3 +231,8 @@ def test_the_batch_size_changes_nothing_and_both_detectors_are_measured():
     assert found[1] == pytest.approx(found[0], abs=0.5, nan_ok=True) == found[2]
     alone = RPN(model.backbone, model.neck, model.rpn_head, min_size=64, max_size=128)
     assert evaluate_proposals(alone, dataset, batch_size=5) == pytest.approx(found[2], nan_ok=True)
+    assert evaluate_proposals(torch.nn.DataParallel(alone), dataset, batch_size=5) == pytest.approx(
+        found[2], nan_ok=True
+    )
+    with pytest.raises(TypeError, match=r"model: expected an RPN.*got Linear"):
+        evaluate_proposals(torch.nn.Linear(1, 1), dataset)

@@ -25,7 +25,7 @@ def evaluate(
     precision: Precision = "fp32",
 ) -> None:
     """COCO's twelve numbers of a checkpoint on annotated images, or the recall of a region proposal network."""
-    from fastrcnn.data import CocoDataset, read_through
+    from fastrcnn.data import CocoDataset
     from fastrcnn.inference.detector import as_device
     from fastrcnn.weights import infer_model
 
@@ -33,7 +33,6 @@ def evaluate(
         chosen = as_device(device)
         dataset = CocoDataset(annotations, images)
         model = infer_model(weights).to(chosen)
-        read_through(dataset)
         print_scores(model, dataset, precision)
     except (ValueError, OSError, ImportError) as error:
         fail(error)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrcnn.data import CocoDataset
+from fastrcnn.data import CocoDataset, read_through
 from fastrcnn.evaluation.classes import match_classes
 from fastrcnn.evaluation.predict import annotated, as_detector, predict
 from fastrcnn.inference import Detector
@@ -116,8 +116,9 @@ def evaluate(model, dataset, batch_size: int | None = None) -> dict[str, float]:
     """COCO's twelve numbers, in percent, of a model on a dataset; model, dataset and batch_size as in `predict`.
 
     On a CocoDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
-    matched by name; elsewhere the targets are the truth. Raises what `predict` does; before any picture is looked at what
-    `match_classes` does, ValueError where no object is annotated, and ImportError without hotcoco.
+    matched by name, and every picture is read once before the first is detected in; elsewhere the targets are the truth.
+    Raises what `predict` does, and before that what `match_classes` does, ValueError where no object is annotated, and
+    ImportError without hotcoco.
     """
     require_hotcoco()
     model, file = as_detector(model), annotated(dataset)
@@ -131,6 +132,7 @@ def evaluate(model, dataset, batch_size: int | None = None) -> dict[str, float]:
         places = match_classes(names, coco.class_names, told)
     except ValueError as error:
         raise ValueError(f"{coco.path}: {error}") from None
+    read_through(dataset)
     place = torch.tensor([-1 if p is None else p for p in places])
     results = []
     for found in predict(model, dataset, batch_size)[0]:

@@ -9,17 +9,13 @@ from torch.utils.data import ConcatDataset, Subset
 
 from fastrcnn.data import CocoDataset, as_image
 from fastrcnn.inference import Detector
-from fastrcnn.models.base_detector import BaseDetector
+from fastrcnn.models.base_detector import BaseDetector, unwrapped
 
 
 def as_detector(model: nn.Module | Detector, precision: str | None = None):
     """A Detector that answers as a model of ours does: on its device, in its precision, above its own score threshold.
     Other modules, and Detectors, come back as they are."""
-    while isinstance(model, nn.Module) and not isinstance(model, BaseDetector):  # torch.compile, DataParallel, averages
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if inner is None:
-            return model
-        model = inner
+    model = unwrapped(model)
     if not isinstance(model, BaseDetector):
         return model
     head = next((getattr(model, name) for name in ("roi_head", "bbox_head") if hasattr(model, name)), None)
@@ -35,6 +31,8 @@ def annotated(dataset) -> tuple[CocoDataset, list[int]] | None:
     """The annotation file behind a dataset, or behind a Subset of one, and the indices of its images; None without."""
     if isinstance(dataset, Subset):
         below = annotated(dataset.dataset)
+        if below is not None and len(set(dataset.indices)) != len(dataset.indices):
+            raise ValueError("dataset: expected each picture once in a Subset to measure on")
         return None if below is None else (below[0], [below[1][i] for i in dataset.indices])
     if isinstance(dataset, ConcatDataset) and any(annotated(part) for part in dataset.datasets):
         raise ValueError("dataset: expected one annotation file to measure on, got several joined")

@@ -6,12 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastrcnn.data import read_through
 from fastrcnn.evaluation.coco import coco_eval, require_hotcoco, truth_of_file, truth_of_targets
 from fastrcnn.evaluation.predict import annotated, as_detector, predict
 from fastrcnn.inference import Detector
-from fastrcnn.models import RPN
-from fastrcnn.models.base_detector import BaseDetector
+from fastrcnn.models.base_detector import BaseDetector, unwrapped
+from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.rpn import RPN
 
 SIZES = ("s", "m", "l")  # areas below 32^2, up to 96^2, and beyond
 
@@ -69,11 +71,14 @@ def evaluate_proposals(model: BaseDetector | Detector, dataset, batch_size: int 
     """`proposal_recall` of an RPN, of the first stage of a FasterRCNN, or of what a Detector finds, on a dataset, whatever
     the objects' classes; dataset and batch_size as in `predict`, truth and errors as in `evaluate`."""
     require_hotcoco()
-    file = annotated(dataset)
-    model = as_detector(model if isinstance(model, RPN | Detector) else _FirstStage(model))
+    file, model = annotated(dataset), unwrapped(model)
+    if not isinstance(model, RPN | FasterRCNN | Detector):
+        raise TypeError(f"model: expected an RPN, a FasterRCNN or a Detector, got {type(model).__name__}")
+    model = as_detector(_FirstStage(model) if isinstance(model, FasterRCNN) else model)
     if file is None:
         found, targets = predict(model, dataset, batch_size)
         return proposal_recall(targets, [(f["boxes"], f["scores"]) for f in found])
     coco, indices = file
     truth = truth_of_file(coco, indices)
+    read_through(dataset)
     return _recall([coco.images[i]["id"] for i in indices], truth, predict(model, dataset, batch_size)[0])

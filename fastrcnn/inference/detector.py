@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastrcnn.data.images import ImageError, as_image
 from fastrcnn.inference.detections import Detections
 from fastrcnn.layers import fold_batch_norm
-from fastrcnn.models.base_detector import BaseDetector
+from fastrcnn.models.base_detector import BaseDetector, unwrapped
 from fastrcnn.models.rpn import RPN
 from fastrcnn.weights import coco_address, infer_model
 from fastrcnn.weights.named import named_model
@@ -137,10 +137,7 @@ class Detector:
 
     @staticmethod
     def _model(model_or_name, weights) -> BaseDetector:
-        model = model_or_name
-        while isinstance(model, nn.Module) and not isinstance(model, BaseDetector):
-            # What torch.compile, DataParallel and AveragedModel put around a model.
-            model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        model = unwrapped(model_or_name)
         if isinstance(model, BaseDetector):
             if weights is not None:
                 raise ValueError("weights: expected None beside a model; load them with fastrcnn.load_weights first")

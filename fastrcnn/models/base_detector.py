@@ -265,3 +265,11 @@ def _boxes(name: str, value, device: torch.device) -> Tensor:
     if not bool(boxes.isfinite().all()):
         raise ValueError(f"{name}: expected finite pixels, got {boxes[~boxes.isfinite().all(1)][0].tolist()}")
     return boxes.reshape(-1, 4)
+
+
+def unwrapped(module):
+    """The detector inside what torch.compile, DataParallel and AveragedModel put around it; anything else as it is."""
+    inner = module
+    while isinstance(inner, nn.Module) and not isinstance(inner, BaseDetector):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    return module if inner is None else inner
