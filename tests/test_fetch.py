@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -25,6 +26,15 @@ def server(tmp_path, monkeypatch):
             if "moved" in self.path:
                 self.send_response(302)
                 self.send_header("Location", "file:///etc/passwd" if "file" in self.path else "ftp://127.0.0.1/x")
+                self.end_headers()
+                return
+            if "dripping" in self.path:  # a head that never ends
+                for _ in range(50):
+                    self.wfile.write(b"X")
+                    time.sleep(0.05)
+                return
+            if "empty" in self.path:
+                self.send_response(200)
                 self.end_headers()
                 return
             self.send_response(404 if "missing" in self.path else 200)
@@ -82,12 +92,14 @@ def test_a_download_of_another_digest_is_refused_and_removed(server, tmp_path, n
         ("a b.pth", "control characters"),
         ("endless.pth", "more than 100000 bytes"),
         ("slow.pth", "not done after"),
+        ("dripping.pth", "not done after"),
+        ("empty.pth", "the answer is empty"),
     ],
 )
 def test_a_download_that_fails_is_one_clear_error(server, tmp_path, monkeypatch, name, why):
     monkeypatch.setattr(fetching, "LARGEST", 100_000)
-    if name == "slow.pth":
-        monkeypatch.setattr(fetching, "LONGEST", -1.0)
+    if name in ("slow.pth", "dripping.pth"):
+        monkeypatch.setattr(fetching, "LONGEST", -1.0 if name == "slow.pth" else 0.3)
     with pytest.raises(OSError, match=rf"cannot download .*{name}: .*{why}.*--weights") as error:
         fetch(server[0] + name)
     assert error.value.__suppress_context__ and not any((tmp_path / "checkpoints").iterdir())

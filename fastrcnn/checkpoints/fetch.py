@@ -2,17 +2,21 @@
 
 import hashlib
 import http.client
+import queue
 import re
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 
+T = TypeVar("T")
 SCHEMES = ("https",)
 LARGEST = 8 * 2**30  # bytes of a download
 LONGEST = 3600.0  # seconds for the whole of it
@@ -20,19 +24,46 @@ SILENCE = 30.0  # seconds without a byte
 _CHUNK = 2**20
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, *args):
-        new = super().redirect_request(request, *args)
-        if new is not None and urlsplit(new.full_url).scheme not in SCHEMES:
-            raise urllib.error.URLError(f"it leads to {new.full_url[:200]}, expected an https address")
-        return new
+def opener(schemes: Sequence[str]) -> urllib.request.OpenerDirector:
+    """urllib's opener, which a server cannot lead to other schemes than these."""
+
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, request, *args):
+            new = super().redirect_request(request, *args)
+            if new is not None and urlsplit(new.full_url).scheme not in schemes:
+                expected = " or ".join(schemes)
+                raise urllib.error.URLError(f"it leads to {new.full_url[:200]}, expected an {expected} address")
+            return new
+
+    return urllib.request.build_opener(Redirects)
+
+
+def in_time(seconds: float, ask: Callable[[], T]) -> T:
+    """What `ask` returns or raises. Raises TimeoutError when the time is over: in a thread, which is left behind then,
+    since a server that sends its head byte by byte outlasts every time limit of a socket."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:  # whatever it is, it belongs to who waits
+            answers.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=max(seconds, 0.0))
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return answer
 
 
 def _download(address: str, file: BinaryIO) -> None:
     """The whole answer into `file`. Raises OSError for one that fails, breaks off, is too long or takes too long."""
     start = told = time.monotonic()
     request = urllib.request.Request(address, headers={"User-Agent": "fastrcnn"})
-    with urllib.request.build_opener(_Redirects).open(request, timeout=SILENCE) as answer:
+    with opener(SCHEMES).open(request, timeout=SILENCE) as answer:
         expected, done = answer.length, 0  # None where the server does not say
         while chunk := answer.read1(_CHUNK):
             done += len(chunk)
@@ -48,6 +79,8 @@ def _download(address: str, file: BinaryIO) -> None:
             file.write(chunk)
         if expected is not None and done < expected:
             raise OSError(f"it broke off after {done} of {expected} bytes")
+        if not done:
+            raise OSError("the answer is empty")
 
 
 def _digest(name: str) -> tuple[str, str] | None:
@@ -93,7 +126,10 @@ def fetch(path_or_url: str | Path) -> Path:
     part = target.with_name(f"{name}.{time.monotonic_ns()}.part")
     try:
         with open(part, "wb") as file:
-            _download(text, file)
+            try:
+                in_time(LONGEST, lambda: _download(text, file))
+            except TimeoutError as error:
+                raise OSError(str(error) or f"not done after {LONGEST:.0f} seconds") from None
         if not _is_whole(part, said):
             raise ValueError(f"{text}: the download is damaged (its {said[0]} does not begin with {said[1]})")
         part.replace(target)

@@ -1,13 +1,12 @@
 """The bytes behind a path or an address: regular files only, counted, and an address's whole answer within a time."""
 
 import os
-import queue
 import stat
-import threading
 import time
 import urllib.parse
-import urllib.request
 from http.client import HTTPException
+
+from fastrcnn.checkpoints.fetch import in_time, opener
 
 TIMEOUT_S = 30  # for the whole answer of an address
 CHUNK = 1 << 16
@@ -47,31 +46,22 @@ def _count(read, limit: float, deadline: float = float("inf")) -> bytes:
 
 
 def _fetch(address: str, limit: float) -> bytes:
-    """In a thread that is left behind when the time is over: a server that sends its head byte by byte outlasts every
-    time limit of a socket."""
-    answers: queue.SimpleQueue = queue.SimpleQueue()
     deadline = time.monotonic() + TIMEOUT_S
     quoted = urllib.parse.quote(address, safe="%/:=&?~#+!$,;'@()*[]")
 
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(quoted, timeout=TIMEOUT_S) as response:
-                data = _count(response.read1, limit, deadline)
-                missing = getattr(response, "length", None)
-            answers.put(OSError(f"the answer breaks off {missing} bytes before its end") if missing else data)
-        except Exception as error:  # whatever it is, it belongs to who waits
-            answers.put(error)
+    def ask() -> bytes:
+        with opener(("http", "https")).open(quoted, timeout=TIMEOUT_S) as response:
+            data = _count(response.read1, limit, deadline)
+            if missing := getattr(response, "length", None):
+                raise OSError(f"the answer breaks off {missing} bytes before its end")
+            return data
 
-    threading.Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=TIMEOUT_S)
-    except queue.Empty:
-        answer = TimeoutError()
-    if isinstance(answer, bytes):
-        return answer
-    if isinstance(answer, TimeoutError) and not str(answer):
-        raise OSError(f"timed out: no whole answer within {TIMEOUT_S} s")
-    if isinstance(answer, OSError):
-        raise answer
-    kind = "the answer breaks off" if isinstance(answer, HTTPException) else "no address that can be asked"
-    raise OSError(f"{kind}: {str(answer) or type(answer).__name__}")
+        return in_time(TIMEOUT_S, ask)
+    except TimeoutError as error:
+        raise OSError(str(error) or f"timed out: no whole answer within {TIMEOUT_S} s") from None
+    except OSError:
+        raise
+    except Exception as error:
+        kind = "the answer breaks off" if isinstance(error, HTTPException) else "no address that can be asked"
+        raise OSError(f"{kind}: {str(error) or type(error).__name__}") from None
