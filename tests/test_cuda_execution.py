@@ -11,7 +11,6 @@ from conftest import random_boxes
 from torch import Tensor
 
 from fastrcnn import ops
-from fastrcnn._extension import has_kernel
 from fastrcnn.ops.preprocess import RULES
 from fastrcnn.ops.roi_align import level_rule
 
@@ -135,11 +134,10 @@ CASES: dict[str, tuple[tuple[str, ...], Callable, Callable]] = {
 
 
 @pytest.fixture(params=CASES)
-def case(request) -> tuple[Callable, list[Tensor]]:
+def case(request, need_kernel) -> tuple[Callable, list[Tensor]]:
     names, call, tensors = CASES[request.param]
     for name in names:
-        if not has_kernel(name, "cuda"):
-            pytest.skip(f"no CUDA kernel for {name}")
+        need_kernel(name, "cuda")
     return call, [t.cuda() for t in tensors()]
 
 

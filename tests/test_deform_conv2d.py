@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torchvision
-from conftest import assert_within_twice
+from conftest import assert_within_twice, layout
 
 from fastrcnn.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
 
@@ -59,10 +59,6 @@ CASES = {
     "one channel, one filter": Case(channels=1, filters=1),
     "more columns than fit at once": Case(channels=32, filters=4, groups=2, size=(64, 66), masked=True),
 }
-
-
-def layout(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def forward_and_gradients(function, tensors, where, grad=None):

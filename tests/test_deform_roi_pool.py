@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_within_twice, random_boxes
+from conftest import assert_within_twice, layout, random_rois
 from torch import nn
 
 from fastrcnn.layers.deform_roi_pool import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
@@ -13,11 +13,6 @@ from fastrcnn.ops import deform_roi_pool, deform_roi_pool_reference, roi_align
 
 NAN, INF = float("nan"), float("inf")
 MAP, ROIS, OFFSET = torch.zeros(2, 3, 8, 8), torch.zeros(4, 5), torch.zeros(4, 2, 7, 7)
-
-
-def random_rois(n: int, images: int = 2, size: float = 128, largest: float = 100, seed: int = 0) -> torch.Tensor:
-    image = torch.randint(images, (n, 1), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([image, random_boxes(n, size, size, largest, seed)], 1)
 
 
 def odd_rois() -> torch.Tensor:
@@ -28,10 +23,6 @@ def odd_rois() -> torch.Tensor:
     rois[24:27] = rois[24:27][:, [0, 3, 4, 1, 2]]  # both axes inverted
     rois[27:] = rois[27:][:, [0, 3, 2, 1, 4]]  # one axis inverted
     return rois
-
-
-def layout(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def forward_and_gradients(function, x, rois, offset, *args, **kwargs):

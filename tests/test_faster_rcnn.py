@@ -3,7 +3,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import picture as pixels
-from conftest import tiny_options
+from conftest import tiny_options, wake_norms
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
 
@@ -24,13 +24,7 @@ def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
 def randomise(model: nn.Module, images: list[torch.Tensor]) -> nn.Module:
     """Norms that are not the identity, and scores and deltas that vary as a trained model's do: with plain random heads
     all scores would be alike and nothing would be found."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.weight.uniform_(0.3, 0.7)  # below 1: maps that grow from block to block would drown every tolerance
-            m.bias.normal_(std=0.2)
-            m.running_mean.normal_(std=0.2)
-            m.running_var.uniform_(0.7, 1.3)
-    model.eval()
+    wake_norms(model)
     head, box = model.rpn.head, model.roi_heads.box_predictor
     first, second = {head.cls_logits: 2.0, head.bbox_pred: 0.2}, {box.cls_score: 1.5, box.bbox_pred: 0.7}
     for stage in (first, second):

@@ -110,7 +110,8 @@ def test_non_contiguous_input_equals_contiguous(device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_other_dtypes_equal_the_reference(device, need_kernel, dtype):
-    need_kernel("batched_nms", device)
+    need_kernel("nms", device, dtype)
+    need_kernel("batched_nms", device, dtype)
     boxes, scores = random_boxes(300).to(device, dtype), scores_with_ties(300).to(device, dtype)
     idxs = torch.arange(300, device=device) % 3
     assert torch.equal(nms(boxes, scores, 0.4), nms_reference(boxes, scores, 0.4))

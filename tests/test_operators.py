@@ -79,13 +79,15 @@ def test_kernel_equals_reference_with_gradients(device, need_kernel, name, dtype
     (actual, gradients), (expected, want_gradients) = results
     assert any(t.any() for t in actual) and all(g.any() for g in gradients)
     assert [t.stride() for t in actual] == [t.stride() for t in expected]
-    for a, b in zip(actual + gradients, expected + want_gradients, strict=True):
+    exact = case.exact and dtype != torch.float64
+    for i, (a, b) in enumerate(zip(actual + gradients, expected + want_gradients, strict=True)):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        if not b.is_floating_point() or (case.exact and dtype != torch.float64 and not case.differentiable):
+        if not b.is_floating_point() or (exact and i < len(actual)):
             assert torch.equal(a, b)
             continue
-        unit = torch.finfo(b.dtype if name == "decode_boxes" else dtype).eps
-        torch.testing.assert_close(a, b, rtol=4 * unit, atol=16 * unit * b.abs().max().item())
+        # Statistics of norms stay float32 beside float64 maps, and boxes are float32 beside half precision.
+        unit = max(torch.finfo(b.dtype).eps, 0.0 if name == "decode_boxes" else torch.finfo(dtype).eps)
+        torch.testing.assert_close(a, b, rtol=4 * unit, atol=(8 if unit < 1e-5 else 2) * unit * b.abs().max().item())
 
 
 def channels_last(kwargs: dict) -> dict:
@@ -132,7 +134,7 @@ def test_compiles_as_one_graph_with_gradients(device, name):
 
 
 @each_operator
-def test_exports_with_any_number_of_boxes(device, name):
+def test_exports_with_any_number_of_boxes_where_it_has_them(device, name):
     tensors, rest = split(arguments(name, device))
     model, n = Call(public(name)[0], rest), torch.export.Dim("n", min=2)
     shapes = {k: {CASES[name].grows[k]: n} if k in CASES[name].grows else tree_map(lambda _: None, v)
@@ -143,6 +145,23 @@ def test_exports_with_any_number_of_boxes(device, name):
         assert torch.equal(a, b)
 
 
+def test_convolutions_export_with_any_batch_and_size(device):
+    b, h, w = torch.export.Dim("b", min=2), torch.export.Dim("h", min=4), torch.export.Dim("w", min=4)
+    none = dict.fromkeys(("bn_weight", "bn_bias", "bn_mean", "bn_var"))
+    weight = torch.randn(6, 4, 3, 3, device=device)
+    for name, rest, maps in (("conv_bn_relu", none, {"input": 4}), ("deform_conv2d", {}, {"input": 4, "offset": 18})):
+
+        def tensors(*size, maps=maps):
+            images, *sides = size
+            return {k: torch.randn(images, c, *sides, device=device) for k, c in maps.items()} | dict(weight=weight)
+
+        model = Call(public(name)[0], dict(rest, padding=1))
+        shapes = {k: {0: b, 2: h, 3: w} for k in maps} | dict(weight=None)
+        exported = torch.export.export(model, (tensors(2, 5, 6),), dynamic_shapes=(shapes,)).module()
+        more = tensors(3, 9, 7)
+        torch.testing.assert_close(exported(more), model(more))
+
+
 WRONG = [(name, *wrong) for name, case in CASES.items() for wrong in case.wrong]
 
 
@@ -151,6 +170,20 @@ WRONG = [(name, *wrong) for name, case in CASES.items() for wrong in case.wrong]
 def test_wrong_arguments_are_named(name, wrong, error, argument, reference):
     with pytest.raises(error, match=f"^{argument}"):
         public(name)[reference](**{**arguments(name, "cpu"), **wrong})
+
+
+OF_ANY_NUMBERS = {"max_shape", "image_sizes", "images"}
+
+
+@each_operator
+@each_function
+def test_tensors_of_the_other_kind_of_number_are_named(name, reference):
+    kwargs = arguments(name, "cpu")
+    for key, value in split(kwargs)[0].items():
+        wrong = tree_map(lambda t: t.long() if t.is_floating_point() else t.float(), value)
+        if key not in OF_ANY_NUMBERS:
+            with pytest.raises(TypeError, match=f"^{key}"):
+                public(name)[reference](**{**kwargs, key: wrong})
 
 
 NOT_OF_ITS_TYPE = {  # by the first word of a parameter's annotation

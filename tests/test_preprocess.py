@@ -1,18 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import picture as cells
 from PIL import Image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models.preprocess import DataPreprocessor, resized_size
 from fastrcnn.models.profiles import IMAGENET_MEAN, IMAGENET_STD, PROFILES
 from fastrcnn.ops.preprocess import resize_opencv
-
-
-def cells(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """A rendered picture, uint8 [3, H, W]."""
-    return torch.from_numpy(render_cells(seed, height, width)[0]).permute(2, 0, 1).contiguous()
 
 
 def preprocessor(profile: str, min_size=192, max_size=256) -> DataPreprocessor:

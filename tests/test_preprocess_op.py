@@ -138,16 +138,6 @@ def test_pillow_resizes_as_pil(old, new, device):
     assert off == 0 or (off <= 1 and new < old)
 
 
-@pytest.fixture
-def two_threads():
-    """With one thread torch interpolates by another kernel, which sums in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("size", [(80, 100), (40, 200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_interpolates_as_torch_bit_for_bit(size, dtype, device, two_threads):

@@ -156,7 +156,7 @@ def test_plugins_and_offsets_keep_their_own_start(small_file):
     assert all(not v.any() for k, v in backbone.state_dict().items() if "conv_offset" in k)
 
 
-def test_what_a_file_has_for_the_added_layers_is_taken(small_file, tmp_path):
+def test_what_a_file_has_for_the_added_layers_is_taken(tmp_path):
     dcn = dict(dcn=dict(type="DCN"), stage_with_dcn=(False, False, False, True))
     state = {k: torch.rand_like(v.float()) for k, v in small(**dcn).state_dict().items()}
     torch.save(state, tmp_path / "dcn.pth")

@@ -17,6 +17,8 @@ TORCHVISION = {
     "retinanet_resnet50_fpn": detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
     "retinanet_resnet50_fpn_v2": detection.RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
 }
+HOSTS = dict(mmdet="https://download.openmmlab.com/mmdetection/", torchvision="https://download.pytorch.org/models/",
+             detectron2="https://dl.fbaipublicfiles.com/detectron2/COCO-Detection/")  # fmt: skip
 
 
 def names(rows) -> list[str]:
@@ -30,7 +32,7 @@ def test_the_facts_of_every_row():
         assert len({getattr(p, fact) for p in PUBLISHED}) == len(PUBLISHED) > 90
     for row in PUBLISHED:
         assert fetch._digest(row.address.rpartition("/")[2]) == row.digest, row.name
-        assert row.address.startswith("https://") and row.model in RECIPES and 25 < row.ap < 65, row.name
+        assert row.address.startswith(HOSTS[row.profile]) and row.model in RECIPES and 25 < row.ap < 65, row.name
         assert row.metric == ("AR@1000" if row.model in RPNS else "AP")
         # MMDetection's folders are called as the model is, Detectron2's and torchvision's files by the depth alone.
         depth = RECIPES[row.model].backbone["depth"] if "101" not in row.variant else 101
@@ -66,13 +68,26 @@ def test_the_caffe_style_is_told_from_the_other():
     assert row not in published_for("r50_fpn")
 
 
-def test_coco_is_the_best_that_fits():
-    """Of what is published for the plain r50_fpn, MMDetection's has 40.8 with its RSB backbone, Detectron2's 40.2."""
+@pytest.mark.parametrize("name", RECIPES)
+def test_coco_is_the_best_that_fits(name):
+    """Torchvision's where it has any, then MMDetection's, then Detectron2's; of a peer's the best AP of the plain model."""
+    plain = [p for p in PUBLISHED if p.model == name and p.variant == "-"]
+    best = {peer: max((p.ap for p in plain if p.profile == peer), default=None)
+            for peer in ("torchvision", "mmdet", "detectron2")}  # fmt: skip
+    for profile in (None, *best):
+        aps = [ap for peer, ap in best.items() if ap is not None and profile in (None, peer)]
+        if not aps:
+            with pytest.raises(ValueError, match="no published"):
+                coco_weights(name, profile)
+            continue
+        found = coco_weights(name, profile)
+        assert (found.ap, found.model, found.overrides) == (aps[0], name, {}) and profile in (None, found.profile)
+
+
+def test_coco_of_the_plain_r50_fpn():
+    """Of what is published, MMDetection's has 40.8 with its RSB backbone, Detectron2's 40.2."""
     for profile, ap in ((None, 37.0), ("torchvision", 37.0), ("mmdet", 40.8), ("detectron2", 40.2)):
-        found = coco_weights("r50_fpn", profile)
-        assert (found.ap, found.model, found.overrides) == (ap, "r50_fpn", {})
-        assert profile is None or found.profile == profile
-    assert coco_weights("r101_fpn").profile == "mmdet"  # torchvision has none
+        assert coco_weights("r50_fpn", profile).ap == ap
 
 
 def test_the_address_is_the_rows():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision
-from conftest import assert_within_twice, random_boxes
+from conftest import assert_within_twice, layout, random_rois
 
 from fastrcnn.ops import (
     multilevel_roi_align,
@@ -15,15 +15,6 @@ from fastrcnn.ops import (
 PROFILES = ["mmdet", "torchvision", "detectron2"]
 STRIDES = [4, 8, 16, 32]
 NAN, INF = float("nan"), float("inf")
-
-
-def random_rois(n: int, images: int = 2, size: float = 128, largest: float = 100, seed: int = 0) -> torch.Tensor:
-    image = torch.randint(images, (n, 1), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([image, random_boxes(n, size, size, largest, seed)], 1)
-
-
-def layout(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def pyramid(device, channels=3, images=2, size=128, dtype=torch.float32, channels_last=False) -> list[torch.Tensor]:

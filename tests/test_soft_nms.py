@@ -5,16 +5,12 @@ import math
 import pytest
 import torch
 from conftest import random_boxes
+from operator_cases import spread_scores
 
 from fastrcnn.ops import batched_soft_nms, batched_soft_nms_reference, nms, soft_nms, soft_nms_reference
 
 METHODS = ["naive", "linear", "gaussian"]
 NAN, INF = float("nan"), float("inf")
-
-
-def spread_scores(n: int) -> torch.Tensor:
-    """Distinct scores in (0, 1]: rounding in the last place cannot change who comes first."""
-    return (torch.randperm(n, generator=torch.Generator().manual_seed(1)) + 1) / max(n, 1)
 
 
 def assert_equals_reference(*args, **kwargs):
