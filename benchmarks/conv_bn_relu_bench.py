@@ -80,7 +80,6 @@ def main() -> None:
     rates = timing.Rates(args.device)
     shapes = SHAPES[1:4] if args.quick else SHAPES
     kinds = [(torch.float32, False), (torch.bfloat16, False)]
-    kinds = [k for k in kinds if timing.has_kernel("conv_bn_relu", torch.device(args.device).type, k[0])]
     images = 1
     if torch.device(args.device).type == "cuda":
         kinds, images = [(torch.bfloat16, False), (torch.bfloat16, True)], 8

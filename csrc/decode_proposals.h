@@ -101,9 +101,9 @@ inline ProposalInputs make_proposal_inputs(const std::vector<Tensor>& cls_logits
 template <class T, class F>
 Level<T, F> make_level(const ProposalInputs& in, size_t i) {
   const Tensor &x = in.logits[i], &d = in.deltas[i];
-  const auto narrow = [](int64_t n) { return static_cast<int>(n); };
+  const auto number = [](int64_t n) { return as_int("cls_logits: a size", n); };
   const auto* base = reinterpret_cast<const Box<T>*>(in.bases[i].const_data_ptr<T>());
-  return {x.const_data_ptr<F>(), d.const_data_ptr<F>(), base, narrow(x.size(1)), narrow(x.size(2)), narrow(x.size(3)),
+  return {x.const_data_ptr<F>(), d.const_data_ptr<F>(), base, number(x.size(1)), number(x.size(2)), number(x.size(3)),
           x.stride(0), x.stride(1), x.stride(2), x.stride(3), d.stride(0), d.stride(1), d.stride(2), d.stride(3),
           static_cast<T>(in.strides[2 * i]), static_cast<T>(in.strides[2 * i + 1])};
 }

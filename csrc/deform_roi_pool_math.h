@@ -38,8 +38,7 @@ HOST_DEVICE RoiGrid<T> moved(const DeformAxis<T>& axis, T offset) {
 // at the border or lies outside. Written so that NaN gives 0, as in axis_tap.
 template <class T>
 HOST_DEVICE T axis_slope(const RoiGrid<T>& g, int p, int i, int size) {
-  const T v = g.start + static_cast<T>(p) * g.bin +
-              (static_cast<T>(i) + T(0.5)) * g.bin / static_cast<T>(g.samples);
+  const T v = sample_position(g, p, i);
   return v >= T(0) && v < static_cast<T>(size - 1) ? T(1) : T(0);
 }
 

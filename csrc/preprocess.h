@@ -19,10 +19,10 @@ double size_ratio(Resize rule, int64_t old, int64_t now) {
 template <class T, Resize R>
 Picture<T> make_picture(const Tensor& image, int64_t index, int64_t new_height, int64_t new_width) {
   using V = Value<T, R>;
-  const auto narrow = [](int64_t n) { return static_cast<int>(n); };
+  const auto number = [](int64_t n) { return as_int("images: a size", n); };
   return {image.const_data_ptr<T>(), image.stride(0), image.stride(1), image.stride(2),
           size_ratio<V>(R, image.size(1), new_height), size_ratio<V>(R, image.size(2), new_width),
-          narrow(image.size(1)), narrow(image.size(2)), narrow(new_height), narrow(new_width), narrow(index)};
+          number(image.size(1)), number(image.size(2)), number(new_height), number(new_width), number(index)};
 }
 
 inline Resize check_preprocess(const std::vector<Tensor>& images, const std::vector<int64_t>& sizes, int64_t height,

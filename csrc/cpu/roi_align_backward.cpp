@@ -109,7 +109,6 @@ std::vector<Tensor> multilevel_roi_align_backward(const Tensor& grad, std::vecto
   }
   const Problem p = make_problem(grads, rois, scales, pooled_h, pooled_w, sampling_ratio, aligned, level_rule);
   CHECK_SHAPE(grad, num_rois, p.channels, pooled_h, pooled_w);
-  CHECK_SHAPE(rois, num_rois, 5);
   const Tensor r = contiguous_as(rois, acc);
   // One stride from bin to bin, and channels side by side where the maps have them so.
   Tensor g = grad;

@@ -194,7 +194,7 @@ Outputs decode_proposals(std::vector<Tensor> cls_logits, std::vector<Tensor> bbo
                          int64_t nms_pre, std::vector<double> means, std::vector<double> stds, double wh_ratio_clip,
                          bool symmetric_clip, double min_size, bool topk_on_logits, bool return_logits) {
   const torch::stable::accelerator::DeviceGuard guard(image_sizes.get_device_index());
-  CHECK_ARGUMENT(cls_logits.size() <= kMaxLevels, "cls_logits: at most 8 levels, got ", cls_logits.size());
+  CHECK_ARGUMENT(cls_logits.size() <= kMaxLevels, "cls_logits: at most ", kMaxLevels, " levels, got ", cls_logits.size());
   const ProposalInputs in =
       make_proposal_inputs(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, /*convert=*/false);
   Outputs out;

@@ -224,7 +224,7 @@ void run(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>&
                static_cast<int>(std::min<int64_t>(tiles, kBack + 1)), static_cast<int>(std::min<int64_t>(words, kWords)),
                Bound<T>(static_cast<float>(iou_threshold)), indices.size(1)};
   const int64_t mask_blocks = batch * tiles * p.masked * ((p.mask_words * 32 + kColumns - 1) / kColumns);
-  STD_TORCH_CHECK(mask_blocks < int64_t{1} << 31, "boxes: more images than one call takes");
+  CHECK_ARGUMENT(mask_blocks < int64_t{1} << 31, "boxes: more images than one call takes");
   const auto buffer = [&](int64_t numbers, ScalarType dtype) { return empty_like_device(boxes, {numbers}, dtype); };
   Tensor order = buffer(batch * n, ScalarType::Int), sorted = buffer(batch * n * 4, boxes.scalar_type());
   Tensor members = buffer(groups ? batch * n : 0, ScalarType::Int);

@@ -72,7 +72,7 @@ struct SampleRange {
 };
 
 // Every sample of bin p that lies within [low, high], and where a bin has few samples also others. A bin of a RoI far
-// larger than the map has up to 2^20 samples: positions never fall as i grows, so bisection finds the few that count.
+// larger than the map has up to kMostSamples samples: positions never fall as i grows, so bisection finds the few that count.
 template <class T>
 __device__ __forceinline__ SampleRange samples_within(const RoiGrid<T>& g, int p, T low, T high) {
   if (g.samples <= kFewSamples || !(g.bin > T(0))) return {0, g.samples};

@@ -134,7 +134,7 @@ def _decode_proposals(
     just what `nms_padded` takes. nms_pre <= 0 keeps every anchor. `topk_on` ranks by "sigmoid" (MMDetection; ties where
     it saturates) or "logits" (torchvision, Detectron2); `score` is what is returned. Boxes and scores are float32 (float64
     for float64 logits). Not differentiable: proposals are detached by definition.
-    Raises TypeError or ValueError naming the argument.
+    Raises TypeError or ValueError naming the argument. CUDA takes up to 8 levels.
     """
     cls_logits, bbox_deltas = check_tensors("cls_logits", cls_logits), check_tensors("bbox_deltas", bbox_deltas)
     base_anchors = check_tensors("base_anchors", base_anchors)

@@ -101,12 +101,12 @@ def _fake(boxes, gt_boxes, gt_counts, *rules):
 declare("match_boxes", _op_reference, _fake)
 
 
-def _counts(name: str, counts: Tensor | None, of: Tensor) -> Tensor:
+def _counts(name: str, counts: Tensor | None, of_name: str, of: Tensor) -> Tensor:
     """How many of the rows `of` [B, M, 4] count: all where it isn't said."""
     if counts is None:
         return torch.full((len(of),), of.shape[1], dtype=torch.int64, device=of.device)
     check_tensor(name, counts, "B", floating=False)
-    check_same_length(name, counts, "gt_boxes", of)
+    check_same_length(name, counts, of_name, of)
     return counts
 
 
@@ -143,12 +143,12 @@ def _match_boxes(
         raise ValueError(f"boxes: expected the batch size {len(gts)} of gt_boxes, got {len(boxes)}")
     if ignore_boxes is None and ignore_counts is not None:
         raise ValueError("ignore_counts: given without ignore_boxes")
-    gt_counts = _counts("gt_counts", gt_counts, gts)
+    gt_counts = _counts("gt_counts", gt_counts, "gt_boxes", gts)
     if ignore_boxes is not None:
         check_tensor("ignore_boxes", ignore_boxes, "B, R, 4" if batched else "R, 4", last=4)
         ignore_boxes = ignore_boxes if batched else ignore_boxes[None]
         check_same_length("ignore_boxes", ignore_boxes, "gt_boxes", gts)
-        ignore_counts = _counts("ignore_counts", ignore_counts, ignore_boxes)
+        ignore_counts = _counts("ignore_counts", ignore_counts, "ignore_boxes", ignore_boxes)
     check_same_device(boxes=boxes, gt_boxes=gts, gt_counts=gt_counts, ignore_boxes=ignore_boxes,
                       ignore_counts=ignore_counts)  # fmt: skip
     thresholds = ("pos_iou_thr", pos_iou_thr), ("neg_iou_thr", neg_iou_thr), ("min_pos_iou", min_pos_iou)

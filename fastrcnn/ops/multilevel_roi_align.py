@@ -13,6 +13,7 @@ from fastrcnn.ops._checks import (
     check_choice,
     check_flag,
     check_map,
+    check_numbers,
     check_positive,
     check_same_device,
     check_tensors,
@@ -67,7 +68,8 @@ def _multilevel_roi_align(
     2 * finest_scale pixels take level 0, below 4 * finest_scale level 1, and so on; `profile` ("mmdet", "torchvision",
     "detectron2") chooses the peer's rounding at the boundary. Backward is deterministic.
     Raises TypeError or ValueError naming the argument, also for an image index beyond B on the CPU. On CUDA the host does
-    not wait to look at the indices: such RoIs give zeros there, as padding does. CUDA takes up to 8 levels.
+    not wait to look at the indices: such RoIs give zeros there, as padding does. CUDA takes up to 8 levels
+    and 512 bins along both axes together.
     """
     features = check_tensors("features", features)
     for i, m in enumerate(features):
@@ -75,10 +77,7 @@ def _multilevel_roi_align(
         if m.shape[:2] != features[0].shape[:2] or m.dtype != features[0].dtype:
             want = f"{list(features[0].shape[:2])} and {features[0].dtype} as in features[0]"
             raise ValueError(f"features[{i}]: expected [B, C] = {want}, got {list(m.shape[:2])} and {m.dtype}")
-    if not isinstance(strides, Sequence) or isinstance(strides, str):
-        raise TypeError(f"strides: expected one number a level, got {type(strides).__name__}")
-    if len(features) != len(strides):
-        raise ValueError(f"strides: expected one for each of the {len(features)} features, got {list(strides)}")
+    strides = check_numbers("strides", strides, len(features))
     scales = [1.0 / check_positive(f"strides[{i}]", s) for i, s in enumerate(strides)]
     *pooled, ratio = check_sampling(rois, output_size, sampling_ratio)
     check_same_device(rois=rois, **{f"features[{i}]": m for i, m in enumerate(features)})

@@ -233,7 +233,8 @@ def _roi_align(
     input [B, C, H, W], NCHW or channels-last; rois [K, 5] = (image index, xyxy in image pixels), a negative index being
     padding that gives zeros; spatial_scale = map size / image size; sampling_ratio at most 65536. Backward is
     deterministic. Raises TypeError or ValueError naming the argument, also for an image index beyond B on the CPU. On
-    CUDA the host does not wait to look at the indices: such RoIs give zeros there, as padding does.
+    CUDA the host does not wait to look at the indices: such RoIs give zeros there, as padding does, and output_size has at
+    most 512 bins along both axes together.
     """
     check_map("input", input)
     *pooled, ratio = check_sampling(rois, output_size, sampling_ratio)
