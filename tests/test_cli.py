@@ -139,7 +139,7 @@ def test_an_image_that_is_not_there_and_an_address_that_fails(weights, tmp_path,
     def fail(*args, **kwargs):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr("urllib.request.urlopen", fail)
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", fail)
     address = "https://example.com/street.jpg"
     options = "--weights", weights, "--out", tmp_path / "out"
     printed = run("detect", address, tmp_path / "none.jpg", *options, status=1)

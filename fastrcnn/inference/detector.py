@@ -63,10 +63,11 @@ def as_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device: {found} was asked for, but torch sees no CUDA device")
     try:
         usable = found.type != "meta" and torch.empty(1, device=found) is not None
-    except Exception:  # each backend has its own way to say that it is not there
-        usable = False
+        why = ""
+    except Exception as error:  # each backend has its own way to say that it is not there
+        usable, why = False, " (" + (str(error).splitlines() or [type(error).__name__])[0] + ")"
     if not usable:
-        raise ValueError(f"device: {found} was asked for, but torch cannot use it here")
+        raise ValueError(f"device: {found} was asked for, but torch cannot use it here{why}")
     return found
 
 
@@ -90,7 +91,9 @@ def _failure(error: Exception, picture: _Picture) -> Exception:
     kept = (MemoryError, FloatingPointError, torch.OutOfMemoryError)
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     said = f"{picture.name}: no detection in {width} x {height} pixels ({reason})"
-    return type(error)(said) if type(error) in kept else ImageError(said)
+    failure = type(error)(said) if type(error) in kept else ImageError(said)
+    failure.__cause__ = error  # it need not be the picture's fault
+    return failure
 
 
 class Detector:
@@ -164,7 +167,8 @@ class Detector:
         uint8, or floats in 0..1. PIL images are turned as their EXIF orientation says, as files are; an alpha channel
         is dropped.
 
-        Raises ImageError for an image that cannot be read, before any is looked at; `stream` goes on instead.
+        Raises ImageError for an image that cannot be read, before any is looked at, and for one that the model fails on,
+        with what it said as the cause; `stream` goes on instead.
         """
         single = not isinstance(images, Iterable) or isinstance(images, str) or hasattr(images, "shape")
         read = []

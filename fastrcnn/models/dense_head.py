@@ -9,7 +9,7 @@ from fastrcnn.models.anchors import AnchorGenerator, build_anchor_generator
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder, build_box_coder
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import build_loss
-from fastrcnn.models.matching import assign
+from fastrcnn.models.matching import assign, check_assigner
 from fastrcnn.models.profiles import Profile, get_profile
 from fastrcnn.ops._checks import coordinates
 
@@ -17,6 +17,15 @@ from fastrcnn.ops._checks import coordinates
 def flat_levels(maps: Sequence[Tensor], columns: int) -> Tensor:
     """Maps [B, A * columns, H, W] of all levels as [B, sum of H * W * A, columns], in the order of the anchors."""
     return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, columns) for x in maps], 1)
+
+
+def init_normal(module: nn.Module) -> None:
+    """Every convolution as MMDetection starts those of dense heads: weights of deviation 0.01, biases of 0."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.normal_(m.weight, std=0.01)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
 
 
 class DenseHead(nn.Module):
@@ -40,7 +49,8 @@ class DenseHead(nn.Module):
         self.bbox_coder = build_box_coder(bbox_coder)
         self.loss_cls, self.loss_bbox = build_loss(loss_cls), build_loss(loss_bbox)
         self.reg_decoded_bbox = reg_decoded_bbox
-        self.train_cfg, self.test_cfg = train_cfg, test_cfg
+        self.train_cfg = {**train_cfg, "assigner": check_assigner(train_cfg["assigner"])}
+        self.test_cfg = test_cfg
         self.num_anchors = self.anchor_generator.num_base_anchors
         self.set_profile(profile)
 

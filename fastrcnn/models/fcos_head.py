@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.build import build, settings
-from fastrcnn.models.dense_head import flat_levels
+from fastrcnn.models.dense_head import flat_levels, init_normal
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import EPS, GIoULoss, IoULoss, build_loss
 from fastrcnn.models.post_process import nms_limit
@@ -149,12 +149,9 @@ class FCOSHead(nn.Module):
 
     def init_weights(self) -> None:
         """Small random weights; the class bias makes every position start at a score of 0.01."""
+        init_normal(self)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, std=0.01)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
-            elif isinstance(m, nn.GroupNorm):
+            if isinstance(m, nn.GroupNorm):
                 m.reset_parameters()
             elif isinstance(m, Scale):
                 nn.init.ones_(m.scale)

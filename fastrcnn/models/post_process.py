@@ -14,9 +14,8 @@ NMS_OPTIONS = {
 _SHARED = {"type", "class_agnostic", "max_num", "split_thr"}  # the last tells mmcv how to compute the same
 
 
-def check_nms(cfg: dict, what: str, allowed: dict[str, set[str]] = NMS_OPTIONS) -> dict:
-    """MMDetection's dict(type="nms", iou_threshold=0.5) as it is. Raises ValueError for another type or option, naming
-    `what`."""
+def check_nms(cfg: dict, what: str, allowed: dict[str, set[str]] = NMS_OPTIONS) -> None:
+    """Raises ValueError, naming `what`, where `cfg` is no dict as MMDetection's dict(type="nms", iou_threshold=0.5)."""
     kind = cfg.get("type", "nms") if isinstance(cfg, dict) else None
     if kind not in allowed:
         raise ValueError(f"{what}: expected a dict with type {' or '.join(map(repr, allowed))}, got {cfg!r}")
@@ -24,7 +23,6 @@ def check_nms(cfg: dict, what: str, allowed: dict[str, set[str]] = NMS_OPTIONS) 
     if unknown or (kind == "nms" and "iou_threshold" not in cfg):
         options = sorted(allowed[kind] | _SHARED)
         raise ValueError(f"{what}: expected iou_threshold and some of {options}, got {cfg}")
-    return cfg
 
 
 def nms_limit(cfg: dict, max_per_img: int) -> int | None:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.anchors import build_anchor_generator
 from fastrcnn.models.build import settings
-from fastrcnn.models.dense_head import DenseHead, flat_levels
+from fastrcnn.models.dense_head import DenseHead, flat_levels, init_normal
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import build_loss, positive_weight
-from fastrcnn.models.matching import check_assigner
 from fastrcnn.models.post_process import check_nms, finish
 from fastrcnn.models.profiles import Profile
 from fastrcnn.ops._checks import coordinates
@@ -68,7 +67,6 @@ class RetinaHead(DenseHead):
             anchor_generator, bbox_coder, loss_cls, loss_bbox, reg_decoded_bbox, train_cfg, test_cfg, profile
         )
         check_nms(test_cfg["nms"], "bbox_head test_cfg nms")
-        self.train_cfg = {**train_cfg, "assigner": check_assigner(train_cfg["assigner"])}
         if train_cfg["sampler"] != dict(type="PseudoSampler"):
             raise ValueError(f"sampler: RetinaNet trains on every anchor (PseudoSampler), got {train_cfg['sampler']}")
         if type(self.loss_cls).__name__ != "FocalLoss":
@@ -110,11 +108,7 @@ class RetinaHead(DenseHead):
 
     def init_weights(self) -> None:
         """Small random weights; the class biases make every anchor start at a score of 0.01."""
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, std=0.01)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        init_normal(self)
         nn.init.constant_(self.retina_cls.bias, -math.log((1 - 0.01) / 0.01))
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.build import settings
-from fastrcnn.models.dense_head import DenseHead, flat_levels
+from fastrcnn.models.dense_head import DenseHead, flat_levels, init_normal
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import build_loss, positive_weight
-from fastrcnn.models.matching import check_assigner
 from fastrcnn.models.post_process import check_nms, nms_limit
 from fastrcnn.models.profiles import Profile
 from fastrcnn.models.sampling import build_sampler, sample_images
@@ -67,7 +66,6 @@ class RPNHead(DenseHead):
             anchor_generator, bbox_coder, loss_cls, loss_bbox, reg_decoded_bbox, train_cfg, test_cfg, profile
         )
         check_proposal_cfg(test_cfg, "rpn_head test_cfg")
-        self.train_cfg = {**train_cfg, "assigner": check_assigner(train_cfg["assigner"])}
         self.sampler = build_sampler(train_cfg["sampler"])
         if not self.bbox_coder.clip_border:
             raise ValueError("bbox_coder: an RPN's boxes are clipped to the image, expected clip_border=True")
@@ -94,11 +92,7 @@ class RPNHead(DenseHead):
         return self.profile.losses[:2]
 
     def init_weights(self) -> None:
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, std=0.01)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        init_normal(self)
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level: objectness logits [B, A, H, W] and deltas [B, 4 A, H, W]."""

@@ -10,18 +10,12 @@ from fastrcnn.checkpoints.checkpoint import Checkpoint, metadata_json
 from fastrcnn.checkpoints.peer_options import OURS
 from fastrcnn.models.build import merge
 from fastrcnn.zoo.config_file import check_amount
-from fastrcnn.zoo.recipes import DETECTORS, NAMES, RECIPES, RPNS, Detector, model_config
+from fastrcnn.zoo.recipes import DETECTORS, NAMES, RECIPES, RPNS, Detector, detector, recipe_config
 
 # The layers whose shape depends on the number of classes.
 CLASS_LAYERS = ("roi_head.bbox_head.fc_cls.", "roi_head.bbox_head.fc_reg.", "bbox_head.retina_cls.")
 _TELL = "name it, or build it with fastrcnn.models.from_mmdet_config and load the checkpoint with load_weights"
 _LONGEST, _DEEPEST = 5000, 20  # lists and nests of a configuration in a file
-
-
-def build(config: dict) -> Detector:
-    """The detector of a configuration: dict(type="FasterRCNN", backbone=...). Raises what its class raises."""
-    config = dict(config)
-    return DETECTORS[config.pop("type")](**config)
 
 
 def _names_a_file(init_cfg) -> bool:
@@ -90,13 +84,6 @@ def _named_by(state: dict[str, Tensor]) -> tuple[str, dict]:
     return name, {}
 
 
-def _named(name: str, num_classes: int | None, profile: str, *overrides: dict) -> dict:
-    config = model_config(name, num_classes, profile)
-    for changes in overrides:
-        config = merge(config, changes)
-    return {"type": RECIPES[name].kind.__name__, "profile": profile, **config}
-
-
 def _own(checkpoint: Checkpoint, name: str | None, source: str) -> dict:
     """The configuration in one of our own files, after a look whether it is that of the weights beside it: nothing of its
     size is built before."""
@@ -106,15 +93,15 @@ def _own(checkpoint: Checkpoint, name: str | None, source: str) -> dict:
             config = _plain(metadata_json(meta, "detector", dict), "")
         else:  # version 0.1 kept what differs from a named model
             overrides = _plain(metadata_json(meta, "overrides", dict), "")
-            config = _named(name or str(meta.get("model")), checkpoint.num_classes, checkpoint.peer, overrides)
+            config = recipe_config(name or str(meta.get("model")), checkpoint.num_classes, checkpoint.peer, overrides)
         with torch.device("meta"):
-            shapes = build(config).state_dict()
+            shapes = detector(config).state_dict()
     except Exception as error:  # what a file says runs into any kind
         raise ValueError(f"{source}: its metadata describe no model ({type(error).__name__}: {error})") from None
     check_keys(shapes, checkpoint, source)
     if name is not None and "detector" in meta:
         network = ("type", "depth", "groups", "base_width")
-        asked = _named(name, None, checkpoint.peer)
+        asked = recipe_config(name, None, checkpoint.peer)
         found = [(c["type"], *(c["backbone"].get(key) for key in network)) for c in (asked, config)]
         if found[0] != found[1]:
             raise ValueError(f"{source} does not fit this model: it holds a {found[1]}, {name} is a {found[0]}")
@@ -122,7 +109,7 @@ def _own(checkpoint: Checkpoint, name: str | None, source: str) -> dict:
 
 
 def config_of(checkpoint: Checkpoint, num_classes: int, name: str | None, overrides: dict, source: str) -> dict:
-    """The configuration, for `build`, of the model that a checkpoint is of, with so many classes.
+    """The configuration, for `zoo.recipes.detector`, of the model that a checkpoint is of, with so many classes.
 
     name: the model, where the checkpoint does not tell; overrides: laid over it. Raises ValueError where it does not tell,
     or says what does not fit its weights.
@@ -143,7 +130,7 @@ def config_of(checkpoint: Checkpoint, num_classes: int, name: str | None, overri
     own = dict(backbone=dict(style=unsaid["style"])) if "style" in unsaid else {}
     if "std" in unsaid:
         own["data_preprocessor"] = dict(std=unsaid["std"])
-    return _named(name, num_classes, checkpoint.peer, own, differs, overrides)
+    return recipe_config(name, num_classes, checkpoint.peer, own, differs, overrides)
 
 
 def _some(keys: list[str]) -> str:

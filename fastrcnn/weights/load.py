@@ -11,9 +11,9 @@ from fastrcnn.checkpoints.peer_options import PeerOptions
 from fastrcnn.checkpoints.pretrained import CLASSIFIER, pretrained_state
 from fastrcnn.checkpoints.read import check_finite, read_tensors, within
 from fastrcnn.models.pretrained import load_classifier
-from fastrcnn.weights.describe import CLASS_LAYERS, build, check_keys, config_of
+from fastrcnn.weights.describe import CLASS_LAYERS, check_keys, config_of
 from fastrcnn.zoo.published import coco_weights
-from fastrcnn.zoo.recipes import Detector, recipe
+from fastrcnn.zoo.recipes import Detector, detector, recipe
 
 
 def _name(source) -> str:
@@ -32,7 +32,7 @@ def infer_model(path_or_url: str | Path | Mapping, name: str | None = None, **ov
     where the checkpoint does not tell or does not fit.
     """
     checkpoint, source = load_checkpoint(path_or_url), _name(path_or_url)
-    model = build(config_of(checkpoint, checkpoint.num_classes, name, overrides, source))
+    model = detector(config_of(checkpoint, checkpoint.num_classes, name, overrides, source))
     return _apply(model, checkpoint, source).eval()
 
 
@@ -61,7 +61,7 @@ def pretrained_model(
             others = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
             return _apply(model, Checkpoint({**others, **body}, model.profile.name, PeerOptions(), {}), source)
     checkpoint = as_checkpoint(tensors, meta, source)
-    model = build(config_of(checkpoint, num_classes, name, overrides, source))
+    model = detector(config_of(checkpoint, num_classes, name, overrides, source))
     theirs = checkpoint.categories()[0]
     if checkpoint.num_classes != num_classes or (class_names and theirs and list(class_names) != list(theirs)):
         fresh = {k: v for k, v in model.state_dict().items() if k.startswith(CLASS_LAYERS)}

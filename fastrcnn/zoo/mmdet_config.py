@@ -4,11 +4,8 @@ import inspect
 from pathlib import Path
 
 from fastrcnn.models.build import build
-from fastrcnn.models.faster_rcnn import FasterRCNN
-from fastrcnn.models.retinanet import RetinaNet
-from fastrcnn.models.rpn import RPN
 from fastrcnn.zoo.config_file import check_amount, read_config
-from fastrcnn.zoo.recipes import DETECTORS
+from fastrcnn.zoo.recipes import DETECTORS, Detector
 
 # Of a data_preprocessor: what shapes the model's input, and what a trainer of boxes reads or does not need.
 _PIXELS = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), bgr_to_rgb=False, pad_size_divisor=1)
@@ -124,7 +121,7 @@ def _modernised(content, what: str = "model"):
     return out
 
 
-def from_mmdet_config(path_or_dict: str | Path | dict) -> FasterRCNN | RetinaNet | RPN:
+def from_mmdet_config(path_or_dict: str | Path | dict) -> Detector:
     """Builds the model of an MMDetection 2.x or 3.x config file, or of a dict: a whole config, or its `model` alone.
 
     `model.config` keeps the whole config, data and schedule (batch_augments included), as plain data. Weights to start
@@ -138,7 +135,7 @@ def from_mmdet_config(path_or_dict: str | Path | dict) -> FasterRCNN | RetinaNet
         raise ValueError("config: nested too deeply") from None
 
 
-def _from_config(config: dict) -> FasterRCNN | RetinaNet | RPN:
+def _from_config(config: dict) -> Detector:
     if "model" not in config and "type" not in config:
         raise ValueError(f"config: expected a key 'model' or 'type', got {sorted(config)}")
     model = config.get("model", config)

@@ -225,8 +225,22 @@ def model_config(name: str, num_classes: int | None = None, profile: str = "mmde
     return copy.deepcopy(merge(merge(base, row.changes), row.in_profile.get(profile, {})))
 
 
+def recipe_config(name: str, num_classes: int | None, profile: str, *overrides: dict) -> dict:
+    """`model_config` with its class as `type`, its profile, and dicts laid over it one after the other: what `detector`
+    builds."""
+    config = model_config(name, num_classes, profile)
+    for changes in overrides:
+        config = merge(config, changes)
+    return {"type": RECIPES[name].kind.__name__, "profile": profile, **config}
+
+
+def detector(config: dict) -> Detector:
+    """The detector of a configuration: dict(type="FasterRCNN", backbone=...). Raises what its class raises."""
+    config = dict(config)
+    return DETECTORS[config.pop("type")](**config)
+
+
 def recipe(name: str, num_classes: int | None = None, profile: str | None = None, **overrides) -> Detector:
     """A named model with fresh weights; arguments and errors as in `fastrcnn.models.faster_rcnn`, without `weights`."""
     profile = profile or (RECIPES[name].profile if name in RECIPES else "mmdet")
-    config = model_config(name, num_classes, profile)
-    return RECIPES[name].kind(profile=profile, **merge(config, overrides))
+    return detector(recipe_config(name, num_classes, profile, overrides))
