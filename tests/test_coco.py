@@ -328,11 +328,12 @@ def test_detections_do_not_depend_on_the_pictures_around(demo_weights):
     alone = [detector(picture)[0] for picture in pictures]
     assert sum(map(len, alone)) > 20
     for batch_size in (None, 2, 4):
-        found, targets = predict(detector, [(p, i) for i, p in enumerate(pictures)], batch_size)
-        assert targets == [0, 1, 2, 3]
-        for one, other in zip(found, alone):
-            assert torch.equal(one["labels"], other.labels)
-            torch.testing.assert_close(one["boxes"], other.boxes, rtol=0, atol=1e-3)
+        found = predict(detector, [(p, i) for i, p in enumerate(pictures)], batch_size)
+        assert found.targets == [0, 1, 2, 3]
+        for i, other in enumerate(alone):
+            one = found.on([i])
+            assert one.labels.tolist() == other.labels.tolist()
+            np.testing.assert_allclose(one.boxes, other.boxes, rtol=0, atol=1e-3)
 
 
 def test_a_model_is_measured_above_its_own_threshold_and_left_alone(demo_weights):
@@ -340,11 +341,11 @@ def test_a_model_is_measured_above_its_own_threshold_and_left_alone(demo_weights
     pairs = [(torch.from_numpy(picture.transpose(2, 0, 1).copy()), truth_of(*boxes.tolist(), labels=labels.tolist()))]
     model = infer_model(demo_weights, test_cfg=dict(rcnn=dict(score_thr=0.6))).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    scores = predict(model, pairs)[0][0]["scores"]
+    scores = predict(model, pairs).scores
     assert scores.min() > 0.6 and len(scores) > 3
     assert evaluate(model, pairs)["AP50"] > 50
     wrapped = torch.nn.DataParallel(model)
-    assert torch.equal(predict(wrapped, pairs)[0][0]["scores"], scores)
+    assert np.array_equal(predict(wrapped, pairs).scores, scores)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
