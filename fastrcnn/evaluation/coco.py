@@ -8,21 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastrcnn.data import CocoDataset, read_through
+from fastrcnn.data import DetectionDataset, read_through
+from fastrcnn.data.table import Truth
 from fastrcnn.evaluation.predict import Predictions, as_detector, class_names_of, opened, predict, predict_together
 
 AREAS = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 MAX_DETS = (1, 10, 100)
-
-
-class Truth(NamedTuple):
-    """The M objects of some pictures as they are annotated, as columns."""
-
-    images: np.ndarray  # int64 [M], the picture's place in the dataset
-    labels: np.ndarray  # int64 [M]
-    boxes: np.ndarray  # float64 [M, 4] x, y, width, height in pixels
-    areas: np.ndarray  # float64 [M] square pixels
-    crowd: np.ndarray  # bool [M]: what is found there counts neither for nor against
 
 
 def require_hotcoco():
@@ -40,20 +31,10 @@ def _columns(rows: Sequence[tuple]) -> Truth:
                  np.array(areas, np.float64), np.array(crowd, bool))  # fmt: skip
 
 
-def truth_of_file(dataset: CocoDataset, places: Sequence[int]) -> Truth:
-    """The annotations of some images of a file as they are written. Raises ValueError where there is no object."""
-    place = {dataset.images[p]["id"]: p for p in places}
-    category = {number: i for i, number in enumerate(dataset.category_ids)}
-    truth = _columns([(place[a["image_id"]], category[a["category_id"]], a["bbox"], a["area"], a["iscrowd"])
-                      for a in dataset.annotations if a["image_id"] in place])  # fmt: skip
-    if truth.crowd.all():
-        raise ValueError(f"{dataset.path}: no object is annotated on these {len(places)} pictures")
-    return truth
-
-
 def truth_of_targets(targets: Sequence[dict], num_classes: int | None, places: Sequence[int] | None = None) -> Truth:
-    """The same of targets: boxes [N, 4] xyxy pixels, labels [N] from 0, optional ignore_boxes [R, 4], which hold for every
-    class, since they have none. num_classes None: everything is one class, and labels are not asked for."""
+    """As `DetectionDataset.truth`, of targets: boxes [N, 4] xyxy pixels, labels [N] from 0, optional ignore_boxes [R, 4],
+    which hold for every class, since they have none. num_classes None: everything is one class, and labels are not asked
+    for."""
     rows = []
     for place, target in zip(range(len(targets)) if places is None else places, targets):
         labels = [0] * len(target["boxes"]) if num_classes is None else target["labels"].tolist()
@@ -156,9 +137,9 @@ def judge_dataset(dataset, found: Predictions, max_dets: Sequence[int] = MAX_DET
     """`judge` of what was found on a dataset, whose file, or else the targets, are the truth."""
     base, places = opened(dataset)
     found = found.on(places)
-    if isinstance(base, CocoDataset):
-        ids, names = [base.images[p]["id"] for p in places], base.class_names
-        return judge(truth_of_file(base, places), found, ids, names, max_dets, areas)
+    if isinstance(base, DetectionDataset):
+        ids, names = [base.image_ids[p] for p in places], base.class_names
+        return judge(base.truth(places), found, ids, names, max_dets, areas)
     truth = truth_of_targets(found.targets, len(found.class_names), places)
     return judge(truth, found, places, found.class_names, max_dets, areas)
 
@@ -196,7 +177,7 @@ def evaluate(
     """COCO's twelve numbers, in percent, of a model on a dataset; model, dataset and batch_size as in `predict`, max_dets
     and areas as in `measure`: a model of ours then finds as many objects in a picture as max_dets asks for.
 
-    On a CocoDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
+    On a DetectionDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
     matched by name, and every picture is read once before the first is detected in; elsewhere the targets are the truth.
     With `group`, a torch.distributed group of which every process calls this, each looks at a share of the pictures, and
     all get the numbers of the whole. Raises what `predict` does, and before that what `match_classes` does, ValueError
@@ -206,8 +187,8 @@ def evaluate(
     _check(max_dets, areas)
     model = as_detector(model, max_dets=0 if max_dets is MAX_DETS else max(max_dets))
     base, places = opened(dataset)
-    if isinstance(base, CocoDataset):
-        truth_of_file(base, places)
+    if isinstance(base, DetectionDataset):
+        base.truth(places)
         class_names_of(model, dataset)
         read_through(dataset)
     found = (

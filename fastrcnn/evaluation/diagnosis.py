@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastrcnn.evaluation.coco import Judged, Truth, coco_eval, xywh
+from fastrcnn.data.table import Truth
+from fastrcnn.evaluation.coco import Judged, coco_eval, xywh
 from fastrcnn.evaluation.overlap import best_overlap
 
 IOU = 0.5  # from which on a detection is on an object
@@ -109,9 +110,9 @@ class Looked(NamedTuple):
 
 
 def worst_pictures(sure: Judged, count: int) -> tuple[list[Looked], list[dict]]:
-    """Of what `at_score` gave: the pictures with the most errors, wrong detections and missed objects together, worst first,
-    none without an error; and the detections that make an annotation doubtful, the surest first: dicts picture, score,
-    found, annotated (class names, None where nothing is annotated), iou."""
+    """Of what `at_score` gave: the pictures with the most errors, wrong detections and missed objects together, worst
+    first, none without an error; and the detections that make an annotation doubtful, the surest first: dicts picture,
+    score, found, annotated (class names, None where nothing is annotated), iou."""
     truth, found, names = sure.truth, sure.found, sure.class_names
     told = sure.evaluation.image_diagnostics(IOU)
     # Its ids count from 1.

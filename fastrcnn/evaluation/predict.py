@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import ConcatDataset, Subset
 
-from fastrcnn.data import CocoDataset, as_image
+from fastrcnn.data import DetectionDataset, as_image
 from fastrcnn.evaluation.classes import match_classes
 from fastrcnn.inference import Detector
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
@@ -116,10 +116,10 @@ def opened(dataset) -> tuple[object, list[int]]:
             raise ValueError("dataset: expected each picture once in a Subset to measure on")
         return below, [places[i] for i in dataset.indices]
     if isinstance(dataset, ConcatDataset) and any(
-        isinstance(opened(part)[0], CocoDataset) for part in dataset.datasets
+        isinstance(opened(part)[0], DetectionDataset) for part in dataset.datasets
     ):
         raise ValueError("dataset: expected one annotation file to measure on, got several joined")
-    if isinstance(dataset, CocoDataset) and dataset.transforms is not None:
+    if isinstance(dataset, DetectionDataset) and dataset.transforms is not None:
         raise ValueError(f"{dataset.path}: expected a dataset without transforms to measure on")
     return dataset, list(range(len(dataset)))
 
@@ -134,7 +134,7 @@ def class_names_of(model, dataset) -> tuple[list[str], np.ndarray]:
         names = getattr(model, "class_names", None)
         names, told = (names, True) if names else ([str(i) for i in range(model.num_classes)], False)
     file = opened(dataset)[0]
-    if not isinstance(file, CocoDataset):
+    if not isinstance(file, DetectionDataset):
         return list(names), np.arange(len(names))
     try:
         places = match_classes(names, file.class_names, told)
@@ -167,7 +167,7 @@ def predict(
     """What a model finds on each picture of a dataset, above the model's own score threshold.
 
     model: a detector of ours, a `Detector`, or any module that answers [image] with a dict boxes [N, 4] xyxy pixels of the
-    picture, scores [N], labels [N] counted from 0; dataset: a CocoDataset, whose classes are then matched by name, or
+    picture, scores [N], labels [N] counted from 0; dataset: a DetectionDataset, whose classes are then matched by name, or
     (image uint8 [3, H, W], target) pairs, or a Subset of either; batch_size: pictures of one shape that are taken together
     (default: the Detector's); by_class: False leaves labels as they are; `advance` is called after every picture. Raises
     ValueError for classes that the model does not know, and naming a picture that cannot be read or is not of its stated
@@ -175,7 +175,7 @@ def predict(
     """
     detector = as_detector(model)
     base, places = opened(dataset)
-    file = base if isinstance(base, CocoDataset) else None
+    file = base if isinstance(base, DetectionDataset) else None
     names, place_of = class_names_of(detector, dataset) if by_class else ([], None)
     targets: list[dict] = []
 
@@ -192,7 +192,7 @@ def predict(
     found: list = [None] * len(places)
     for index, image, result in detector.stream(pictures(), batch_size) if ours else _stream(detector, pictures()):
         if isinstance(result, Exception):
-            where = f"{file.path}: images[{places[index]}]" if file else f"dataset[{places[index]}]"
+            where = ": ".join(filter(None, file.where(places[index]))) if file else f"dataset[{places[index]}]"
             raise ValueError(f"{where}: {result}")
         if file is not None:
             file.check_size(places[index], image)

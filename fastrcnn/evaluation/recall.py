@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastrcnn.data import CocoDataset, read_through
-from fastrcnn.evaluation.coco import Truth, coco_eval, require_hotcoco, truth_of_file, truth_of_targets
+from fastrcnn.data import DetectionDataset, read_through
+from fastrcnn.data.table import Truth
+from fastrcnn.evaluation.coco import coco_eval, require_hotcoco, truth_of_targets
 from fastrcnn.evaluation.predict import Predictions, as_detector, opened, predict
 from fastrcnn.inference import Detector
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
@@ -77,10 +78,10 @@ def evaluate_proposals(model: BaseDetector | Detector, dataset, batch_size: int 
     if not isinstance(model, RPN | FasterRCNN | Detector):
         raise TypeError(f"model: expected an RPN, a FasterRCNN or a Detector, got {type(model).__name__}")
     model = as_detector(_FirstStage(model) if isinstance(model, FasterRCNN) else model)
-    if not isinstance(base, CocoDataset):
+    if not isinstance(base, DetectionDataset):
         found = predict(model, dataset, batch_size, by_class=False)
         return _recall(places, truth_of_targets(found.targets, None, places), found)
-    truth = truth_of_file(base, places)
+    truth = base.truth(places)
     read_through(dataset)
     found = predict(model, dataset, batch_size, by_class=False)
-    return _recall([base.images[p]["id"] for p in places], truth, found)
+    return _recall([base.image_ids[p] for p in places], truth, found)

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from fastrcnn.evaluation.coco import Truth, xywh
+from fastrcnn.data.table import Truth
+from fastrcnn.evaluation.coco import xywh
 from fastrcnn.evaluation.overlap import best_overlap
 from fastrcnn.evaluation.predict import Predictions
 
