@@ -37,7 +37,7 @@ def train(
     from torchvision.transforms import v2
 
     from fastrcnn.data import CocoDataset, read_through
-    from fastrcnn.evaluation import match_classes
+    from fastrcnn.evaluation import evaluate, evaluate_proposals, match_classes
     from fastrcnn.evaluation.coco import require_hotcoco
     from fastrcnn.inference.detector import as_device
     from fastrcnn.training import train as run
@@ -82,6 +82,6 @@ def train(
         net = run(net, dataset, epochs, batch, lr, log=say, keep=keep)
         say(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
         if val is not None:
-            print_scores(net, held_out)
+            print_scores((evaluate if net.reads_labels else evaluate_proposals)(net, held_out))
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         fail(f"{error}. The weights of the last whole epoch are in {out}" if saved else error)

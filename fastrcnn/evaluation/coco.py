@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastrcnn.data import DetectionDataset, read_through
+from fastrcnn.data import DetectionDataset
 from fastrcnn.data.table import Truth
-from fastrcnn.evaluation.predict import Predictions, as_detector, class_names_of, opened, predict, predict_together
+from fastrcnn.evaluation.predict import Predictions, opened
 
 AREAS = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 MAX_DETS = (1, 10, 100)
@@ -108,7 +108,7 @@ def _percent(values: np.ndarray) -> float:
     return float(values.mean() * 100) if len(values) else math.nan
 
 
-def _check(max_dets, areas) -> None:
+def check_settings(max_dets, areas) -> None:
     if not max_dets or not all(isinstance(n, int) and n > 0 for n in max_dets):
         raise ValueError(f"max_dets: expected whole numbers from 1 up, got {max_dets!r}")
     for name, bounds in areas.items():
@@ -125,7 +125,7 @@ def judge(
     areas: Mapping[str, tuple[float, float]] = AREAS,
 ) -> Judged:
     """Detections compared with objects at COCO's ten IoUs; arguments as in `measure` and `coco_eval`."""
-    _check(max_dets, areas)
+    check_settings(max_dets, areas)
     max_dets = sorted(set(max_dets))
     params = dict(max_dets=max_dets, area_rng=[[0, 1e10], *([float(low), float(high)] for low, high in areas.values())],
                   area_rng_lbl=["all", *areas])  # fmt: skip
@@ -144,16 +144,6 @@ def judge_dataset(dataset, found: Predictions, max_dets: Sequence[int] = MAX_DET
     return judge(truth, found, places, found.class_names, max_dets, areas)
 
 
-def measure(dataset, found: Predictions, max_dets: Sequence[int] = MAX_DETS, areas=AREAS) -> dict[str, float]:
-    """COCO's numbers, in percent, of what was found on a dataset: AP, AP50, AP75, AP<size>, AR<detections a picture>,
-    AR<size>; nan where there is no object of the size.
-
-    max_dets: how many of each picture's detections AR counts; AP counts the largest; areas: (smallest, largest) square
-    pixels of an object by size. Raises ValueError where a picture was not looked at, and where no object is annotated.
-    """
-    return judge_dataset(dataset, found, max_dets, areas).scores()
-
-
 def evaluate_coco(targets: Sequence[dict], results: Sequence[dict], num_classes: int) -> dict[str, float]:
     """COCO's twelve numbers in percent (nan where there is no object of the size).
 
@@ -164,34 +154,3 @@ def evaluate_coco(targets: Sequence[dict], results: Sequence[dict], num_classes:
         raise ValueError(f"results: expected one for each of the {len(targets)} targets, got {len(results)}")
     names, places = [str(i) for i in range(num_classes)], range(len(targets))
     return judge(truth_of_targets(targets, num_classes), Predictions.of(results), places, names).scores()
-
-
-def evaluate(
-    model,
-    dataset,
-    batch_size: int | None = None,
-    max_dets: Sequence[int] = MAX_DETS,
-    areas: Mapping[str, tuple[float, float]] = AREAS,
-    group=None,
-) -> dict[str, float]:
-    """COCO's twelve numbers, in percent, of a model on a dataset; model, dataset and batch_size as in `predict`, max_dets
-    and areas as in `measure`: a model of ours then finds as many objects in a picture as max_dets asks for.
-
-    On a DetectionDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
-    matched by name, and every picture is read once before the first is detected in; elsewhere the targets are the truth.
-    With `group`, a torch.distributed group of which every process calls this, each looks at a share of the pictures, and
-    all get the numbers of the whole. Raises what `predict` does, and before that what `match_classes` does, ValueError
-    where no object is annotated, and ImportError without hotcoco.
-    """
-    require_hotcoco()
-    _check(max_dets, areas)
-    model = as_detector(model, max_dets=0 if max_dets is MAX_DETS else max(max_dets))
-    base, places = opened(dataset)
-    if isinstance(base, DetectionDataset):
-        base.truth(places)
-        class_names_of(model, dataset)
-        read_through(dataset)
-    found = (
-        predict(model, dataset, batch_size) if group is None else predict_together(model, dataset, batch_size, group)
-    )
-    return measure(dataset, found, max_dets, areas)

@@ -1,6 +1,6 @@
 """Average recall of class-agnostic proposals, as COCO defines it and MMDetection's `proposal` metric prints it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -70,18 +70,24 @@ class _FirstStage(BaseDetector):
                 for (boxes, scores), factor in found]  # fmt: skip
 
 
-def evaluate_proposals(model: BaseDetector | Detector, dataset, batch_size: int | None = None) -> dict[str, float]:
+def evaluate_proposals(
+    model: BaseDetector | Detector,
+    dataset,
+    batch_size: int | None = None,
+    max_nums: Sequence[int] = (100, 300, 1000),
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
     """`proposal_recall` of an RPN, of the first stage of a FasterRCNN, or of what a Detector finds, on a dataset, whatever
-    the objects' classes; dataset and batch_size as in `predict`, truth and errors as in `evaluate`."""
+    the objects' classes; dataset, batch_size and advance as in `predict`, truth and errors as in `evaluate`."""
     require_hotcoco()
     (base, places), model = opened(dataset), unwrapped(model)
     if not isinstance(model, RPN | FasterRCNN | Detector):
         raise TypeError(f"model: expected an RPN, a FasterRCNN or a Detector, got {type(model).__name__}")
     model = as_detector(_FirstStage(model) if isinstance(model, FasterRCNN) else model)
     if not isinstance(base, DetectionDataset):
-        found = predict(model, dataset, batch_size, by_class=False)
-        return _recall(places, truth_of_targets(found.targets, None, places), found)
+        found = predict(model, dataset, batch_size, by_class=False, advance=advance)
+        return _recall(places, truth_of_targets(found.targets, None, places), found, max_nums)
     truth = base.truth(places)
     read_through(dataset)
-    found = predict(model, dataset, batch_size, by_class=False)
-    return _recall([base.image_ids[p] for p in places], truth, found)
+    found = predict(model, dataset, batch_size, by_class=False, advance=advance)
+    return _recall([base.image_ids[p] for p in places], truth, found, max_nums)
