@@ -64,30 +64,30 @@ def measure(path: Path) -> None:
     from fastrcnn.data.batches import _share, plan
 
     def say(what: str, **values) -> None:
-        print(json.dumps({"what": what, **{k: round(v, 1) if isinstance(v, float) else v for k, v in values.items()}}), flush=True)  # fmt: skip
+        values = {k: round(v, 1) if isinstance(v, float) else v for k, v in values.items()}
+        print(json.dumps({"what": what, **values, "peak_mb": round(peak_mb(), 1)}), flush=True)
 
-    say("before", peak_mb=peak_mb())
-    start = time.perf_counter()
+    say("before")
+    start, busy = time.perf_counter(), time.process_time()
     dataset = open_dataset(path)
-    say("index", pictures=len(dataset), boxes=len(dataset.table.boxes), seconds=time.perf_counter() - start, peak_mb=peak_mb())  # fmt: skip
-    loader, seen = batches(dataset, 8, seed=0, epoch=0, workers=2), 0
-    start = time.perf_counter()
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    say("index", pictures=len(dataset), boxes=len(dataset.table.boxes), seconds=seconds, cpu_seconds=busy)
+    loader, seen, start = batches(dataset, 8, seed=0, epoch=0, workers=2), 0, time.perf_counter()
     for step, (images, _, _) in enumerate(loader, 1):
         seen += len(images)
         if step in (20, 200, 1000):
-            workers = [private_mb(process) for process in loader._pool._processes]
-            say("workers", batches=step, private_mb=[round(v, 1) for v in workers], images_a_second=seen / (time.perf_counter() - start))  # fmt: skip
+            private = [round(private_mb(process), 1) for process in loader._pool._processes]
+            say("workers", batches=step, private_mb=private, images_a_second=seen / (time.perf_counter() - start))
         if step == 1000:
             break
     loader.close()
     start = time.perf_counter()
     order, ends = plan(dataset, 8, seed=0, epoch=1, world=256)
-    seconds = time.perf_counter() - start
-    times = np.zeros(len(dataset), np.int32)
+    seconds, times = time.perf_counter() - start, np.zeros(len(dataset), np.int32)
     for a, b in zip([0, *ends[:-1]], ends):
         for rank in range(256):
             times[_share(order[a:b], rank, 256)] += 1
-    say("plan", processes=256, steps=len(ends), seconds=seconds, least=int(times.min()), most=int(times.max()), peak_mb=peak_mb())  # fmt: skip
+    say("plan", processes=256, steps=len(ends), seconds=seconds, least=int(times.min()), most=int(times.max()))
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-"""Annotations in COCO's JSON format, as COCO writes it and as the tools do: CVAT, Label Studio, Roboflow, LabelMe, VIA."""
+"""Annotations in COCO's JSON format, as COCO writes it and as the tools do: CVAT, Label Studio, Roboflow, LabelMe,
+VIA."""
 
 import contextlib
 import gc
+import mmap
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,11 +13,13 @@ import numpy as np
 from fastrcnn.data.coco_rows import Columns, entry, identity
 from fastrcnn.data.dataset import DetectionDataset
 from fastrcnn.data.findings import Findings, short
+from fastrcnn.data.folders import split_of
 from fastrcnn.data.json_rows import json_parts
 from fastrcnn.data.table import Table, Texts, as_bytes, grouped
 
 PARTS = ("images", "annotations", "categories")
 PIECE = 1 << 20
+ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 
 
 def _places_of(ids: np.ndarray | list, asked: np.ndarray | list) -> np.ndarray:
@@ -96,13 +100,42 @@ def folders_of(path: Path) -> list[Path]:
     return [folder for k, folder in enumerate(folders) if k == 0 or folder.is_dir()]
 
 
-def read_coco(path: str | Path, images: str | Path | None = None, strict: bool = True) -> Table:
-    """The annotations of a file in COCO's format. images: the folder of the pictures (default: looked for around the file).
+def _is_coco(path: Path) -> bool:
+    """Told by two of its keys, whatever its encoding."""
+    if not path.stat().st_size:
+        return False
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return sum(any(data.find(f'"{part}"'.encode(code)) >= 0 for code in ENCODINGS) for part in PARTS) > 1
 
-    Ids are whole numbers, 3.0 and "3" too (an image's may be a text); area is width x height and iscrowd 0 where the file
-    says none; a bbox that is missing is that of the segmentation; categories come by ascending id. With `strict` an entry
-    that is not COCO's is refused; else it is dropped and stands in the table's findings, and a size that is missing is the
-    picture's. Raises ValueError naming file and entry for what is refused, or cannot be read at all, OSError.
+
+def find_coco(folder: Path) -> dict[str | None, Path]:
+    """The annotation files of a folder by split, None: it has no splits; {} where there are none. Raises ValueError
+    where several files might be meant."""
+    files = [p for pattern in ("*.json", "annotations/*.json", "*/*.json") for p in sorted(folder.glob(pattern))]
+    splits: dict[str | None, list[Path]] = {}
+    for path in dict.fromkeys(files):
+        if path.is_file() and _is_coco(path):
+            splits.setdefault(split_of(path.stem) or split_of(path.parent.name), []).append(path)
+    found = {}
+    for split, paths in splits.items():
+        paths = [p for p in paths if p.stem.startswith("instances")] or paths
+        if len(paths) > 1:
+            raise ValueError(f"{folder}: several annotation files, name one: {', '.join(str(p) for p in paths[:5])}")
+        found[split] = paths[0]
+    if len(found) > 1:
+        found.pop(None, None)
+    return found
+
+
+def read_coco(path: str | Path, images: str | Path | None = None, strict: bool = True) -> Table:
+    """The annotations of a file in COCO's format. images: the folder of the pictures (default: looked for around the
+    file).
+
+    Ids are whole numbers, 3.0 and "3" too (an image's may be a text); area is width x height and iscrowd 0 where the
+    file says none; a bbox that is missing is that of the segmentation; categories come by ascending id. With `strict`
+    an entry that is not COCO's is refused; else it is dropped and stands in the table's findings, and a size that is
+    missing is the picture's. Raises ValueError naming file and entry for what is refused, or cannot be read at all,
+    OSError.
     """
     path, findings = Path(path), Findings(strict)
     found: dict[str, Columns] = {}
@@ -124,7 +157,12 @@ def read_coco(path: str | Path, images: str | Path | None = None, strict: bool =
     kept = _kept(ids, names, findings, path)
     place, labels, lines, classes = _join(objects, ids, kept, categories)
     boxes = objects.array(2, np.float64, 4)
-    if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1 and any((run % 1).any() for run in np.array_split(boxes, 64)):
+    if (
+        len(boxes)
+        and boxes.min() >= 0
+        and boxes.max() <= 1
+        and any((run % 1).any() for run in np.array_split(boxes, 64))
+    ):
         raise ValueError(f"{path}: every bbox lies between 0 and 1: relative coordinates, where COCO's are pixels")
     columns = [boxes, objects.array(3, np.float64), objects.array(4, bool), labels, lines]
     if (labels < 0).any() or not kept.all():
@@ -163,8 +201,8 @@ def _no_collector():
 
 
 def _join(objects: Columns, ids, kept: np.ndarray, categories: list[dict]):
-    """(place int32 [M] of the image of each annotation, its label int32 [M], its entry int32 [M], categories): a label of -1
-    is an annotation to drop."""
+    """(place int32 [M] of the image of each annotation, its label int32 [M], its entry int32 [M], categories): a label
+    of -1 is an annotation to drop."""
     findings, path, lines = objects.findings, objects.path, objects.lines()
     numbers, own = objects.array(1, np.int64), objects.array(5, np.int64)
     sorted_ids = np.sort(own[own != -1])
@@ -192,8 +230,8 @@ def _join(objects: Columns, ids, kept: np.ndarray, categories: list[dict]):
 
 
 class CocoDataset(DetectionDataset):
-    """The DetectionDataset of a COCO annotation file, every entry of which has to be COCO's: raises ValueError naming file
-    and entry where one is not. images: the folder of the pictures (default: looked for around the file)."""
+    """The DetectionDataset of a COCO annotation file, every entry of which has to be COCO's: raises ValueError naming
+    file and entry where one is not. images: the folder of the pictures (default: looked for around the file)."""
 
     def __init__(self, annotations: str | Path, images: str | Path | None = None, transforms=None):
         super().__init__(read_coco(annotations, images), transforms)

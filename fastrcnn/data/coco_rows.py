@@ -117,8 +117,8 @@ def _joined(names: list[bytes]) -> tuple[bytes, np.ndarray]:
 
 
 def _plain_images(rows: list[dict]) -> list | None:
-    """The columns of `image_columns` for a run in which everything is as COCO writes it; None where rows have to be looked
-    at one by one."""
+    """The columns of `image_columns` for a run in which everything is as COCO writes it; None where rows have to be
+    looked at one by one."""
     try:
         ids, names, heights, widths = ([r[k] for r in rows] for k in ("id", "file_name", "height", "width"))
         if _types(ids) | _types(heights) | _types(widths) != {int} or _types(names) != {str}:

@@ -1,4 +1,5 @@
-"""Large JSON files piece by piece: the lists of an object as runs of rows, so that a file is never in memory as a whole."""
+"""Large JSON files piece by piece: the lists of an object as runs of rows, so that a file is never in memory as a
+whole."""
 
 import codecs
 import json
@@ -69,23 +70,22 @@ class _Window:
                     raise self.error(error.msg, error.pos) from None
 
     def objects(self) -> list:
-        """As many of the objects that follow each other here as lie in the next stretch of the text, at once; [] where they
-        are not told apart so quickly."""
+        """As many of the objects that follow each other here as lie in the next stretch of the text, at once; [] where
+        they are not told apart so quickly."""
         if len(self.text) - self.at < STRETCH:
             self.grow()
-        last = None
-        for last in _BETWEEN.finditer(self.text, max(self.at, self.at + STRETCH - TAIL), self.at + STRETCH):
-            pass
-        if last is None:
+        cuts = list(_BETWEEN.finditer(self.text, max(self.at, self.at + STRETCH - TAIL), self.at + STRETCH))
+        if not cuts:
             return []
+        end_of_last = cuts[-1].start() + 1
         # It is a list only if the cut is between two of its rows: brackets and quotes have to go up.
         try:
-            rows, end = _scan("[" + self.text[self.at : last.start() + 1] + "]", 0)
+            rows, end = _scan("[" + self.text[self.at : end_of_last] + "]", 0)
         except (StopIteration, json.JSONDecodeError):
             return []
-        if end != last.start() + 3 - self.at:  # the list ended before
+        if end != end_of_last - self.at + 2:  # the list ended before
             return []
-        self.at = last.start() + 1
+        self.at = end_of_last
         return rows
 
     def _is_wrong(self, position: int) -> bool:
@@ -141,8 +141,9 @@ def _parts(window: _Window, wanted: tuple[str, ...]) -> Iterator[tuple[str, int,
 
 
 def json_parts(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, int, object]]:
-    """(key, place of its first row, rows) of the wanted keys of the object in a JSON file, in the file's order: a list in
-    runs of at most RUN rows (an empty one once), another value as it is. What else the file holds is read and forgotten.
+    """(key, place of its first row, rows) of the wanted keys of the object in a JSON file, in the file's order: a list
+    in runs of at most RUN rows (an empty one once), another value as it is. What else the file holds is read and
+    forgotten.
 
     UTF-8, UTF-16 or UTF-32, with a byte-order mark or without. Raises ValueError naming the file for what is no JSON,
     OSError where it cannot be read.

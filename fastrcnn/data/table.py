@@ -1,4 +1,5 @@
-"""Annotations as columns: what a dataset keeps of its files, so that ten million pictures are a few arrays and no objects."""
+"""Annotations as columns: what a dataset keeps of its files, so that ten million pictures are a few arrays and no
+objects."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ class Table:
 
 
 def grouped(images: np.ndarray, count: int) -> tuple[np.ndarray | None, np.ndarray]:
-    """(order int64 [M], starts int64 [count + 1]) that bring annotations of `images` int [M] picture by picture, those of
-    one picture as they came. The order is None where they stand so already."""
+    """(order int64 [M], starts int64 [count + 1]) that bring annotations of `images` int [M] picture by picture, those
+    of one picture as they came. The order is None where they stand so already."""
     starts = np.zeros(count + 1, np.int64)
     np.cumsum(np.bincount(images, minlength=count), out=starts[1:])
     return (np.argsort(images, kind="stable") if (images[1:] < images[:-1]).any() else None), starts

@@ -1,8 +1,8 @@
 """Random changes of a picture and its boxes together, on torchvision.transforms.v2: what recipes train with.
 
-Each function gives a transform; `v2.Compose([flip(), multi_scale(...)])` joins them, and `apply` runs them on a target. They
-draw from torch's generator alone. There is no mosaic: no published Faster R-CNN was trained with it, and it would read four
-pictures for one.
+Each function gives a transform; `v2.Compose([flip(), multi_scale(...)])` joins them, and `apply` runs them on a target.
+They draw from torch's generator alone. There is no mosaic: no published Faster R-CNN was trained with it, and it would
+read four pictures for one.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ PIXEL = 1.0  # what is left of a box is kept from here on, in width and height
 
 
 def apply(transforms, image: Tensor, target: dict) -> tuple[Tensor, dict]:
-    """Runs torchvision.transforms.v2 on an image [C, H, W] and its boxes together; boxes that leave the frame, or are then
-    less than a pixel wide or high, are dropped."""
+    """Runs torchvision.transforms.v2 on an image [C, H, W] and its boxes together; boxes that leave the frame, or are
+    then less than a pixel wide or high, are dropped."""
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
@@ -49,16 +49,16 @@ def multi_scale(min_sizes: Sequence[int], max_size: int):
 
 
 def large_scale_jitter(size: int = 1024, scale: tuple[float, float] = (0.1, 2.0)):
-    """Resized to fit `size` x `size` pixels times a random scale, the ratio of the sides kept, then cut to at most `size` x
-    `size` at a random place. What is smaller is not filled up: the batch pads it, with the same zeros."""
+    """Resized to fit `size` x `size` pixels times a random scale, the ratio of the sides kept, then cut to at most
+    `size` x `size` at a random place. What is smaller is not filled up: the batch pads it, with the same zeros."""
     from torchvision.transforms import v2
 
     return v2.Compose([v2.ScaleJitter((size, size), scale, antialias=True), _crop()(lambda h, w: (size, size), 1)])
 
 
 def crop_with_boxes(least: float = 0.3, tries: int = 10):
-    """Cut to a random part, each side `least` to 1 of the picture's, that holds the middle of at least one box; where none is
-    found in so many tries, or there is no box, the picture stays whole."""
+    """Cut to a random part, each side `least` to 1 of the picture's, that holds the middle of at least one box; where
+    none is found in so many tries, or there is no box, the picture stays whole."""
 
     def part(height: int, width: int) -> tuple[int, int]:
         sides = torch.empty(2).uniform_(least, 1).tolist()
@@ -68,8 +68,8 @@ def crop_with_boxes(least: float = 0.3, tries: int = 10):
 
 
 def photometric():
-    """Brightness, contrast, saturation, hue and the order of the colours, each at random, of pictures with three channels;
-    others stay as they are."""
+    """Brightness, contrast, saturation, hue and the order of the colours, each at random, of pictures with three
+    channels; others stay as they are."""
     from torchvision.transforms import v2
 
     class Photometric(v2.RandomPhotometricDistort):

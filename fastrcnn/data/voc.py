@@ -1,8 +1,9 @@
 """Annotations in Pascal VOC's XML: Annotations/ beside JPEGImages/ and ImageSets/, or a file beside each picture.
 
-Coordinates are those of VOC: the pixels of the corners, counted from 1, the last one inside: x = xmin - 1, width = xmax -
-xmin + 1. Many tools write the corners themselves instead, counted from 0; a set in which a coordinate is 0, or not whole,
-shows that it is theirs, and is then read so: x = xmin, width = xmax - xmin. A note among the findings says which.
+Coordinates are those of VOC: the pixels of the corners, counted from 1, the last one inside: x = xmin - 1, width = xmax
+- xmin + 1. Many tools write the corners themselves instead, counted from 0; a set in which a coordinate is 0, or not
+whole, shows that it is theirs, and is then read so: x = xmin, width = xmax - xmin. A note among the findings says
+which.
 """
 
 import math
@@ -136,9 +137,9 @@ def _class_names(folder: Path, found: set[str]) -> list[str]:
 
 
 def read_voc(folder: Path, belongs: Callable[[str], bool], images: Path | None = None, strict: bool = False) -> Table:
-    """The annotations of the XML files below a folder that belong to a split (`find_voc`). Classes are those of all files,
-    so that every split counts them alike: sorted, ids from 1. `difficult` objects are ignored, as a crowd is. images: where
-    the pictures are looked for (default: the folder). Raises ValueError naming the file, OSError."""
+    """The annotations of the XML files below a folder that belong to a split (`find_voc`). Classes are those of all
+    files, so that every split counts them alike: sorted, ids from 1. `difficult` objects are ignored, as a crowd is.
+    images: where the pictures are looked for (default: the folder). Raises ValueError naming the file, OSError."""
     findings, root = Findings(strict), images or folder
     everything = list(files_under(folder))
     pictures = [name for name in (everything if root == folder else files_under(root)) if is_picture(name)]

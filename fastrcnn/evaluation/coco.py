@@ -27,8 +27,9 @@ def require_hotcoco():
 
 
 def truth_of_targets(targets: Sequence[dict], num_classes: int | None) -> list[dict]:
-    """Rows as `DetectionDataset.truth` gives them, of targets: boxes [N, 4] xyxy pixels, labels [N] from 0, optional ignore_boxes [R, 4], which hold for every
-    class, since they have none. num_classes None: everything is one class, and labels are not asked for."""
+    """Rows as `DetectionDataset.truth` gives them, of targets: boxes [N, 4] xyxy pixels, labels [N] from 0, optional
+    ignore_boxes [R, 4], which hold for every class, since they have none. num_classes None: everything is one class,
+    and labels are not asked for."""
     rows = []
     for i, target in enumerate(targets):
         labels = [0] * len(target["boxes"]) if num_classes is None else target["labels"].tolist()
@@ -47,8 +48,9 @@ def _xywh(boxes: Tensor) -> list[list[float]]:
 
 
 def coco_eval(images: Sequence, truth: Sequence[dict], results: Sequence[dict], categories: int, **params):
-    """hotcoco's evaluation, accumulated. images: an id for each, whose order decides between equal scores; truth: rows of
-    `DetectionDataset.truth`; results: of each image dicts boxes, scores, labels (places of categories); params: hotcoco's."""
+    """hotcoco's evaluation, accumulated. images: an id for each, whose order decides between equal scores; truth: rows
+    of `DetectionDataset.truth`; results: of each image dicts boxes, scores, labels (places of categories); params:
+    hotcoco's."""
     hotcoco = require_hotcoco()
     # Its ids are numbers: ours are places, in the order in which pycocotools takes the images.
     order = sorted(range(len(images)), key=lambda i: (isinstance(images[i], str), images[i]))
@@ -84,8 +86,9 @@ def _twelve(images, truth, results, categories: int) -> dict[str, float]:
 def evaluate_coco(targets: Sequence[dict], results: Sequence[dict], num_classes: int) -> dict[str, float]:
     """COCO's twelve numbers in percent (nan where there is no object of the size).
 
-    targets: dicts boxes [N, 4] xyxy pixels, labels [N], optional ignore_boxes [R, 4]; results: dicts boxes, scores, labels;
-    all labels counted from 0. One of each an image, in the same order. Raises ValueError naming the target, ImportError.
+    targets: dicts boxes [N, 4] xyxy pixels, labels [N], optional ignore_boxes [R, 4]; results: dicts boxes, scores,
+    labels; all labels counted from 0. One of each an image, in the same order. Raises ValueError naming the target,
+    ImportError.
     """
     if len(targets) != len(results):
         raise ValueError(f"results: expected one for each of the {len(targets)} targets, got {len(results)}")
@@ -103,10 +106,10 @@ def _classes(model) -> tuple[list[str], bool]:
 def evaluate(model, dataset, batch_size: int | None = None) -> dict[str, float]:
     """COCO's twelve numbers, in percent, of a model on a dataset; model, dataset and batch_size as in `predict`.
 
-    On a DetectionDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
-    matched by name, and every picture is read once before the first is detected in; elsewhere the targets are the truth.
-    Raises what `predict` does, and before that what `match_classes` does, ValueError where no object is annotated, and
-    ImportError without hotcoco.
+    On a DetectionDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes
+    are matched by name, and every picture is read once before the first is detected in; elsewhere the targets are the
+    truth. Raises what `predict` does, and before that what `match_classes` does, ValueError where no object is
+    annotated, and ImportError without hotcoco.
     """
     require_hotcoco()
     model, file = as_detector(model), annotated(dataset)

@@ -61,9 +61,10 @@ def predict(model, dataset, batch_size: int | None = None) -> tuple[list[dict[st
     """What a model finds on each picture of a dataset, in order: dicts boxes [N, 4] float32 xyxy pixels of the picture,
     scores [N], labels [N] counted from 0; and the dataset's targets.
 
-    model: a detector of ours, a `Detector`, or any module that answers [image] with one such dict; dataset: a DetectionDataset,
-    a Subset of one, or (image uint8 [3, H, W], target) pairs; batch_size: pictures of one shape that are taken together
-    (default: the Detector's). Raises ValueError naming a picture that cannot be read or is not of its stated size.
+    model: a detector of ours, a `Detector`, or any module that answers [image] with one such dict; dataset: a
+    DetectionDataset, a Subset of one, or (image uint8 [3, H, W], target) pairs; batch_size: pictures of one shape that
+    are taken together (default: the Detector's). Raises ValueError naming a picture that cannot be read or is not of
+    its stated size.
     """
     file, targets = annotated(dataset), []
 

@@ -68,8 +68,8 @@ class _FirstStage(BaseDetector):
 
 
 def evaluate_proposals(model: BaseDetector | Detector, dataset, batch_size: int | None = None) -> dict[str, float]:
-    """`proposal_recall` of an RPN, of the first stage of a FasterRCNN, or of what a Detector finds, on a dataset, whatever
-    the objects' classes; dataset and batch_size as in `predict`, truth and errors as in `evaluate`."""
+    """`proposal_recall` of an RPN, of the first stage of a FasterRCNN, or of what a Detector finds, on a dataset,
+    whatever the objects' classes; dataset and batch_size as in `predict`, truth and errors as in `evaluate`."""
     require_hotcoco()
     file, model = annotated(dataset), unwrapped(model)
     if not isinstance(model, RPN | FasterRCNN | Detector):
