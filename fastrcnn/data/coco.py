@@ -5,7 +5,6 @@ import contextlib
 import gc
 import mmap
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +114,8 @@ def find_coco(folder: Path) -> dict[str | None, Path]:
     splits: dict[str | None, list[Path]] = {}
     for path in dict.fromkeys(files):
         if path.is_file() and _is_coco(path):
-            splits.setdefault(split_of(path.stem) or split_of(path.parent.name), []).append(path)
+            inside = path.parent != folder and split_of(path.parent.name)
+            splits.setdefault(split_of(path.stem) or inside or None, []).append(path)
     found = {}
     for split, paths in splits.items():
         paths = [p for p in paths if p.stem.startswith("instances")] or paths
@@ -149,14 +149,14 @@ def read_coco(path: str | Path, images: str | Path | None = None, strict: bool =
     if missing := set(PARTS) - set(found):
         raise ValueError(f"{path}: not a COCO annotation file, it lacks {sorted(missing)}")
     pictures, objects = found["images"], found["annotations"]
-    names, ids, sizes = Texts.joined(pictures.take(1)), pictures.ids(0), pictures.array(2, np.int32, 2)
-    categories = list(chain.from_iterable(found["categories"].take(0)))
+    ids, names, sizes = (pictures.take(k) for k in range(3))
+    categories = found["categories"].take(0).tolist()
     for part, rows in (("images", names), ("categories", categories)):
         if not len(rows):
             raise ValueError(f"{path}: {part}: expected at least one")
     kept = _kept(ids, names, findings, path)
     place, labels, lines, classes = _join(objects, ids, kept, categories)
-    boxes = objects.array(2, np.float64, 4)
+    boxes = objects.take(2)
     if (
         len(boxes)
         and boxes.min() >= 0
@@ -164,7 +164,7 @@ def read_coco(path: str | Path, images: str | Path | None = None, strict: bool =
         and any((run % 1).any() for run in np.array_split(boxes, 64))
     ):
         raise ValueError(f"{path}: every bbox lies between 0 and 1: relative coordinates, where COCO's are pixels")
-    columns = [boxes, objects.array(3, np.float64), objects.array(4, bool), labels, lines]
+    columns = [boxes, objects.take(3), objects.take(4), labels, lines]
     if (labels < 0).any() or not kept.all():
         good, some = np.flatnonzero(labels >= 0), np.flatnonzero(kept)
         place = (np.cumsum(kept) - 1)[place[good]]
@@ -203,15 +203,14 @@ def _no_collector():
 def _join(objects: Columns, ids, kept: np.ndarray, categories: list[dict]):
     """(place int32 [M] of the image of each annotation, its label int32 [M], its entry int32 [M], categories): a label
     of -1 is an annotation to drop."""
-    findings, path, lines = objects.findings, objects.path, objects.lines()
-    numbers, own = objects.array(1, np.int64), objects.array(5, np.int64)
-    sorted_ids = np.sort(own[own != -1])
-    if again := int((sorted_ids[1:] == sorted_ids[:-1]).sum()):
-        findings.note("duplicate id", path, "annotations", f"{again} have the id of another", again)
-    del sorted_ids
+    findings, path, lines = objects.findings, objects.path, objects.take(-1)
+    owners, numbers, own = objects.take(0), objects.take(1), objects.take(5)
+    if not (own[1:] > own[:-1]).all():
+        given = np.sort(own[own != -1])
+        if again := int((given[1:] == given[:-1]).sum()):
+            findings.note("duplicate id", path, "annotations", f"{again} have the id of another", again)
     classes = _classes(categories, set(np.unique(numbers).tolist()), findings, path)
     labels = _places_of(np.array([c["id"] for c in classes], np.int64), numbers)
-    owners = objects.ids(0)
     place = _places_of(ids, owners)
 
     def named(k: int) -> str:

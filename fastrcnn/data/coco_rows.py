@@ -10,7 +10,7 @@ import numpy as np
 
 from fastrcnn.data.findings import Findings, short
 from fastrcnn.data.masks import box_of_segmentation
-from fastrcnn.data.table import as_bytes
+from fastrcnn.data.table import Texts, as_bytes
 
 
 def _wrong(what: str, expected: str, got) -> ValueError:
@@ -177,16 +177,75 @@ def entry(part: str, place: int, own=None) -> str:
     return f"{part}[{place}]" + ("" if own is None else f" (id {short(own)})")
 
 
+class Grown:
+    """A column that grows in place: what realloc moves is mapped elsewhere and never there twice."""
+
+    def __init__(self, dtype, *shape: int):
+        self.data, self.count = np.empty((1 << 12, *shape), dtype), 0
+
+    def add(self, run) -> None:
+        end = self.count + len(run)
+        if end > len(self.data):
+            self.data.resize((max(end, len(self.data) * 9 // 8), *self.data.shape[1:]), refcheck=False)
+        self.data[self.count : end], self.count = run, end
+
+    def take(self) -> np.ndarray:
+        self.data.resize((self.count, *self.data.shape[1:]), refcheck=False)
+        return self.data
+
+
+class Names:
+    def __init__(self):
+        self.data, self.lengths = bytearray(), Grown(np.int32)
+
+    def add(self, run: tuple[bytes, np.ndarray]) -> None:
+        self.data += run[0]
+        self.lengths.add(run[1])
+
+    def take(self) -> Texts:
+        return Texts(self.data, np.cumsum(self.lengths.take(), dtype=np.int64))
+
+
+class Ids(Grown):
+    """int64, or, from the first text on, a list of whole numbers and texts."""
+
+    def __init__(self):
+        super().__init__(np.int64)
+        self.mixed: list | None = None
+
+    def add(self, run) -> None:
+        if self.mixed is None and isinstance(run, list) and any(isinstance(v, str) for v in run):
+            self.mixed = super().take().tolist()
+        if self.mixed is None:
+            super().add(run)
+        else:
+            self.mixed += run if isinstance(run, list) else run.tolist()
+
+    def take(self) -> np.ndarray | list:
+        return super().take() if self.mixed is None else self.mixed
+
+
 class Columns:
-    """A part of a file as columns, grown by runs of rows."""
+    """A part of a file as columns, grown by runs of rows; the last column says which entries of the file they are."""
 
     def __init__(self, part: str, findings: Findings, path: Path):
-        self.part, self.findings, self.path, self.runs = part, findings, path, []
-        self.plain, self.one, self.columns = {
-            "images": (_plain_images, lambda row: _image(row, findings.strict), image_columns),
-            "annotations": (_plain_annotations, _annotation, annotation_columns),
-            "categories": (lambda rows: None, _category, lambda rows: [rows]),
+        self.part, self.findings, self.path = part, findings, path
+        self.plain, self.one, self.columns, grown = {
+            "images": (
+                _plain_images,
+                lambda row: _image(row, findings.strict),
+                image_columns,
+                lambda: [Ids(), Names(), Grown(np.int32, 2)],
+            ),
+            "annotations": (
+                _plain_annotations,
+                _annotation,
+                annotation_columns,
+                lambda: [Ids(), *(Grown(np.int64), Grown(np.float64, 4), Grown(np.float64), Grown(bool), Grown(np.int64))],
+            ),
+            "categories": (lambda rows: None, _category, lambda rows: [rows], lambda: [Grown(object)]),
         }[part]
+        self.grown = [*grown(), Grown(np.int32)]
 
     def add(self, first: int, rows: list) -> None:
         columns = self.plain(rows) if rows and _types(rows) == {dict} else None
@@ -203,32 +262,10 @@ class Columns:
                     self.findings.drop("bad entry", self.path, entry(self.part, first + i, own), error)
             places = places[[i for i, _ in kept]]
             columns = self.columns([row for _, row in kept])
-        self.runs.append([*columns, places])
+        for column, run in zip(self.grown, [*columns, places]):
+            column.add(run)
 
-    def take(self, column: int) -> list:
-        """The runs of a column, which are then no longer kept here."""
-        runs = [run[column] for run in self.runs]
-        for run in self.runs:
-            run[column] = None
-        return runs
-
-    def array(self, column: int, dtype, *shape: int) -> np.ndarray:
-        """A column in one piece."""
-        runs = self.take(column)
-        whole = np.empty((sum(map(len, runs)), *shape), dtype)
-        end = len(whole)
-        while runs:  # from behind, each let go as soon as it is copied: never is all there twice
-            run = runs.pop()
-            whole[end - len(run) : end] = run
-            end -= len(run)
-        return whole
-
-    def ids(self, column: int) -> np.ndarray | list:
-        """int64 [N], or, where some are texts, a list of whole numbers and texts."""
-        if any(isinstance(v, str) for run in self.runs if isinstance(run[column], list) for v in run[column]):
-            return [v for run in self.take(column) for v in (run if isinstance(run, list) else run.tolist())]
-        return self.array(column, np.int64)
-
-    def lines(self) -> np.ndarray:
-        """int32: which entries of the file they are."""
-        return self.array(-1, np.int32)
+    def take(self, column: int):
+        """A column in one piece, which is then no longer kept here."""
+        found, self.grown[column] = self.grown[column].take(), None
+        return found

@@ -21,20 +21,19 @@ Part = tuple[str, DetectionDataset, Sequence[int]]  # a split, and which picture
 
 
 def _placed(part: Part, folder: Path, taken: set[str], done: Counter) -> list[tuple[int, str]]:
-    """(index, name) of the pictures of a part, which then lie in the folder under a name that no other has, sub-folders
-    written into it: as a second name of the file where the disk allows that, else as a copy."""
+    """(index, name) of the pictures of a part, which then lie in the folder under its name, with a number where
+    another has that: as a second name of the file where the disk allows that, else as a copy."""
     _, dataset, indices = part
     folder.mkdir(parents=True, exist_ok=True)
     placed = []
     for index in indices:
         source = dataset.picture(index)
-        plain = dataset.table.names[index].replace("\\", "/")
-        name = Path(plain).name if plain.startswith(("/", "..")) else plain.replace("/", "_")
+        name = Path(dataset.table.names[index].replace("\\", "/")).name
         stem, suffix = os.path.splitext(name)
-        for k in range(1, len(taken) + 2):
-            name = f"{stem}{suffix}" if k == 1 else f"{stem}_{k}{suffix}"
+        for k in range(2, len(taken) + 3):
             if name.rpartition(".")[0] not in taken:
                 break
+            name = f"{stem}_{k}{suffix}"
         if not source.is_file():
             done["pictures that are missing"] += 1
             continue

@@ -57,9 +57,13 @@ def read_data_yaml(path: Path) -> dict[str, str | list[str] | dict[str, str]]:
     above."""
     found: dict = {}
     key, open_text, start = None, "", 0  # of the value that goes on over lines
+    script = False  # in the lines of a text that begins with | or >
     for number, raw in enumerate(read_text(path).splitlines(), 1):
         line = _COMMENT.sub(lambda match: match.group(1) or "", raw).rstrip()
         text = line.strip()
+        script = script and (not text or line[0] in " \t")
+        if script:
+            continue
         try:
             if open_text:
                 open_text += " " + text
@@ -79,6 +83,8 @@ def read_data_yaml(path: Path) -> dict[str, str | list[str] | dict[str, str]]:
                 raise ValueError(f"expected no deeper level, got {short(text)}")
             else:
                 key, open_text, start = _scalar(match.group(1)), match.group(2) or "", number
+                if open_text[:1] in ("|", ">"):
+                    script, open_text = True, ""
             if open_text[:1] in ("[", "{") and open_text.count(open_text[0]) > open_text.count(
                 "]}"["[{".index(open_text[0])]
             ):

@@ -17,19 +17,13 @@ def as_bytes(text: str) -> bytes:
 class Texts(Sequence):
     """Texts in one buffer: `texts[i]`. data: their UTF-8 end to end; ends: int64 [N], where each ends."""
 
-    def __init__(self, data: bytes, ends: np.ndarray):
+    def __init__(self, data: bytes | bytearray, ends: np.ndarray):
         self.data, self.ends = np.frombuffer(data, np.uint8), ends
-
-    @classmethod
-    def joined(cls, runs: list[tuple[bytes, np.ndarray]]) -> "Texts":
-        """Of runs of texts: their bytes end to end, and their lengths."""
-        lengths = np.concatenate([np.zeros(0, np.int64), *(lengths for _, lengths in runs)])
-        return cls(b"".join(data for data, _ in runs), np.cumsum(lengths, out=lengths))
 
     @classmethod
     def of(cls, texts: Iterable[bytes]) -> "Texts":
         texts = list(texts)
-        return cls.joined([(b"".join(texts), np.fromiter(map(len, texts), np.int64, len(texts)))])
+        return cls(b"".join(texts), np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts))))
 
     def __len__(self) -> int:
         return len(self.ends)
