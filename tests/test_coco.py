@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from fastrcnn import Detector
 from fastrcnn.data import CocoDataset, read_through
-from fastrcnn.data.coco import apply
+from fastrcnn.data.transforms import apply
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.evaluation import evaluate, evaluate_coco, match_classes
 from fastrcnn.evaluation.predict import predict
@@ -81,7 +81,7 @@ def test_a_dataset(file):
 def test_what_is_left_out_or_cut_is_counted_and_the_file_kept_as_it_is(file):
     dataset = CocoDataset(file)
     assert dataset.left_out == {"cut at the edge": 2, "less than a pixel wide or high": 1, "outside the picture": 1}
-    assert [a["bbox"] for a in dataset.annotations] == [a["bbox"] for a in ANNOTATIONS]
+    assert [row["bbox"] for row in dataset.truth(range(3))] == [a["bbox"] for a in ANNOTATIONS]
     assert read_through(dataset) == {0: 1, 1: 1, 2: 1}
     dataset = CocoDataset(changed(file, "annotations", dict(bbox=[20, 20, 1, 1])))  # a pixel is enough
     assert [20, 20, 21, 21] in dataset.targets[0]["boxes"].tolist()
@@ -166,7 +166,7 @@ def test_what_tools_write_otherwise_is_read(file):
     for target, other in zip(dataset.targets, expected.targets):
         assert all(torch.equal(target[k], other[k]) for k in ("boxes", "labels", "ignore_boxes"))
         assert target["image_id"] == other["image_id"]
-    assert dataset.class_names == ["rbc", "wbc", "4"] and dataset.annotations[0]["area"] == 300
+    assert dataset.class_names == ["rbc", "wbc", "4"] and dataset.truth([0])[0]["area"] == 300
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])

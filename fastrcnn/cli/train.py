@@ -38,7 +38,7 @@ def train(
 
     from fastrcnn.data import CocoDataset, read_through
     from fastrcnn.evaluation import match_classes
-    from fastrcnn.evaluation.coco import require_hotcoco, truth_of_file
+    from fastrcnn.evaluation.coco import require_hotcoco
     from fastrcnn.inference.detector import as_device
     from fastrcnn.training import train as run
     from fastrcnn.weights import pretrained_model, save, writable
@@ -51,7 +51,7 @@ def train(
         if val is not None:
             require_hotcoco()
             held_out = CocoDataset(val, images)
-            truth_of_file(held_out, range(len(held_out)))
+            held_out.truth(range(len(held_out)))
             read_through(held_out)
         torch.manual_seed(0)  # of the weights that start afresh
         sizes, names = dict(min_size=min_size, max_size=max_size), dataset.class_names

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrcnn.data import CocoDataset, read_through
+from fastrcnn.data import read_through
 from fastrcnn.evaluation.classes import match_classes
 from fastrcnn.evaluation.predict import annotated, as_detector, predict
 from fastrcnn.inference import Detector
@@ -26,20 +26,8 @@ def require_hotcoco():
     return hotcoco
 
 
-def truth_of_file(dataset: CocoDataset, indices: Sequence[int]) -> list[dict]:
-    """The annotations of some images of a file as they are written: image (its place in `indices`), category (its place in
-    the file), bbox (x, y, width, height), area, iscrowd. Raises ValueError where there is no object."""
-    place = {dataset.images[index]["id"]: i for i, index in enumerate(indices)}
-    category = {number: i for i, number in enumerate(dataset.category_ids)}
-    rows = [dict(image=place[a["image_id"]], category=category[a["category_id"]], bbox=a["bbox"], area=a["area"],
-                 iscrowd=a["iscrowd"]) for a in dataset.annotations if a["image_id"] in place]  # fmt: skip
-    if all(row["iscrowd"] for row in rows):
-        raise ValueError(f"{dataset.path}: no object is annotated on these {len(indices)} pictures")
-    return rows
-
-
 def truth_of_targets(targets: Sequence[dict], num_classes: int | None) -> list[dict]:
-    """The same of targets: boxes [N, 4] xyxy pixels, labels [N] from 0, optional ignore_boxes [R, 4], which hold for every
+    """Rows as `DetectionDataset.truth` gives them, of targets: boxes [N, 4] xyxy pixels, labels [N] from 0, optional ignore_boxes [R, 4], which hold for every
     class, since they have none. num_classes None: everything is one class, and labels are not asked for."""
     rows = []
     for i, target in enumerate(targets):
@@ -60,7 +48,7 @@ def _xywh(boxes: Tensor) -> list[list[float]]:
 
 def coco_eval(images: Sequence, truth: Sequence[dict], results: Sequence[dict], categories: int, **params):
     """hotcoco's evaluation, accumulated. images: an id for each, whose order decides between equal scores; truth: rows of
-    `truth_of_file`; results: of each image dicts boxes, scores, labels (places of categories); params: hotcoco's."""
+    `DetectionDataset.truth`; results: of each image dicts boxes, scores, labels (places of categories); params: hotcoco's."""
     hotcoco = require_hotcoco()
     # Its ids are numbers: ours are places, in the order in which pycocotools takes the images.
     order = sorted(range(len(images)), key=lambda i: (isinstance(images[i], str), images[i]))
@@ -115,7 +103,7 @@ def _classes(model) -> tuple[list[str], bool]:
 def evaluate(model, dataset, batch_size: int | None = None) -> dict[str, float]:
     """COCO's twelve numbers, in percent, of a model on a dataset; model, dataset and batch_size as in `predict`.
 
-    On a CocoDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
+    On a DetectionDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
     matched by name, and every picture is read once before the first is detected in; elsewhere the targets are the truth.
     Raises what `predict` does, and before that what `match_classes` does, ValueError where no object is annotated, and
     ImportError without hotcoco.
@@ -127,7 +115,7 @@ def evaluate(model, dataset, batch_size: int | None = None) -> dict[str, float]:
         results, targets = predict(model, dataset, batch_size)
         return evaluate_coco(targets, results, len(names))
     coco, indices = file
-    truth = truth_of_file(coco, indices)
+    truth = coco.truth(indices)
     try:
         places = match_classes(names, coco.class_names, told)
     except ValueError as error:
@@ -139,4 +127,4 @@ def evaluate(model, dataset, batch_size: int | None = None) -> dict[str, float]:
         labels = place[found["labels"]]
         results.append({"boxes": found["boxes"][labels >= 0], "scores": found["scores"][labels >= 0],
                         "labels": labels[labels >= 0]})  # fmt: skip
-    return _twelve([coco.images[i]["id"] for i in indices], truth, results, len(coco.class_names))
+    return _twelve([coco.targets[i]["image_id"] for i in indices], truth, results, len(coco.class_names))

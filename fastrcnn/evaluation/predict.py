@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 
-from fastrcnn.data import CocoDataset, as_image
+from fastrcnn.data import DetectionDataset, as_image
 from fastrcnn.inference import Detector
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
 
@@ -27,7 +27,7 @@ def as_detector(model: nn.Module | Detector, precision: str | None = None):
     return detector
 
 
-def annotated(dataset) -> tuple[CocoDataset, list[int]] | None:
+def annotated(dataset) -> tuple[DetectionDataset, list[int]] | None:
     """The annotation file behind a dataset, or behind a Subset of one, and the indices of its images; None without."""
     if isinstance(dataset, Subset):
         below = annotated(dataset.dataset)
@@ -36,7 +36,7 @@ def annotated(dataset) -> tuple[CocoDataset, list[int]] | None:
         return None if below is None else (below[0], [below[1][i] for i in dataset.indices])
     if isinstance(dataset, ConcatDataset) and any(annotated(part) for part in dataset.datasets):
         raise ValueError("dataset: expected one annotation file to measure on, got several joined")
-    if not isinstance(dataset, CocoDataset):
+    if not isinstance(dataset, DetectionDataset):
         return None
     if dataset.transforms is not None:
         raise ValueError(f"{dataset.path}: expected a dataset without transforms to measure on")
@@ -61,7 +61,7 @@ def predict(model, dataset, batch_size: int | None = None) -> tuple[list[dict[st
     """What a model finds on each picture of a dataset, in order: dicts boxes [N, 4] float32 xyxy pixels of the picture,
     scores [N], labels [N] counted from 0; and the dataset's targets.
 
-    model: a detector of ours, a `Detector`, or any module that answers [image] with one such dict; dataset: a CocoDataset,
+    model: a detector of ours, a `Detector`, or any module that answers [image] with one such dict; dataset: a DetectionDataset,
     a Subset of one, or (image uint8 [3, H, W], target) pairs; batch_size: pictures of one shape that are taken together
     (default: the Detector's). Raises ValueError naming a picture that cannot be read or is not of its stated size.
     """

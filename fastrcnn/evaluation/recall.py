@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrcnn.data import read_through
-from fastrcnn.evaluation.coco import coco_eval, require_hotcoco, truth_of_file, truth_of_targets
+from fastrcnn.evaluation.coco import coco_eval, require_hotcoco, truth_of_targets
 from fastrcnn.evaluation.predict import annotated, as_detector, predict
 from fastrcnn.inference import Detector
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
@@ -79,6 +79,6 @@ def evaluate_proposals(model: BaseDetector | Detector, dataset, batch_size: int 
         found, targets = predict(model, dataset, batch_size)
         return proposal_recall(targets, [(f["boxes"], f["scores"]) for f in found])
     coco, indices = file
-    truth = truth_of_file(coco, indices)
+    truth = coco.truth(indices)
     read_through(dataset)
-    return _recall([coco.images[i]["id"] for i in indices], truth, predict(model, dataset, batch_size)[0])
+    return _recall([coco.targets[i]["image_id"] for i in indices], truth, predict(model, dataset, batch_size)[0])

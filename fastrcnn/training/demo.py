@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from fastrcnn.data import CocoDataset
-from fastrcnn.data.coco import apply
+from fastrcnn.data.transforms import apply
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.evaluation import evaluate
 from fastrcnn.evaluation.coco import require_hotcoco
