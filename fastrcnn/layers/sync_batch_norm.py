@@ -56,6 +56,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 def synchronise_norms(model: nn.Module) -> nn.Module:
     """Every batch norm of `model` that trains becomes a SyncBatchNorm2d, in place, under its own keys. Returns `model`."""
     for m in model.modules():
-        if type(m) in (nn.BatchNorm2d, nn.SyncBatchNorm) and m.affine and m.track_running_stats and m.momentum is not None:
+        if (
+            type(m) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+            and m.affine
+            and m.track_running_stats
+            and m.momentum is not None
+        ):
             m.__class__ = SyncBatchNorm2d
     return model

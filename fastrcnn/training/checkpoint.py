@@ -46,7 +46,9 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise OSError(f"{out}: another process ({file.read().strip() or 'unknown'}) trains in this folder") from None
+            raise OSError(
+                f"{out}: another process ({file.read().strip() or 'unknown'}) trains in this folder"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -101,7 +103,9 @@ def load_state(out: Path, log: Callable[[str], None]) -> dict | None:
 def random_state() -> dict:
     """Of every generator that a step may draw from."""
     kind, keys, *rest = np.random.get_state()
-    state = dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.copy()), *rest), torch=torch.get_rng_state())
+    state = dict(
+        python=random.getstate(), numpy=(kind, torch.from_numpy(keys.copy()), *rest), torch=torch.get_rng_state()
+    )
     return state | (dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else {})
 
 

@@ -28,9 +28,9 @@ class Log:
         self.first_step = step
         self.board = _tensorboard(out, say) if tensorboard and out is not None else None
         if out is not None:
-            self._try(self._forget_steps_from, step)
+            self.attempt(self._forget_steps_from, step)
 
-    def _try(self, write: Callable, *args) -> bool:
+    def attempt(self, write: Callable, *args) -> bool:
         try:
             write(*args)
             return True
@@ -59,7 +59,7 @@ class Log:
     def steps(self, rows: list[dict], total: int) -> None:
         """Appends rows to log.jsonl; now and then the last is a line of progress."""
         if self.out is not None:
-            self._try(self._append, "".join(json.dumps(row) + "\n" for row in rows))
+            self.attempt(self._append, "".join(json.dumps(row) + "\n" for row in rows))
         if self.board is not None:
             for row in rows:
                 for name in ("loss", "lr"):
@@ -69,9 +69,9 @@ class Log:
             self.said = now
             done = row["step"] + 1
             left = (now - self.start) / max(1, done - self.first_step) * (total - done)
-            memory = f"  {row['memory_mb']:.0f} MB" if row["memory_mb"] else ""
+            memory = f"  {row['memory']:.1f} GB" if "memory" in row else ""
             self.say(f"step {done}/{total}  loss {row['loss']:.3f}  lr {row['lr']:.3g}  "
-                     f"{row['images_per_s']:.1f} images/s{memory}  {_clock(left)} left")  # fmt: skip
+                     f"{row['images/s']:.1f} images/s{memory}  {_clock(left)} left")  # fmt: skip
 
     def _append(self, text: str) -> None:
         with open(self.out / "log.jsonl", "a") as file:
@@ -97,12 +97,12 @@ class Log:
             self.whole(name, json.dumps(_plain(content), indent=1) + "\n")
 
     def whole(self, name: str, text: str) -> None:
-        self._try(write_whole, self.out / name, lambda file: file.write(text.encode()))
+        self.attempt(write_whole, self.out / name, lambda file: file.write(text.encode()))
 
     def samples(self, images: Sequence[Tensor], targets: Sequence[dict], indices: Sequence[int], names) -> None:
         """Draws pictures of a training batch with their boxes, so that wrong labels are seen in the first minute."""
         if self.out is not None:
-            self._try(self._draw, images, targets, indices, names)
+            self.attempt(self._draw, images, targets, indices, names)
 
     def _draw(self, images, targets, indices, names) -> None:
         (self.out / "samples").mkdir(exist_ok=True)
@@ -111,8 +111,8 @@ class Log:
             most = max(len(names or ()), int(labels.max()) + 1 if len(labels) else 1)
             known = list(names or ()) + [str(i) for i in range(len(names or ()), most)]
             found = Detections(target["boxes"].float(), torch.ones(len(labels)), labels, known)
-            picture = torch.from_numpy(found.draw(image.expand(3, -1, -1) if len(image) == 1 else image[:3]).copy())
-            write_picture(self.out / "samples" / f"{index:06d}.jpg", picture.permute(2, 0, 1))
+            picture = found.draw(image.expand(3, -1, -1) if len(image) == 1 else image[:3])
+            write_picture(self.out / "samples" / f"{index:06d}.jpg", picture)
 
 
 def _cell(value) -> str:

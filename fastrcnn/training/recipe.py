@@ -47,7 +47,9 @@ class Recipe:
     # --- pictures
     flip: float = 0.5
     multi_scale: tuple[float, float] | None = None  # range of factors of the model's min_size
-    lsj: tuple[float, float] | None = None  # large-scale jitter: range of scales to `crop`, then a random crop of that size
+    lsj: tuple[float, float] | None = (
+        None  # large-scale jitter: range of scales to `crop`, then a random crop of that size
+    )
     crop: int = 1024
     photometric: bool = False
     # --- end
