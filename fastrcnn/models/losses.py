@@ -36,6 +36,11 @@ def avg_factor(count: Tensor, least: float, training: bool) -> Tensor:
     return count.clamp(min=least)
 
 
+def _one_hot(target: Tensor, columns: int) -> Tensor:
+    """bool [N, columns]; F.one_hot waits for the device to look at the target."""
+    return target[:, None] == torch.arange(columns, device=target.device)
+
+
 def _weighted(elements: Tensor, weight: Tensor | None, loss_weight: float, avg_factor: float | Tensor) -> Tensor:
     if weight is not None:
         elements = elements * weight.view(-1, *[1] * (elements.dim() - 1))
@@ -60,7 +65,7 @@ class CrossEntropyLoss(nn.Module):
         weight = None if self.class_weight is None else pred.new_tensor(self.class_weight)
         if not self.use_sigmoid:
             return F.cross_entropy(pred, target, weight, reduction="none")
-        one_hot = target if pred.dim() == 1 else F.one_hot(target, pred.shape[1])
+        one_hot = target if pred.dim() == 1 else _one_hot(target, pred.shape[1])
         return F.binary_cross_entropy_with_logits(pred, one_hot.to(pred), reduction="none", pos_weight=weight)
 
     def forward(self, pred: Tensor, target: Tensor, avg_factor: float, weight: Tensor | None = None) -> Tensor:
@@ -85,7 +90,7 @@ class FocalLoss(nn.Module):
         """[N, C] from pred [N, C] logits and target [N] int64, C standing for background; or [N] from pred [N] and the
         foreground indicator [N], as an RPN has them."""
         pred = coordinates(pred)
-        one_hot = target if pred.dim() == 1 else F.one_hot(target, pred.shape[1] + 1)[:, :-1]
+        one_hot = target if pred.dim() == 1 else _one_hot(target, pred.shape[1])
         one_hot = one_hot.to(pred.dtype)
         p = pred.sigmoid()
         miss = (1 - p) * one_hot + p * (1 - one_hot)

@@ -31,6 +31,7 @@ from fastrcnn.training.validate import SCORE, check_data, measured, report, vali
 from fastrcnn.weights import save
 
 LOOK = 10  # steps between two looks at the losses
+REPORT = 60.0  # seconds between two reports: charts take some
 
 
 class Run:
@@ -104,7 +105,7 @@ class Run:
     def go(self, stop: checkpoint.Stop) -> None:
         """Every step that is left."""
         s, patience = self.state, self.recipe.patience
-        self.saved = time.perf_counter()
+        self.saved = self.reported = time.perf_counter()
         while s.step < self.total and not (patience is not None and s.stale >= patience):
             self.epoch(stop)
 
@@ -250,8 +251,13 @@ class Run:
             self.log.json("metrics.json", self.metrics())
             if better:
                 self.write("best.safetensors")
-            report(self.out, self.say)
+            if time.perf_counter() - self.reported > REPORT:
+                self.report()
         self.save()
+
+    def report(self) -> None:
+        report(self.out, self.say)
+        self.reported = time.perf_counter()
 
     def measure(self) -> dict[str, float]:
         """Validation loss and COCO's numbers of what would be kept now."""
@@ -290,6 +296,7 @@ class Run:
             for name in ("best.safetensors", "last.safetensors"):
                 if not (self.out / name).exists():
                     raise OSError(f"{self.out / name}: could not be written")
+            self.report()
         return s.result.eval()
 
 
@@ -325,9 +332,9 @@ def train(
     metrics.json and the report; None writes nothing.
     resume: goes on from the newest state in `out`, or begins where there is none: the steps that follow are, on the CPU
     bit for bit, those of a run that was never stopped, with any number of workers.
-    val: after each epoch its losses and AP are measured, the best AP is kept, and `patience` epochs without a better one end
-    the run. save_every: seconds between two states (an epoch's end has one, as have SIGTERM and Ctrl-C), of which `keep`
-    stay. deterministic: PyTorch's deterministic algorithms.
+    val: after each epoch its losses and AP are measured, the best AP is kept, and `patience` epochs without a better one
+    end the run. save_every: seconds between two states, of which `keep` stay; an epoch's end has one, as have
+    SIGTERM and Ctrl-C. deterministic: PyTorch's deterministic algorithms.
     Under torchrun every process trains on its share of each batch, as one process would on the whole.
 
     Every picture is read once before the first step. Raises ValueError for arguments, folders and data that no run can
