@@ -68,11 +68,11 @@ def test_nms_padded():
 
 
 def test_multilevel_roi_align():
-    rules = [(aligned, ratio, profile) for aligned in (True, False) for ratio in (0, 2) for profile in PROFILES]
+    rules = [(True, 0, "mmdet"), (False, 2, "torchvision"), (True, 2, "detectron2"), (False, 0, "mmdet")]
 
     def function(*inputs):
         *maps, rois = inputs
-        several = (ops.multilevel_roi_align(maps, rois, (7, 5), [4, 8, 16], a, b, 8, p) for b, a, p in rules)
+        several = (ops.multilevel_roi_align(maps, rois, (7, 5), [4, 8, 16], a, b, 8, p) for a, b, p in rules)
         return *several, ops.roi_align(maps[1], rois, 3, 1 / 8)
 
     def inputs(batch: int, h: int, w: int, n: int, seed: int):
@@ -127,14 +127,33 @@ def test_decode_proposals():
         assert 0 < expected[3].min() < expected[0].shape[1]  # some were dropped
 
 
-def test_the_exponential_of_the_boxes_is_exact():
-    """What ONNX computes it with: a table of the powers of two."""
-    from fastrcnn.ops._box_math import exp
+def test_decode_boxes():
+    def function(anchors, deltas, limits):
+        coder = (0.0, 0.1, 0.0, 0.0), (0.1, 0.1, 0.2, 0.2)
+        clipped = ops.decode_boxes(anchors, deltas, limits, *coder)
+        return clipped, ops.decode_boxes(anchors, deltas, None, *coder, symmetric_clip=False)
 
-    x = torch.linspace(-100, 100, 4001)
-    torch.testing.assert_close(exp(x), x.clamp(-87.3, 88.3).double().exp().float(), rtol=3e-7, atol=0)
-    (found,) = runner(exp, (x,), (None,))(x)
-    assert torch.equal(found, exp(x))
+    def inputs(batch: int, n: int):
+        anchors = torch.stack([random_boxes(n, seed=i) for i in range(batch)])
+        limits = torch.tensor([[400.0 + i, 300.0] for i in range(batch)])
+        return anchors, torch.randn(batch, n, 12) * torch.logspace(-1, 1.8, 12), limits
+
+    run = runner(function, inputs(2, 30), ({0: B, 1: N}, {0: B, 1: N}, {0: B}))
+    for case in ((1, 9), (3, 200)):
+        x = inputs(*case)
+        for found, expected in zip(run(*x), function(*x)):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
+
+
+def test_select_candidates():
+    def function(scores):
+        return ops.select_candidates(scores, 0.5, 12)
+
+    run = runner(function, (torch.rand(2, 40),), ({0: B, 1: N},))
+    for batch, n in ((1, 12), (3, 100)):
+        scores = (torch.rand(batch, n) * 20).round() / 20
+        for found, expected in zip(run(scores), function(scores)):
+            assert torch.equal(found, expected)
 
 
 def test_convolution_with_residual():

@@ -9,13 +9,6 @@ from fastrcnn.models.preprocess import DataPreprocessor
 from fastrcnn.ops.preprocess import PILLOW_BITS
 
 
-def _whole(x: Tensor, divisor: int) -> Tensor:
-    """x // divisor of whole numbers that are not negative."""
-    return torch.onnx.ops.symbolic(
-        "Div", (x, torch.full((), divisor, dtype=x.dtype)), dtype=x.dtype, shape=x.shape, version=14
-    )
-
-
 def _taps(new: Tensor, size: Tensor, length: int, resize: str, columns: bool) -> tuple[Tensor, Tensor]:
     """For an axis of `size` pixels that becomes `new`, of which `length` are wanted: the pixels [length, taps] that each
     reads, and their weights."""
@@ -108,12 +101,12 @@ class Pixels(nn.Module):
                 pixels = first + second
         elif self.resize == "opencv":
             first, second = _mix(images.to(torch.int32), x, 3)
-            first, second = _mix(_whole(first + second, 16), y, 2)
-            pixels = self.normalised(_whole(_whole(first, 1 << 16) + _whole(second, 1 << 16) + 2, 4).float())
+            first, second = _mix((first + second) >> 4, y, 2)
+            pixels = self.normalised((((first >> 16) + (second >> 16) + 2) >> 2).float())
         else:
             pixels = images.to(torch.int32)
             for axis, taps in ((3, x), (2, y)):
-                pixels = _whole(_add(pixels, taps, axis) + (1 << (PILLOW_BITS - 1)), 1 << PILLOW_BITS).clamp(max=255)
+                pixels = (_add(pixels, taps, axis) + (1 << (PILLOW_BITS - 1)) >> PILLOW_BITS).clamp(max=255)
             pixels = self.normalised(pixels.float())
         inside = (torch.arange(rows) < new[0])[:, None] & (torch.arange(columns) < new[1])
         batch = torch.where(inside, pixels, 0.0).to(self.dtype)
