@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 
 from fastrcnn import Detector
 from fastrcnn.data import CocoDataset, read_through
-from fastrcnn.data.transforms import apply
 from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.data.transforms import apply
 from fastrcnn.evaluation import evaluate, evaluate_coco, match_classes
 from fastrcnn.evaluation.predict import predict
 from fastrcnn.models import faster_rcnn

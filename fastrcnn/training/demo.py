@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from fastrcnn.data import CocoDataset
-from fastrcnn.data.transforms import apply
 from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.data.transforms import apply
 from fastrcnn.evaluation import evaluate
 from fastrcnn.evaluation.coco import require_hotcoco
 from fastrcnn.models import faster_rcnn
