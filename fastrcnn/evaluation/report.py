@@ -61,13 +61,12 @@ def tag(name: str, *inside, **attributes: str) -> Html:
 
 
 def _shown(value) -> str:
-    """Text without what UTF-8 cannot carry; "-" for what is no number."""
+    """Text on one line that hides and turns round nothing; "-" for what is no number."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "replace").decode()
+    return plots.drawable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def table(head: Iterable, rows: Iterable[Iterable], class_: str = "") -> Html:
