@@ -163,8 +163,8 @@ class DetectionDataset(Dataset):
         return rows
 
     def truth(self, indices: Sequence[int]) -> Truth:
-        """The same as columns, to measure against, image by image in the order of the indices. Raises ValueError where
-        there is no object."""
+        """The annotations of some images as they are written, image by image in the order of the indices. Raises ValueError
+        where there is no object."""
         table, indices = self.table, np.asarray(indices, np.int64).reshape(-1)
         counts = table.starts[indices + 1] - table.starts[indices]
         rows = np.arange(counts.sum()) + np.repeat(table.starts[indices] - np.cumsum(counts) + counts, counts)

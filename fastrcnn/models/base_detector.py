@@ -12,6 +12,7 @@ from fastrcnn.checkpoints.pretrained import pretrained_state
 from fastrcnn.models.build import build
 from fastrcnn.models.fpn import FPN
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.preprocess import DataPreprocessor
 from fastrcnn.models.profiles import get_profile
 from fastrcnn.models.resnet import ResNet, ResNetV1d, ResNeXt
@@ -32,8 +33,9 @@ class Built:
 
 class BaseDetector(nn.Module):
     """Backbone and neck in front of the heads that a subclass adds. What it finds and how it learns are a subclass's
-    `detect(batch, frame)`, `predict` with labels that count from 0 in every profile, and `losses(batch, frame, targets)`,
-    `loss` of targets that `inside` has checked.
+    `detect(batch, frame, waits=False)` -> (Padded with labels that count from 0 in every profile, which images [B] lack
+    detections because there were too many candidates), of static shapes unless the host `waits`; and
+    `losses(batch, frame, targets)`, `loss` of targets that `inside` has checked.
 
     backbone, neck (or None): modules or MMDetection's dicts; profile: whose semantics, "mmdet", "torchvision" or
     "detectron2"; min_size, max_size: pixels of the short and at most of the long side after resizing;
@@ -181,10 +183,21 @@ class BaseDetector(nn.Module):
         feats = self.backbone(batch.to(self.dtype))
         return feats if self.neck is None else self.neck(feats)
 
-    def prepare(self, images: Sequence[Tensor]) -> tuple[Tensor, Frame]:
-        """(batch [B, 3, H, W], its geometry) of images [3, H, W] RGB, float in 0..1 or uint8, of any sizes."""
-        batch, sizes, factors = self.data_preprocessor(images, self.dtype)
+    def prepare(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> tuple[Tensor, Frame]:
+        """(batch [B, 3, H, W], its geometry) of images [3, H, W] RGB, float in 0..1 or uint8, of any sizes; sizes: (height,
+        width) to resize each to, in place of the model's own rule."""
+        batch, sizes, factors = self.data_preprocessor(images, self.dtype, sizes)
         return batch, Frame(sizes, tuple(batch.shape[2:]), factors)
+
+    @torch.no_grad()
+    def predict_padded(self, batch: Tensor, image_sizes, scale_factors=None) -> Padded:
+        """`predict` with static shapes and no host synchronisation: boxes [B, D, 4], scores [B, D], labels [B, D],
+        counts [B], zeros beyond an image's counts[b] rows. D is the test_cfg's max_per_img; where that is not above 0, the
+        number of candidates. Cannot warn, as `predict` does, where more than post_process.MOST_CANDIDATES class scores of
+        an image are above the score threshold and this may have cost a detection. Arguments and errors as in `predict`.
+        """
+        found, _ = self.detect(batch, Frame.of(batch, image_sizes, scale_factors))
+        return found._replace(labels=found.labels + self.label_offset * found.valid())
 
     @torch.no_grad()
     def predict(self, batch: Tensor, image_sizes, scale_factors=None) -> list[dict[str, Tensor]]:
@@ -194,7 +207,12 @@ class BaseDetector(nn.Module):
         (width, height), new over old: boxes come back in the old image's coordinates; None leaves them as they are.
         Labels are the profile's; a stand-alone RPN's proposals all have label 0. Raises ValueError naming the argument.
         """
-        return self.outside(self.detect(batch, Frame.of(batch, image_sizes, scale_factors)))
+        found, lost = self.find(batch, Frame.of(batch, image_sizes, scale_factors))
+        return self.outside(found.lists(lost))
+
+    def find(self, batch: Tensor, frame: Frame) -> tuple[Padded, Tensor]:
+        """`detect` for a caller who takes what is found to the host: on a CPU it may wait before, too, where that saves."""
+        return self.detect(batch, frame, batch.device.type == "cpu" and not torch.compiler.is_compiling())
 
     def loss(self, batch: Tensor, image_sizes, targets: list[dict]) -> dict[str, Tensor]:
         """The losses under the profile's names (those of an FCOS that proposes under MMDetection's).
@@ -220,17 +238,17 @@ class BaseDetector(nn.Module):
 
     def _inside(self, name: str, target: dict, device: torch.device) -> dict:
         needed = ("boxes", "labels") if self.reads_labels else ("boxes",)
-        missing = [key for key in needed if key not in target]
+        missing = [key for key in needed if key not in target]  # checked where it lies: on the host nothing waits
         if missing:
             raise ValueError(f"{name}: expected the keys {' and '.join(needed)}, missing {missing}")
-        checked = {k: _boxes(f"{name}[{k!r}]", target[k], device) for k in ("boxes", "ignore_boxes") if k in target}
+        checked = {k: _boxes(f"{name}[{k!r}]", target[k]) for k in ("boxes", "ignore_boxes") if k in target}
         boxes = checked["boxes"]
         degenerate = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
         if bool(degenerate.any()):
             raise ValueError(f"{name}: expected boxes with x2 > x1 and y2 > y1, got {boxes[degenerate][0].tolist()}")
         if not self.reads_labels:
-            return {**checked, "labels": torch.zeros(len(boxes), dtype=torch.int64, device=device)}
-        labels = torch.as_tensor(target["labels"], device=device)
+            return _moved({**checked, "labels": torch.zeros(len(boxes), dtype=torch.int64)}, device)
+        labels = torch.as_tensor(target["labels"])
         if labels.shape != boxes.shape[:1]:
             expected = f"expected shape [{len(boxes)}], got {list(labels.shape)}"
             raise ValueError(f"{name}: {len(boxes)} boxes but {labels.numel()} labels: {expected}")
@@ -240,7 +258,7 @@ class BaseDetector(nn.Module):
         if bool(((inner < 0) | (inner >= self.num_classes)).any()):
             expected = f"{low}..{low + self.num_classes - 1}"
             raise ValueError(f"{name}: expected labels in {expected}, got {sorted(set(labels.tolist()))}")
-        return {**checked, "labels": inner}
+        return _moved({**checked, "labels": inner}, device)
 
     def forward(self, images: Sequence[Tensor], targets: list[dict] | None = None):
         """torchvision's convention. images: list of [3, H, W] RGB, float in 0..1 (or uint8), of any sizes.
@@ -251,15 +269,20 @@ class BaseDetector(nn.Module):
         batch, frame = self.prepare(images)
         if not self.training:
             with torch.no_grad():
-                return self.outside(self.detect(batch, frame))
+                found, lost = self.find(batch, frame)
+                return self.outside(found.lists(lost))
         return self.losses(
             batch, frame._replace(factors=None), frame.scale(self.inside(targets, len(batch), batch.device))
         )
 
 
-def _boxes(name: str, value, device: torch.device) -> Tensor:
+def _moved(target: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {k: v.to(device, non_blocking=True) for k, v in target.items()}
+
+
+def _boxes(name: str, value) -> Tensor:
     """[N, 4] in the precision of boxes; a target without objects may have an empty tensor of any shape."""
-    boxes = coordinates(torch.as_tensor(value, device=device))
+    boxes = coordinates(torch.as_tensor(value))
     if boxes.numel() and (boxes.dim() != 2 or boxes.shape[1] != 4):
         raise ValueError(f"{name}: expected shape [N, 4], got {list(boxes.shape)}")
     if not bool(boxes.isfinite().all()):

@@ -4,16 +4,21 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.anchors import build_anchor_generator
 from fastrcnn.models.build import settings
 from fastrcnn.models.dense_head import DenseHead, flat_levels, init_normal
 from fastrcnn.models.frame import Frame
-from fastrcnn.models.losses import build_loss, positive_weight
-from fastrcnn.models.post_process import check_nms, finish
+from fastrcnn.models.losses import avg_factor, build_loss, positive_weight, processes
+from fastrcnn.models.padded import Padded
+from fastrcnn.models.post_process import MOST_CANDIDATES, check_nms, finish, lost
 from fastrcnn.models.profiles import Profile
+from fastrcnn.ops import select_candidates
+from fastrcnn.ops._boxes import take_boxes
 from fastrcnn.ops._checks import coordinates
 
 TEST_CFG = dict(
@@ -124,35 +129,25 @@ class RetinaHead(DenseHead):
             deltas.append(conv_norm_act(reg, self.retina_reg, None, relu=False))
         return logits, deltas
 
-    def predict(self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame) -> list[dict[str, Tensor]]:
-        """Detections of each image (see `BaseDetector.predict`), labels from 0: of each level the nms_pre best scores above
-        score_thr, then NMS within each class."""
-        anchors = self.anchors(logits, frame)
-        parts = []
-        for i, image_size in enumerate(frame.sizes):
-            parts += self._candidates([(c[i], d[i]) for c, d in zip(logits, deltas)], anchors, image_size)
-        boxes, scores, labels = (torch.cat(p) for p in zip(*parts))
-        counts = [sum(len(p[0]) for p in parts[i : i + len(anchors)]) for i in range(0, len(parts), len(anchors))]
-        images = torch.arange(len(counts), device=boxes.device).repeat_interleave(
-            torch.tensor(counts, device=boxes.device), output_size=sum(counts)
-        )
-        least = self.test_cfg["min_bbox_size"] if self.profile.dense_drops_small else -1
-        return finish(boxes, scores, labels, images, frame, self.test_cfg, self.profile, least)
-
-    def _candidates(self, maps, anchors, image_size: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(boxes [K, 4], scores [K], labels [K]) of one image's levels."""
-        found, cfg = [], self.test_cfg
-        for (logit, delta), grid in zip(maps, anchors):
-            score = coordinates(logit.permute(1, 2, 0).reshape(-1)).sigmoid()
-            candidates = (score > cfg["score_thr"]).nonzero()[:, 0]
-            best = score[candidates].sort(descending=True, stable=True)
-            keep = candidates[best.indices[: cfg["nms_pre"]]]
-            row = keep // self.num_classes
-            moves = coordinates(delta.permute(1, 2, 0).reshape(-1, 4)[row])
-            limit = None if self.profile.clip_after_rescale else image_size.float()  # Detectron2 clips at the end only
-            boxes = self.bbox_coder.decode(grid[row].to(moves.dtype), moves, limit)
-            found.append((boxes, score[keep], keep % self.num_classes))
-        return found
+    def predict(self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame) -> tuple[Padded, Tensor]:
+        """Detections (see `BaseDetector.detect`), labels from 0: of each level the nms_pre best scores above score_thr (all
+        where it is not above 0), then NMS within each class."""
+        cfg, levels, over = self.test_cfg, [], torch.zeros_like(frame.sizes[:, 0], dtype=torch.bool)
+        limits = None if self.profile.clip_after_rescale else frame.sizes.float()  # Detectron2 clips at the end only
+        for logit, delta, anchors in zip(logits, deltas, self.anchors(logits, frame)):
+            scores = coordinates(logit.permute(0, 2, 3, 1).flatten(1)).sigmoid()
+            wanted = cfg["nms_pre"] if cfg["nms_pre"] > 0 else scores.shape[1]
+            most = torch.sym_min(torch.sym_min(wanted, scores.shape[1]), MOST_CANDIDATES)
+            scores, index, counts, number = select_candidates(scores, cfg["score_thr"], most)
+            over = over | (number.clamp(max=wanted) > most)
+            index = index.clamp(min=0)
+            row = index // self.num_classes
+            moves = coordinates(take_boxes(delta.permute(0, 2, 3, 1).reshape(len(delta), -1, 4), row))
+            boxes = self.bbox_coder.decode(anchors.to(moves.dtype)[row], moves, limits)
+            levels.append(Padded(boxes, scores, index % self.num_classes, counts))
+        least = cfg["min_bbox_size"] if self.profile.dense_drops_small else -1
+        found = finish(Padded.cat(levels), frame, cfg, self.profile, least)
+        return found, lost(found, over, cfg)
 
     def loss(
         self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame, targets: list[dict]
@@ -160,25 +155,34 @@ class RetinaHead(DenseHead):
         """(class loss, box loss), scalars. targets: dicts with boxes [M, 4], labels [M], optionally ignore_boxes [R, 4]."""
         anchors, matches, _ = self.assigned(logits, frame, targets)
         flat_logits, flat_deltas = flat_levels(logits, self.num_classes), flat_levels(deltas, 4)
-        picked = []
-        for i, target in enumerate(targets):
-            pos, used = (matches[i] >= 0).nonzero()[:, 0], (matches[i] >= -1).nonzero()[:, 0]
-            owners = matches[i, pos]
-            labels = torch.full_like(matches[i], self.num_classes)
-            labels[pos] = target["labels"][owners]
-            picked.append(
-                (flat_logits[i, used], labels[used], flat_deltas[i, pos], anchors[pos], target["boxes"][owners])
-            )
-        counts = [max(len(rows[4]), 1) for rows in picked]
+        # A row more, which background reads: no box, and the label of the background.
+        gts = pad_sequence([F.pad(t["boxes"], (0, 0, 0, 1)) for t in targets], True)
+        labels = pad_sequence(
+            [F.pad(t["labels"], (0, 1), value=self.num_classes) for t in targets], True, self.num_classes
+        )
+        owners = matches.clamp(min=-1) % gts.shape[1]
+        rows = (
+            flat_logits,
+            labels.gather(1, owners),
+            flat_deltas,
+            anchors.expand_as(flat_deltas),
+            take_boxes(gts, owners),
+        )
+        counts = (matches >= 0).sum(1)  # [B]
         if self.profile.dense_divisor == "image":
-            losses = [self._losses(*rows, count * len(targets)) for rows, count in zip(picked, counts)]
+            images = avg_factor(torch.full_like(counts[:1], len(counts)), 1, self.training)
+            divisors = counts.clamp(min=1) * images
+            losses = [self._losses(*row, divisor) for *row, divisor in zip(*rows, matches, divisors)]
             return sum(a for a, _ in losses), sum(b for _, b in losses)
-        count = sum(counts)
-        if self.profile.dense_divisor == "running":
-            count = max(sum(len(rows[4]) for rows in picked), 1)
-            count = self.loss_normalizer.mul_(0.9).add_(0.1 * count).clone()
-        return self._losses(*(torch.cat(column) for column in zip(*picked)), count)
+        if self.profile.dense_divisor == "positives":
+            count = avg_factor(counts.clamp(min=1).sum(), 1, self.training)
+        else:  # "running": the mean is of the joined batch's positives, the divisor a process's share of it
+            share = processes() if self.training else 1
+            count = avg_factor(counts.sum(), 1, self.training) * share
+            count = self.loss_normalizer.mul_(0.9).add_(0.1 * count) / share
+        return self._losses(*(x.flatten(0, 1) for x in (*rows, matches)), count)
 
-    def _losses(self, logits, labels, deltas, anchors, boxes, divisor) -> tuple[Tensor, Tensor]:
-        weight = positive_weight(labels < self.num_classes, self.train_cfg["pos_weight"])
-        return self.loss_cls(logits, labels, divisor, weight), self.box_loss(deltas, anchors, boxes, divisor)
+    def _losses(self, logits, labels, deltas, anchors, boxes, matches, divisor) -> tuple[Tensor, Tensor]:
+        positive = matches >= 0
+        weight = positive_weight(positive, self.train_cfg["pos_weight"]) * (matches >= -1)
+        return self.loss_cls(logits, labels, divisor, weight), self.box_loss(deltas, anchors, boxes, divisor, positive)
