@@ -118,7 +118,7 @@ def test_every_layout_gives_the_same_datasets(layout):
     assert content_of(train) == expected("ab") and content_of(val) == expected("c")
     assert train.class_names == val.class_names == ["cat", "dog"] and train.category_ids == [1, 2]
     assert train.objects.tolist() == [2, 1] and val.objects.tolist() == [0] and not train.left_out
-    assert [row["bbox"] for row in train.truth([0])] == pytest.approx(np.array([box[:4] for box in BOXES["a"]]), abs=1e-5)
+    assert train.truth([0]).boxes == pytest.approx(np.array([box[:4] for box in BOXES["a"]]), abs=1e-5)
     with pytest.raises(ValueError, match="no test split: there are train, (val|test)"):
         if "VOCdevkit" in str(layout) or (layout / "VOC2007").exists():
             raise ValueError("no test split: there are train, test")  # it has one

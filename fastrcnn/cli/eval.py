@@ -27,7 +27,9 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="folder or annotation file: COCO, Pascal VOC or YOLO")],
     weights: Annotated[str, typer.Option(help="checkpoint of any peer, or trained here")],
     images: Annotated[Path | None, typer.Option(help="image folder [default: told by the annotations]")] = None,
-    split: Annotated[str | None, typer.Option(help="part of a folder that has several, such as val or test")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test, of a folder that has them [default: val]")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for report.html, metrics.json, predictions.json, charts")
     ] = None,
@@ -39,18 +41,22 @@ def evaluate(
 ) -> None:
     """COCO's twelve numbers, in percent, of a checkpoint on annotated images; the recall of a region proposal network."""
     from fastrcnn.data import open_dataset
+    from fastrcnn.data.detect_format import detect_format
     from fastrcnn.evaluation import as_detector, evaluate, evaluate_proposals, write_numbers
     from fastrcnn.inference.detector import as_device
     from fastrcnn.inference.output import check_folder
     from fastrcnn.weights import infer_model
 
-    most, about = _numbers(max_dets), dict(weights=weights, data=str(data))
+    most = _numbers(max_dets)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         chosen = as_device(device)
         if out is not None:
             check_folder(out)
+        if split is None and {"val", "test"} & set(detect_format(data).splits):
+            split = "val"
         dataset = open_dataset(data, images, split)
+        about = dict(weights=weights, data=f"{data} ({split})" if split else str(data))
         model = infer_model(weights).to(chosen)
         detector = as_detector(model, precision, max(most or [0]))
         with Progress(*columns, console=err, transient=True, disable=len(dataset) < 2) as progress:

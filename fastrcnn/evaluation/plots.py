@@ -41,12 +41,12 @@ def require_matplotlib():
 
 def drawable(text: str) -> str:
     """Text on one line, without control characters and what UTF-8 cannot carry."""
-    return "".join(c if c.isprintable() else " " for c in text).strip() or "?"
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def short(name: str) -> str:
     """A name as a chart can show it, of at most LETTERS, its beginning and its end."""
-    name = drawable(name)
+    name = drawable(name).strip() or "?"
     half = LETTERS // 2
     return name if len(name) <= LETTERS else f"{name[: half - 1]}…{name[-half:]}"
 
@@ -214,6 +214,7 @@ def scores(by_score, bins: np.ndarray, error: float) -> bytes:
         left.bar(edges, counts[0], 0.045, align="edge", color=COLOURS[2], label="right")
         left.bar(edges, counts[1], 0.045, counts[0], align="edge", color=COLOURS[1], label="wrong")
         left.set(title="Detections by score", xlabel="score", xlim=(0, 1), ylabel="detections")
+        left.set_ylim(0, max(1, sum(counts).max()) * 1.05)
         for name, colour in (("precision", 0), ("recall", 1), ("f1", 2)):
             label = "F1" if name == "f1" else name
             middle.plot(by_score.score, getattr(by_score, name), color=COLOURS[colour], label=label, linewidth=1.6)
