@@ -66,7 +66,7 @@ class DetectionDataset(Dataset):
     def _folder(self) -> Path:
         """The one of the table's folders in which the most of a few pictures lie."""
         some = [self.table.names[i] for i in range(0, len(self), max(1, len(self) // 8))]
-        found = [sum(_is_file(folder / name) for name in some) for folder in self.table.folders]
+        found = [sum(os.path.isfile(folder / name) for name in some) for folder in self.table.folders]
         return self.table.folders[found.index(max(found))]
 
     def _fill_sizes(self) -> None:
@@ -113,10 +113,10 @@ class DetectionDataset(Dataset):
         """Where the picture of an image lies; where none of its names is a file, the first of them."""
         name = self.table.names[index]
         first = self.folder / name
-        if _is_file(first):
+        if os.path.isfile(first):
             return first
         folders = dict.fromkeys([self.folder, *self.table.folders])
-        return next((f / n for n in _other_names(name) for f in folders if _is_file(f / n)), first)
+        return next((f / n for n in _other_names(name) for f in folders if os.path.isfile(f / n)), first)
 
     def where(self, index: int) -> tuple[str, str]:
         """The file, and the entry in it, that speak of an image."""
@@ -185,10 +185,3 @@ class DetectionDataset(Dataset):
         image, target = read_image(self.picture(index)), self.target(index)
         self.check_size(index, image)
         return (image, target) if self.transforms is None else apply(self.transforms, image, target)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return os.path.isfile(path)
-    except ValueError:  # a name that the system cannot hold
-        return False
