@@ -120,7 +120,7 @@ def _read_all(dataset: DetectionDataset, indices: Iterable[int]) -> Iterator[tup
         if not os.path.isfile(path):
             return ("missing picture", *where, f"there is no {path}"), None
         try:
-            image = read_image(path)
+            image = read_image(path, None)
         except ImageError as error:
             return ("unreadable picture", *where, error), None
         try:

@@ -43,8 +43,8 @@ class _Each(Sequence):
 
 
 class DetectionDataset(Dataset):
-    """(image uint8 [C, H, W], target) pairs, to train on; `truth` is what the files say as they say it, to measure
-    against.
+    """(image uint8 [C, H, W], target) pairs, to train on, RGB unless `channels` says otherwise; `truth` is what the
+    files say as they say it, to measure against.
 
     target: boxes [N, 4] float32 xyxy pixels, labels [N] int64 counted from 0 in the order of the category ids,
     ignore_boxes [R, 4] (iscrowd, ignore, difficult), image_id. Boxes are cut at the picture's edge; what is then not a
@@ -57,6 +57,7 @@ class DetectionDataset(Dataset):
     def __init__(self, table: Table, transforms=None):
         self.table, self.path, self.transforms, self.findings = table, table.path, transforms, table.findings
         self.class_names, self.category_ids = table.class_names, table.category_ids
+        self.channels: int | None = 3  # of the pictures, as the model wants them: see `read_image`
         self.image_ids = table.image_ids
         self.folder = self._folder()
         self._fill_sizes()
@@ -182,6 +183,6 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         index = range(len(self))[index]
-        image, target = read_image(self.picture(index)), self.target(index)
+        image, target = read_image(self.picture(index), self.channels), self.target(index)
         self.check_size(index, image)
         return (image, target) if self.transforms is None else apply(self.transforms, image, target)
