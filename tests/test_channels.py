@@ -81,8 +81,12 @@ def test_arrays_and_tensors():
     torch.testing.assert_close(as_image(DEEP, channels=1).double(), planes(DEEP), rtol=0, atol=1e-7)
     deep = torch.from_numpy(DEEP)[None]
     torch.testing.assert_close(as_image(deep, channels=1).double(), planes(DEEP), rtol=0, atol=1e-7)
-    for wrong, message in ((SIX, "expected 4 channels"), (torch.zeros(3, 5, 5), r"\[4, H, W\], got \[3, 5, 5\]"),
-                           (torch.full((4, 5, 5), 1.5), r"floats in 0\.\.1"), (torch.zeros(4, 5, 5).int(), "uint8, uint16")):  # fmt: skip
+    for wrong, message in (
+        (SIX, "expected 4 channels"),
+        (torch.zeros(3, 5, 5), r"\[4, H, W\], got \[3, 5, 5\]"),
+        (torch.full((4, 5, 5), 1.5), r"floats in 0\.\.1"),
+        (torch.zeros(4, 5, 5).int(), "uint8, uint16"),
+    ):
         with pytest.raises((ValueError, TypeError), match=message):
             as_image(wrong, channels=4)
 

@@ -183,7 +183,7 @@ class BaseDetector(nn.Module):
         return feats if self.neck is None else self.neck(feats)
 
     def prepare(self, images: Sequence[Tensor]) -> tuple[Tensor, Frame]:
-        """(batch [B, C, H, W], its geometry) of images [C, H, W], RGB where C is 3, float in 0..1 or uint8, of any sizes."""
+        """(batch [B, C, H, W], its geometry) of images [C, H, W] (3 are RGB), float in 0..1 or uint8, of any sizes."""
         batch, sizes, factors = self.data_preprocessor(images, self.dtype)
         return batch, Frame(sizes, tuple(batch.shape[2:]), factors)
 

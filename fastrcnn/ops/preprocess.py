@@ -163,8 +163,8 @@ def _preprocess(
 ) -> Tensor:
     """[B, C, H', W'] channels-last in `dtype`, zero right of and below each image. Not differentiable.
 
-    images: [C, H, W] each (3 are RGB), uint8 or float in 0..1, of any sizes and strides (an [H, W, 3] array permuted is read as it
-    lies), on one device; sizes: (height, width) of each after resizing; batch_size: (H', W'); mean, std: C numbers, in
+    images: [C, H, W] each (3: RGB), uint8 or float in 0..1, of any sizes and strides (an [H, W, 3] array permuted is read
+    as it lies), on one device; sizes: (height, width) of each after resizing; batch_size: (H', W'); mean, std: C, in
     the network's channel order and value range (0..1 for "interpolate", else 0..255); resize: "opencv", "interpolate" or
     "pillow"; bgr: the network wants blue first. Raises TypeError or ValueError naming the argument.
     """
