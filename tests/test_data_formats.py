@@ -260,7 +260,8 @@ def no_sizes(content):
     lambda c: c.update(info=None, licenses=[]),
     lambda c: [a.update(iscrowd=None, area=None, attributes={"occluded": False}) for a in c["annotations"]],
     names(lambda n: f"..\\..\\media\\{n}"), names(lambda n: f"some/folder/{n}"), names(lambda n: "/data/images/" + n),
-    names(lambda n: quote(f"my photos/{n}")), names(lambda n: f"/data/local-files/?d=upload/1/{n}"),
+    names(lambda n: quote(f"my photos/{n}")), names(lambda n: n[:-3] + "PNG"),
+    names(lambda n: f"/data/local-files/?d=upload/1/{n}"),
 ])  # fmt: skip
 def test_what_the_tools_export_is_read(tmp_path, change):
     write(tmp_path, {"a.json": "\ufeff" + coco(change=change)})
@@ -363,6 +364,12 @@ def test_what_is_no_line_of_yolos_is_named_by_file_and_line(tmp_path, line, said
     bad, gone = [f for f in dataset.findings if f.dropped]
     assert bad.entry == "line 3" and bad.file.endswith("labels/a.txt") and said in bad.message
     assert gone.kind == "missing picture" and gone.file.endswith("labels/gone.txt")
+
+
+def test_decoded_pictures_beside_the_pictures_are_no_pictures(tmp_path):
+    write(tmp_path, {"a.txt": yolo("a"), "b.txt": yolo("b"), "a.npy": "an array", "classes.txt": "cat\ndog"})
+    pictures(tmp_path, "ab")
+    assert content_of(open_dataset(tmp_path)) == expected("ab")
 
 
 def test_polygons_of_yolo_give_their_box(tmp_path):

@@ -1,6 +1,7 @@
 """Pictures and their boxes, whatever format they were written in: one dataset over one table of arrays."""
 
 import os
+import unicodedata
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,16 @@ THIN, OUTSIDE, CUT = "less than a pixel wide or high", "outside the picture", "c
 PIECE = 1 << 20
 
 
-def _other_names(name: str) -> list[str]:
-    """How the picture of a `file_name` may be called on this machine: as it is written, with the slashes of Windows or
-    the escapes of an address undone, behind the query of a labelling server, without its folders."""
+def _other_names(name: str) -> Iterator[str]:
+    """How the picture of a `file_name` may be called on this machine: as it is written, with the slashes of Windows or the
+    escapes of an address undone, behind the query of a labelling server, without its folders; with the other letters for
+    the suffix, and for accents."""
     plain = urllib.parse.unquote(name).rpartition("?d=")[2]
     names = [name, name.replace("\\", "/"), plain.replace("\\", "/")]
-    return list(dict.fromkeys([*names, *(part.rpartition("/")[2] for part in names)]))
+    for found in dict.fromkeys([*names, *(part.rpartition("/")[2] for part in names)]):
+        stem, suffix = os.path.splitext(found)
+        yield from (found, stem + suffix.lower(), stem + suffix.upper())
+        yield from (unicodedata.normalize(form, found) for form in ("NFC", "NFD"))
 
 
 class _Each(Sequence):
@@ -117,7 +122,7 @@ class DetectionDataset(Dataset):
         if os.path.isfile(first):
             return first
         folders = dict.fromkeys([self.folder, *self.table.folders])
-        return next((f / n for n in _other_names(name) for f in folders if os.path.isfile(f / n)), first)
+        return next((f / n for n in dict.fromkeys(_other_names(name)) for f in folders if os.path.isfile(f / n)), first)
 
     def where(self, index: int) -> tuple[str, str]:
         """The file, and the entry in it, that speak of an image."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrcnn.data.decode import SUFFIXES, decode, in_range, max_bytes, pixels_of, planes_of, size_of
 from fastrcnn.data.fetch import is_address, open_regular, read_bytes
 
-IMAGE_SUFFIXES = (*(suffix for suffixes in SUFFIXES.values() for suffix in suffixes), ".npy")
+IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 
 
 class ImageError(ValueError):

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastrcnn.data.data_yaml import read_data_yaml
 from fastrcnn.data.findings import Findings, short
-from fastrcnn.data.folders import entries, files_under, is_picture, read_text, split_of
+from fastrcnn.data.folders import entries, files_under, is_picture, read_text, split_of, without_caches
 from fastrcnn.data.images import read_size
 from fastrcnn.data.table import Table, Texts, as_bytes
 
@@ -110,7 +110,7 @@ def find_yolo(folder: Path) -> dict[str | None, Yolo]:
 def _pictures(source: Path) -> list[str]:
     """The paths of the pictures of a folder, or of a list of them."""
     if os.path.isdir(source):
-        return [f"{source}/{name}" for name in files_under(source) if is_picture(name)]
+        return [f"{source}/{name}" for name in without_caches([n for n in files_under(source) if is_picture(n)])]
     listed = []
     for line in entries(source):
         places = [source.parent / line, source.parent / "images" / Path(line).name, source.parent.parent / line,
