@@ -36,17 +36,30 @@ class DataPreprocessor(nn.Module):
         std: Sequence[float] | None = None,
         bgr_to_rgb: bool | None = None,
         pad_size_divisor: int = 32,
+        in_channels: int = 3,
     ):
         """mean, std, bgr_to_rgb, pad_size_divisor: MMDetection's. It reads BGR files, so bgr_to_rgb=False is a network
-        that wants BGR. None takes the profile's."""
+        that wants BGR. None takes the profile's; of other channels than three (in_channels) the mean of its three for each,
+        in their own order."""
         super().__init__()
         self.min_size, self.max_size, self.pad_size_divisor = min_size, max_size, pad_size_divisor
+        self.in_channels = in_channels
         self.set_profile(profile, mean, std, bgr_to_rgb)
 
     def set_profile(self, profile: Profile, mean=None, std=None, bgr_to_rgb: bool | None = None) -> None:
-        self.profile = profile
-        self.mean, self.std = tuple(mean or profile.mean), tuple(std or profile.std)
-        self.bgr = profile.bgr if bgr_to_rgb is None else not bgr_to_rgb
+        own = self.colours(profile)
+        mean, std = tuple(mean or own[0]), tuple(std or own[1])
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != self.in_channels:
+                raise ValueError(f"{name}: expected one for each of {self.in_channels} channels, got {list(values)}")
+        self.profile, self.mean, self.std = profile, mean, std
+        self.bgr = self.in_channels == 3 and (profile.bgr if bgr_to_rgb is None else not bgr_to_rgb)
+
+    def colours(self, profile: Profile) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """A profile's mean and std for the channels that there are."""
+        if self.in_channels == 3:
+            return tuple(profile.mean), tuple(profile.std)
+        return tuple((sum(values) / len(values),) * self.in_channels for values in (profile.mean, profile.std))
 
     def forward(
         self,
@@ -54,10 +67,11 @@ class DataPreprocessor(nn.Module):
         dtype: torch.dtype = torch.float32,
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """images: [3, H, W] RGB each, float in 0..1 or uint8, of any sizes; sizes: (height, width) to resize each to, where
-        min_size and max_size shall not decide.
+        """images: [C, H, W] each (3 are RGB), float in 0..1 or uint8, of any sizes; sizes: (height, width) to resize each
+        to, where min_size and max_size shall not decide. Floats of other channels than three, which no peer reads, keep all
+        their bits: they are interpolated, also where the profile's rule takes bytes.
 
-        Returns batch [B, 3, H', W'] channels-last in `dtype`, H' and W' multiples of pad_size_divisor, zero-padded right
+        Returns batch [B, C, H', W'] channels-last in `dtype`, H' and W' multiples of pad_size_divisor, zero-padded right
         and below; image sizes [B, 2] int64 (height, width) before padding; scale factors [B, 2] float32 (width, height),
         new over old. Raises TypeError or ValueError naming the image.
         """
@@ -68,7 +82,11 @@ class DataPreprocessor(nn.Module):
         old = [tuple(x.shape[1:]) if is_one else (1, 1) for x, is_one in zip(images, pictures)]
         new = sizes or [resized_size(*size, self.min_size, self.max_size, p.resize) for size in old]
         padded = [(max(sides) + step - 1) // step * step for sides in zip(*new)]
-        batch = preprocess(images, new, padded, self.mean, self.std, p.resize, self.bgr, dtype)
+        rule, mean, std = p.resize, self.mean, self.std
+        floats = any(is_one and x.is_floating_point() for x, is_one in zip(images, pictures))
+        if self.in_channels != 3 and floats and rule != "interpolate":
+            rule, (mean, std) = "interpolate", ([v / 255 for v in values] for values in (mean, std))
+        batch = preprocess(images, new, padded, mean, std, rule, self.bgr, dtype)
         rows = [(*now, *before) for now, before in zip(new, old)]
         if all(before == old[0] for before in old):  # no copy from the host, which a CUDA graph would not repeat
             both = torch.stack([torch.full((len(rows),), n, device=batch.device) for n in rows[0]], 1)
