@@ -23,15 +23,16 @@ def training_transforms(recipe: Recipe):
     return v2.Compose(steps) if steps else None
 
 
-def picture_sizes(model: BaseDetector, images: Sequence[Tensor], seeds: Sequence[int], recipe: Recipe):
-    """(height, width) that each picture is resized to, by its own seed; None leaves it to the model."""
-    if recipe.lsj is not None:  # the transforms have made them as large as they shall be
+def picture_sizes(
+    model: BaseDetector, images: Sequence[Tensor], seeds: Sequence[int], recipe: Recipe | None
+) -> list[tuple[int, int]]:
+    """(height, width) that each picture is resized to, by its own seed; without a recipe by the model's rule alone."""
+    if recipe is not None and recipe.lsj is not None:  # the transforms have made them as large as they shall be
         return [tuple(x.shape[1:]) for x in images]
-    if recipe.multi_scale is None:
-        return None
-    p, sizes = model.data_preprocessor, []
+    p, sizes, scale = model.data_preprocessor, [], 1.0
     for image, seed in zip(images, seeds):
-        scale = random.Random(seed).uniform(*recipe.multi_scale)
+        if recipe is not None and recipe.multi_scale is not None:
+            scale = random.Random(seed).uniform(*recipe.multi_scale)
         most = round(p.max_size * max(1.0, scale))
         sizes.append(resized_size(*image.shape[1:], round(p.min_size * scale), most, p.profile.resize))
     return sizes
