@@ -55,4 +55,43 @@ std::tuple<Tensor, Tensor> soft_nms_in(const Tensor& boxes, const Tensor& scores
   return run(b, s, groups, make_soft_rules<float>(iou_threshold, sigma, min_score, method));
 }
 
+// A batch of lists, contiguous. Hidden, as the stable Tensor is: the struct never leaves the library.
+struct __attribute__((visibility("hidden"))) PaddedBoxes {
+  Tensor boxes, scores;  // [B, N, 4], [B, N]
+  std::optional<Tensor> groups, counts;
+  const int64_t* group_ids() const { return groups ? groups->const_data_ptr<int64_t>() : nullptr; }
+  const int64_t* count_ids() const { return counts ? counts->const_data_ptr<int64_t>() : nullptr; }
+};
+
+// The same for a batch with static shapes: run(PaddedBoxes, SoftRules<T>, decayed, indices, num_kept).
+template <class Run>
+std::tuple<Tensor, Tensor, Tensor> soft_nms_padded_in(const Tensor& boxes, const Tensor& scores,
+                                                      std::optional<Tensor> groups, double iou_threshold, double sigma,
+                                                      double min_score, const std::string& method, int64_t max_output,
+                                                      std::optional<Tensor> counts, Run run) {
+  const int64_t batch = boxes.size(0), n = boxes.size(1);
+  CHECK_SHAPE(boxes, batch, n, 4);
+  CHECK_SHAPE(scores, batch, n);
+  if (groups) {
+    CHECK_SHAPE(*groups, batch, n);
+    groups = contiguous_as(*groups, ScalarType::Long);
+  }
+  if (counts) {
+    CHECK_SHAPE(*counts, batch);
+    counts = contiguous_as(*counts, ScalarType::Long);
+  }
+  const ScalarType dtype = coordinate_type(boxes);
+  const PaddedBoxes in{contiguous_as(boxes, dtype), contiguous_as(scores, dtype), groups, counts};
+  Tensor decayed = empty_like_device(boxes, {batch, max_output}, dtype);
+  Tensor indices = empty_like_device(boxes, {batch, max_output}, ScalarType::Long);
+  Tensor num_kept = empty_like_device(boxes, {batch}, ScalarType::Long);
+  const auto run_as = [&](auto t) {
+    using T = decltype(t);
+    run(in, make_soft_rules<T>(iou_threshold, sigma, min_score, method), decayed.mutable_data_ptr<T>(),
+        indices.mutable_data_ptr<int64_t>(), num_kept.mutable_data_ptr<int64_t>());
+  };
+  dtype == ScalarType::Double ? run_as(double()) : run_as(float());
+  return {decayed, indices, num_kept};
+}
+
 }  // namespace fastrcnn

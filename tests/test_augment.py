@@ -8,6 +8,7 @@ from fastrcnn.models import RPN, FasterRCNN, StandardRoIHead
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder
 from fastrcnn.models.build import merge
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.profiles import PROFILES
 from fastrcnn.models.retinanet import RetinaNet
 
@@ -188,24 +189,29 @@ def test_boxes_are_clipped_to_their_view_before_they_are_averaged():
 def test_detections_of_all_views_are_merged_within_each_class():
     model = by_hand([])
     answers = iter([
-        dict(boxes=torch.tensor([[10.0, 10.0, 30.0, 30.0], [0.0, 0.0, 8.0, 8.0]]), labels=torch.tensor([0, 1]),
-             scores=torch.tensor([0.6, 0.3])),
-        dict(boxes=torch.tensor([[50.0, 10.0, 70.0, 30.0], [50.0, 10.0, 70.0, 30.0]]), labels=torch.tensor([0, 1]),
-             scores=torch.tensor([0.8, 0.7])),
+        ([[10.0, 10.0, 30.0, 30.0], [0.0, 0.0, 8.0, 8.0]], [0.6, 0.3]),
+        ([[50.0, 10.0, 70.0, 30.0], [50.0, 10.0, 70.0, 30.0]], [0.8, 0.7]),
     ])  # fmt: skip
     asked = []
-    model.predict = lambda *arguments: asked.append(arguments) or [next(answers)]
+
+    def detect(batch, frame, waits):
+        asked.append(frame)
+        boxes, scores = (torch.tensor([v]) for v in next(answers))
+        return Padded(boxes, scores, torch.tensor([[0, 1]]), torch.tensor([2])), torch.tensor([False])
+
+    model.detect = detect
     (found,) = det_tta(model, IMAGE, [(160, 80)])
     assert found["boxes"].tolist() == [[10.0, 10.0, 30.0, 30.0], [10.0, 10.0, 30.0, 30.0], [0.0, 0.0, 8.0, 8.0]]
     assert found["labels"].tolist() == [0, 1, 1] and found["scores"].tolist() == pytest.approx([0.8, 0.7, 0.3])
-    assert all(sizes == [(80, 160)] and factors == [(2.0, 2.0)] for _, sizes, factors in asked)
+    assert all(f.sizes.tolist() == [[80, 160]] and f.factors.tolist() == [[2.0, 2.0]] for f in asked)
 
 
 def test_images_are_resized_and_then_flipped_within_the_batch():
     images = [picture(64, 96), picture(48, 96, seed=1), picture(70, 50, seed=2)]
     model, seen = by_hand([]), []
-    nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))
-    model.predict = lambda batch, sizes, factors: seen.append(batch) or [nothing] * len(batch)
+    none = torch.zeros(3, dtype=torch.int64)
+    nothing = Padded(torch.zeros(3, 1, 4), torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int64), none)
+    model.detect = lambda batch, frame, waits: seen.append(batch) or (nothing, none > 0)
     det_tta(model, images, SCALES, FLIPS)
     assert len(seen) == len(SCALES) * len(FLIPS)
     sizes = [[(64, 96), (48, 96), (90, 64)], [(96, 144), (80, 160), (134, 96)]]
@@ -260,7 +266,8 @@ def test_one_plain_view_averaged_is_the_second_stage_on_the_merged_proposals(pro
     assert 5 < len(boxes) < len(proposed)  # levels suppress one another
     feats, count = model.extract_feat(batch), torch.tensor([len(boxes)])
     with torch.no_grad():
-        (own,) = model.outside(model.roi_head.predict(feats, boxes[None], count, Frame(sizes, (64, 96), factors)))
+        found = model.roi_head.predict(feats, boxes[None], count, Frame(sizes, (64, 96), factors))
+        (own,) = model.outside(Padded.lists(*found))
     assert_same(aug_test(model, [image], AS_IT_IS, [None])[0], own, 0.0 if profile == "mmdet" else 1e-3)
 
 

@@ -313,8 +313,8 @@ def test_the_relu_before_p7_is_taken_over(profile, start):
 def test_how_many_detections_are_kept(profile, start):
     head, sides = named(profile, start).bbox_head, (8, 4, 2, 1, 1)
     maps = [[torch.zeros(1, n * 9, side, side) for side in sides] for n in (1, 4)]  # 774 anchors of score 1/2
-    (found,) = head.predict(*maps, Frame(torch.tensor([[64, 64]]), (64, 64)))
-    assert len(found["boxes"]) == (300 if profile == "torchvision" else 100)
+    found, _ = head.predict(*maps, Frame(torch.tensor([[64, 64]]), (64, 64)))
+    assert found.counts.tolist() == [found.boxes.shape[1]] == [300 if profile == "torchvision" else 100]
 
 
 @pytest.mark.parametrize("profile, start", BUILT + TAKEN_OVER)

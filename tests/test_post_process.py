@@ -7,7 +7,8 @@ from torchvision.ops import box_iou
 from torchvision.ops import nms as torchvision_nms
 
 from fastrcnn.models.frame import Frame
-from fastrcnn.models.post_process import finish
+from fastrcnn.models.padded import Padded
+from fastrcnn.models.post_process import finish, lost
 from fastrcnn.models.profiles import get_profile
 
 NMS = {
@@ -69,33 +70,34 @@ def one_image(boxes, scores, labels, size, factor, cfg, most, profile, least):
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_batch_is_its_images_by_the_peers_steps(device, nms, profile, scaled):
     n, g = 200, torch.Generator().manual_seed(1)
-    boxes, scores = random_boxes(n, 200, 150, 120), torch.rand(n, generator=g)
-    labels = torch.randint(0, 3, (n,), generator=g)
-    images = torch.tensor([0, 1, 3])[torch.randint(0, 3, (n,), generator=g)]  # the third has none
+    boxes, scores = random_boxes(4 * n, 200, 150, 120).view(4, n, 4), torch.rand(4, n, generator=g)
+    labels, counts = torch.randint(0, 3, (4, n), generator=g), torch.tensor([n, 70, 0, 120])
     sizes = torch.tensor([[150, 200], [140, 180], [150, 190], [120, 200]])
     factors = torch.tensor([[0.5, 0.5], [2.0, 1.25], [1.0, 1.0], [0.8, 0.8]]) if scaled else None
     least, cfg = 12, NMS[nms]
     for most in (7, 1000):
         frame = Frame(sizes.to(device), (160, 224), None if factors is None else factors.to(device))
-        given = (t.to(device) for t in (boxes, scores, labels, images))
-        found = finish(*given, frame, dict(nms=cfg, max_per_img=most), get_profile(profile), least)
-        assert len(found) == 4 and sum(len(f["boxes"]) for f in found) > 10
-        for i, actual in enumerate(found):
-            own = images == i
-            factor = None if factors is None else factors[i]
-            expected = one_image(boxes[own], scores[own], labels[own], sizes[i], factor, cfg, most, profile, least)
-            for key, value in zip(("boxes", "scores", "labels"), expected):
-                torch.testing.assert_close(actual[key].cpu(), value, rtol=1e-5, atol=1e-4)
+        given = Padded(*(t.to(device) for t in (boxes, scores, labels, counts)))
+        found = finish(given, frame, dict(nms=cfg, max_per_img=most), get_profile(profile), least)
+        assert found.scores.shape == (4, min(most, cfg.get("max_num", most))) and found.counts.sum() > 10
+        for i, kept in enumerate(found.counts.tolist()):
+            own = boxes[i, : counts[i]], scores[i, : counts[i]], labels[i, : counts[i]]
+            expected = one_image(*own, sizes[i], factors[i] if scaled else None, cfg, most, profile, least)
+            for actual, value in zip((found.boxes, found.scores, found.labels), expected):
+                torch.testing.assert_close(actual[i, :kept].cpu(), value, rtol=1e-5, atol=1e-4)
+                assert not actual[i, kept:].any()
 
 
 def test_without_a_limit_every_survivor_comes_back():
-    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9]])
-    arguments = (
-        boxes,
-        torch.tensor([0.5, 0.7, 0.6]),
-        torch.zeros(3, dtype=torch.int64),
-        torch.zeros(3, dtype=torch.int64),
-    )
+    boxes = torch.tensor([[[0.0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9]]])
+    given = Padded(boxes, torch.tensor([[0.5, 0.7, 0.6]]), torch.zeros(1, 3, dtype=torch.int64), torch.tensor([3]))
     frame, cfg = Frame(torch.tensor([[10, 50]]), (32, 64)), dict(nms=NMS["nms"], max_per_img=-1)
-    (found,) = finish(*arguments, frame, cfg, get_profile("mmdet"))
-    assert found["boxes"][:, 0].tolist() == [20, 40, 0]
+    assert finish(given, frame, cfg, get_profile("mmdet")).boxes[0, :, 0].tolist() == [20, 40, 0]
+
+
+@pytest.mark.parametrize("nms, most, expected", [("nms", 2, [False, False, True]), ("nms", -1, [False, True, True]),
+                                                 ("soft", 2, [False, True, True])])  # fmt: skip
+def test_candidates_that_were_left_out_matter_where_a_detection_is_missing(nms, most, expected):
+    found = Padded(torch.zeros(3, 2, 4), torch.zeros(3, 2), torch.zeros(3, 2), torch.tensor([1, 2, 1]))
+    over = torch.tensor([False, True, True])
+    assert lost(found, over, dict(nms=NMS[nms], max_per_img=most)).tolist() == expected

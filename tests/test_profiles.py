@@ -57,6 +57,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from fastrcnn.models import RPNHead, StandardRoIHead, faster_rcnn
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.matching import assign, check_assigner
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.post_process import finish
 from fastrcnn.models.profiles import PROFILES, get_profile
 from fastrcnn.zoo.recipes import model_config
@@ -332,7 +333,7 @@ def detect(profile, boxes) -> dict:
     feats = [torch.zeros(1, 4, 64 // s, 64 // s) for s in (4, 8, 16, 32)]
     frame = Frame(torch.tensor([[64, 64]]), (64, 64))
     with torch.no_grad():
-        return head.predict(feats, torch.tensor([boxes]), torch.tensor([len(boxes)]), frame)[0]
+        return Padded.lists(*head.predict(feats, torch.tensor([boxes]), torch.tensor([len(boxes)]), frame))[0]
 
 
 def test_the_least_detection():
@@ -356,8 +357,9 @@ def test_the_first_label_is_one_in_torchvision_only():
 
 @pytest.mark.parametrize("profile", NAMES)
 def test_detections_enter_nms_at_the_original_size_in_mmdetection_only(profile):
-    box, cfg = torch.tensor([[0.0, 0, 10, 10]]), dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=5)
-    scores, labels, images, size, half = (torch.tensor(v) for v in ([0.9], [0], [0], [[32, 32]], [[0.5, 0.5]]))
+    box, cfg = torch.tensor([[[0.0, 0, 10, 10]]]), dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=5)
+    scores, labels, count, size, half = (torch.tensor(v) for v in ([[0.9]], [[0]], [1], [[32, 32]], [[0.5, 0.5]]))
     for least, kept in ((-1, True), (5, True), (10, profile == "mmdet"), (15, profile == "mmdet"), (20, False)):
-        found = finish(box, scores, labels, images, Frame(size, (32, 32), half), cfg, get_profile(profile), least)
-        assert found[0]["boxes"].tolist() == ([[0, 0, 20, 20]] if kept else [])
+        one = Padded(box, scores, labels, count)
+        found = finish(one, Frame(size, (32, 32), half), cfg, get_profile(profile), least)
+        assert found.boxes[0, : int(found.counts)].tolist() == ([[0, 0, 20, 20]] if kept else [])

@@ -12,6 +12,7 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 from fastrcnn.models import RetinaHead, RetinaNet
 from fastrcnn.models.anchors import build_anchor_generator
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.profiles import PROFILES
 
 PROFILE_NAMES = ("mmdet", "torchvision", "detectron2")
@@ -148,7 +149,7 @@ def squares(profile="mmdet", **options):
 
 
 def detect(head, logits, deltas, size=(64, 96), scale=None):
-    return head.predict([logits], [deltas], Frame(torch.tensor([size]), (64, 96), scale))[0]
+    return Padded.lists(*head.predict([logits], [deltas], Frame(torch.tensor([size]), (64, 96), scale)))[0]
 
 
 def single_boxes(boxes, scores=None):

@@ -16,9 +16,10 @@ from fastrcnn.models import (
     faster_rcnn,
 )
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.post_process import check_nms, suppress
 from fastrcnn.models.profiles import PROFILES
-from fastrcnn.ops import batched_nms
+from fastrcnn.ops import nms_padded
 
 STRIDES = [4, 8, 16, 32]
 SHAPES, BATCH = [(160, 224), (160, 200)], (160, 224)
@@ -76,6 +77,10 @@ def targets_of(device="cpu"):
             dict(boxes=second, labels=torch.tensor([1], device=device))]  # fmt: skip
 
 
+def detections(head, *arguments) -> list[dict]:
+    return Padded.lists(*head.predict(*arguments))
+
+
 def test_detections_equal_torchvision(device):
     ours = roi_head("torchvision", sampling_ratio=2, aligned=False).eval().to(device)
     spread(ours.bbox_head)
@@ -84,7 +89,7 @@ def test_detections_equal_torchvision(device):
     per_image = [b[:n] for b, n in zip(boxes, counts.tolist())]
     with torch.no_grad():
         expected, _ = theirs({str(i): f for i, f in enumerate(feats)}, per_image, SHAPES)
-        got = ours.predict(feats, boxes, counts, Frame(torch.tensor(SHAPES, device=device), BATCH))
+        got = detections(ours, feats, boxes, counts, Frame(torch.tensor(SHAPES, device=device), BATCH))
     for g, e in zip(got, expected):
         assert len(g["boxes"]) == len(e["boxes"]) > 20
         torch.testing.assert_close(g["scores"], e["scores"], rtol=1e-4, atol=1e-5)
@@ -225,12 +230,12 @@ def test_detections_by_hand(profile):
     ours = handmade(profile)
     proposals = torch.tensor([[[10.0, 20, 50, 60], [100, 40, 180, 120]]])
     arguments, frame = (features(), proposals, torch.tensor([2])), Frame(torch.tensor([[160, 224]]), (160, 224))
-    (found,) = ours.predict(*arguments, frame._replace(factors=torch.tensor([[2.0, 4.0]])))
+    (found,) = detections(ours, *arguments, frame._replace(factors=torch.tensor([[2.0, 4.0]])))
     assert found["labels"].tolist() == [0, 1, 0]
     torch.testing.assert_close(found["scores"], torch.tensor([0.9, 0.8, 0.1]))
     expected = [[5.0, 5, 25, 15], [50, 10, 90, 30], [50, 10, 90, 30]]  # halved in x, quartered in y
     torch.testing.assert_close(found["boxes"], torch.tensor(expected))
-    assert torch.equal(ours.predict(*arguments, frame)[0]["boxes"][0], proposals[0, 0])
+    assert torch.equal(detections(ours, *arguments, frame)[0]["boxes"][0], proposals[0, 0])
 
 
 @pytest.mark.parametrize("profile, kept", [("mmdet", 2), ("torchvision", 1), ("detectron2", 1)])
@@ -240,7 +245,7 @@ def test_a_flat_detection(profile, kept):
     ours.test_cfg = {**ours.test_cfg, "score_thr": 0.5}
     proposals = torch.tensor([[[224.0, 20, 240, 60], [100, 40, 180, 120]]])
     arguments = features(), proposals, torch.tensor([2]), Frame(torch.tensor([[160, 224]]), (160, 224))
-    assert len(ours.predict(*arguments)[0]["boxes"]) == kept
+    assert len(detections(ours, *arguments)[0]["boxes"]) == kept
 
 
 @pytest.mark.parametrize("profile, box", [("mmdet", [5, 10, 25, 30]), ("torchvision", [10, 20, 50, 60])])
@@ -248,13 +253,14 @@ def test_nms_runs_at_the_original_size_in_mmdetection_only(profile, box, monkeyp
     seen = []
 
     def recording_nms(boxes, *rest):
-        seen.append(boxes.clone())
-        return batched_nms(boxes, *rest)
+        seen.append(boxes[0].clone())
+        return nms_padded(boxes, *rest)
 
-    monkeypatch.setattr("fastrcnn.models.post_process.batched_nms", recording_nms)
+    monkeypatch.setattr("fastrcnn.models.post_process.nms_padded", recording_nms)
     proposals = torch.tensor([[[10.0, 20, 50, 60], [100, 40, 180, 120]]])
     sizes, factors = torch.tensor([[160, 224]]), torch.tensor([[2.0, 2.0]])
-    (found,) = handmade(profile).predict(features(), proposals, torch.tensor([2]), Frame(sizes, (160, 224), factors))
+    frame = Frame(sizes, (160, 224), factors)
+    (found,) = detections(handmade(profile), features(), proposals, torch.tensor([2]), frame)
     assert seen[0][0].tolist() == box
     assert found["boxes"][0].tolist() == [5, 10, 25, 30]
 
@@ -265,16 +271,17 @@ def test_limits_on_score_and_number():
     boxes, counts = proposals_of()
     arguments = features(), boxes, counts, Frame(torch.tensor(SHAPES), BATCH)
     ours.test_cfg = {**ours.test_cfg, "score_thr": 0.3, "max_per_img": 7}
-    for found in ours.predict(*arguments):
+    for found in detections(ours, *arguments):
         assert len(found["boxes"]) == 7 and found["scores"].min() > 0.3
     ours.test_cfg = {**ours.test_cfg, "score_thr": 1.0}
-    for found in ours.predict(*arguments):
+    for found in detections(ours, *arguments):
         assert found["boxes"].shape == (0, 4) and found["scores"].shape == found["labels"].shape == (0,)
 
 
 def test_an_image_without_proposals():
     ours = roi_head().eval()
-    found = ours.predict(features(), torch.zeros(2, 10, 4), torch.tensor([0, 0]), Frame(torch.tensor(SHAPES), BATCH))
+    frame = Frame(torch.tensor(SHAPES), BATCH)
+    found = detections(ours, features(), torch.zeros(2, 10, 4), torch.tensor([0, 0]), frame)
     assert [f["boxes"].shape for f in found] == [(0, 4)] * 2
 
 
@@ -283,7 +290,8 @@ def test_class_agnostic_boxes():
     spread(ours.bbox_head)
     assert ours.bbox_head.fc_reg.out_features == 4
     boxes, counts = proposals_of()
-    assert all(len(f["boxes"]) > 0 for f in ours.predict(features(), boxes, counts, Frame(torch.tensor(SHAPES), BATCH)))
+    found = detections(ours, features(), boxes, counts, Frame(torch.tensor(SHAPES), BATCH))
+    assert all(len(f["boxes"]) > 0 for f in found)
     assert all(torch.isfinite(v) for v in ours.loss(features(), boxes, counts, targets_of()))
 
 
@@ -342,18 +350,24 @@ def test_bad_arguments_are_named(make, names):
 def test_soft_nms_keeps_overlapping_boxes_with_lower_scores():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60], [0, 0, 10, 10]])
     scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 1, 1, 2])
-    hard, hard_scores = suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5), 10)
-    assert hard.tolist() == [0, 2, 3] and torch.equal(hard_scores, scores[hard])
-    soft, soft_scores = suppress(boxes, scores, labels, dict(type="soft_nms", iou_threshold=0.5), 10)
-    assert soft.tolist() == [0, 2, 3, 1]  # the other class does not decay
+    found = Padded(boxes[None], scores[None], labels[None], torch.tensor([4]))
+
+    def kept(most=10, type="nms", **options):
+        """Which of the boxes, and their scores."""
+        left = suppress(found, dict(type=type, iou_threshold=0.5, **options), most)
+        n, rows = int(left.counts), torch.cat([boxes, labels[:, None]], 1).tolist()
+        back = torch.cat([left.boxes[0], left.labels[0, :, None]], 1)
+        return [rows.index(row) for row in back[:n].tolist()], left.scores[0, :n]
+
+    hard, hard_scores = kept()
+    assert hard == [0, 2, 3] and torch.equal(hard_scores, scores[hard])
+    soft, soft_scores = kept(type="soft_nms")
+    assert soft == [0, 2, 3, 1]  # the other class does not decay
     assert soft_scores[3].item() == pytest.approx(0.8 * (1 - 0.9), rel=1e-5)
-    across, _ = suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5, class_agnostic=True), 10)
-    assert across.tolist() == [0, 2]
-    assert len(suppress(boxes, scores, labels, dict(type="soft_nms", iou_threshold=0.5), 2)[0]) == 2
-    assert suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5, max_num=2), 10)[0].tolist() == [0, 2]
-    assert suppress(boxes, scores, labels, dict(type="nms", iou_threshold=0.5), -1)[0].tolist() == [0, 2, 3]
-    above = dict(type="nms", iou_threshold=0.5, score_threshold=0.65)
-    assert suppress(boxes, scores, labels, above, 10)[0].tolist() == [0, 2]
+    assert kept(class_agnostic=True)[0] == [0, 2]
+    assert kept(2, "soft_nms")[0] == kept(max_num=2)[0] == [0, 2]
+    assert kept(-1)[0] == [0, 2, 3]
+    assert kept(score_threshold=0.65)[0] == [0, 2]
     with pytest.raises(ValueError, match="soft_nms"):
         check_nms(dict(type="matrix_nms"), "nms")
 

@@ -73,30 +73,37 @@ void take(const Box<T>* boxes, const T* scores, const int64_t* members, int64_t 
   }
 }
 
+// What is taken of n boxes in all groups, by descending decayed score; groups may be null.
 template <class T>
-std::tuple<Tensor, Tensor> run(const Tensor& boxes, const Tensor& scores, const int64_t* groups, SoftRules<T> rules,
-                               int64_t max_output) {
-  const int64_t n = boxes.size(0);
-  const auto* box = reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>());
+std::vector<Taken<T>> run(const T* boxes, const T* scores, const int64_t* groups, int64_t n, const SoftRules<T>& rules) {
+  const auto* box = reinterpret_cast<const Box<T>*>(boxes);
   std::vector<int64_t> members(n);
   std::iota(members.begin(), members.end(), 0);
   std::vector<Taken<T>> taken;
   if (groups == nullptr) {
-    take(box, scores.const_data_ptr<T>(), members.data(), n, rules, taken);
-  } else {
-    std::stable_sort(members.begin(), members.end(), [&](int64_t a, int64_t b) { return groups[a] < groups[b]; });
-    for (int64_t begin = 0, end = 0; begin < n; begin = end) {
-      while (end < n && groups[members[end]] == groups[members[begin]]) ++end;
-      take(box, scores.const_data_ptr<T>(), members.data() + begin, end - begin, rules, taken);
-    }
-    std::stable_sort(taken.begin(), taken.end(), [](const auto& a, const auto& b) { return a.score > b.score; });
+    take(box, scores, members.data(), n, rules, taken);
+    return taken;
   }
+  std::stable_sort(members.begin(), members.end(), [&](int64_t a, int64_t b) { return groups[a] < groups[b]; });
+  for (int64_t begin = 0, end = 0; begin < n; begin = end) {
+    while (end < n && groups[members[end]] == groups[members[begin]]) ++end;
+    take(box, scores, members.data() + begin, end - begin, rules, taken);
+  }
+  std::stable_sort(taken.begin(), taken.end(), [](const auto& a, const auto& b) { return a.score > b.score; });
+  return taken;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run(const Tensor& boxes, const Tensor& scores, const int64_t* groups,
+                               const SoftRules<T>& rules, int64_t max_output) {
+  const T* box = boxes.const_data_ptr<T>();
+  const std::vector<Taken<T>> taken = run(box, scores.const_data_ptr<T>(), groups, boxes.size(0), rules);
   const int64_t k = std::min<int64_t>(taken.size(), max_output);
   Tensor out = empty_like_device(boxes, {k, 5}, boxes.scalar_type());
   Tensor out_indices = empty_like_device(boxes, {k}, ScalarType::Long);
   for (int64_t i = 0; i < k; ++i) {
     T* det = out.mutable_data_ptr<T>() + i * 5;
-    memcpy(det, &box[taken[i].index], sizeof(Box<T>));
+    memcpy(det, box + taken[i].index * 4, sizeof(Box<T>));
     det[4] = taken[i].score;
     out_indices.mutable_data_ptr<int64_t>()[i] = taken[i].index;
   }
@@ -123,11 +130,37 @@ std::tuple<Tensor, Tensor> batched_soft_nms(const Tensor& boxes, const Tensor& s
   return any(boxes, scores, idxs, iou_threshold, sigma, min_score, method, max_output.value_or(boxes.size(0)));
 }
 
+template <class T>
+void run_padded(const PaddedBoxes& p, const SoftRules<T>& rules, int64_t max_output, T* decayed, int64_t* indices,
+                int64_t* num_kept) {
+  const int64_t batch = p.scores.size(0), n = p.scores.size(1);
+  const int64_t *groups = p.group_ids(), *counts = p.count_ids();
+  for (int64_t i = 0; i < batch; ++i) {  // the threads share an image's rounds
+    const int64_t valid = counts == nullptr ? n : std::min(std::max<int64_t>(counts[i], 0), n);
+    const auto taken = run(p.boxes.const_data_ptr<T>() + i * n * 4, p.scores.const_data_ptr<T>() + i * n,
+                           groups ? groups + i * n : nullptr, valid, rules);
+    num_kept[i] = std::min<int64_t>(taken.size(), max_output);
+    for (int64_t k = 0; k < max_output; ++k) {
+      decayed[i * max_output + k] = k < num_kept[i] ? taken[k].score : T(0);
+      indices[i * max_output + k] = k < num_kept[i] ? taken[k].index : -1;
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> soft_nms_padded(const Tensor& boxes, const Tensor& scores,
+                                                   std::optional<Tensor> groups, double iou_threshold, double sigma,
+                                                   double min_score, std::string method, int64_t max_output,
+                                                   std::optional<Tensor> counts) {
+  return soft_nms_padded_in(boxes, scores, groups, iou_threshold, sigma, min_score, method, max_output, counts,
+                            [&](const PaddedBoxes& p, auto rules, auto*... out) { run_padded(p, rules, max_output, out...); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastrcnn, CPU, m) {
   m.impl("soft_nms", TORCH_BOX(&soft_nms));
   m.impl("batched_soft_nms", TORCH_BOX(&batched_soft_nms));
+  m.impl("soft_nms_padded", TORCH_BOX(&soft_nms_padded));
 }
 
 }  // namespace fastrcnn

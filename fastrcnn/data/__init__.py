@@ -1,11 +1,12 @@
-"""Pictures and annotations: decoding, COCO, VOC and YOLO files, batches, transforms, rendered cells."""
+"""Pictures and annotations: decoding, COCO, VOC and YOLO files, batches, transforms, checks, rendered cells."""
 
 from fastrcnn.data.batches import batches, steps_per_epoch
-from fastrcnn.data.check import read_through
+from fastrcnn.data.check import check, read_through
 from fastrcnn.data.coco import CocoDataset
+from fastrcnn.data.convert import convert, split
 from fastrcnn.data.dataset import DetectionDataset
 from fastrcnn.data.detect_format import open_dataset
 from fastrcnn.data.images import IMAGE_SUFFIXES, ImageError, as_image, list_images, read_image
 
-__all__ = ["IMAGE_SUFFIXES", "CocoDataset", "DetectionDataset", "ImageError", "as_image", "batches", "list_images",
-           "open_dataset", "read_image", "read_through", "steps_per_epoch"]  # fmt: skip
+__all__ = ["IMAGE_SUFFIXES", "CocoDataset", "DetectionDataset", "ImageError", "as_image", "batches", "check", "convert",
+           "list_images", "open_dataset", "read_image", "read_through", "split", "steps_per_epoch"]  # fmt: skip

@@ -1,5 +1,5 @@
-"""Batches to train on: which pictures, in what order, changed how, is a function of (seed, epoch, index) and of nothing else,
-so that a run that goes on after a kill, with any number of workers, sees the same bits."""
+"""Batches to train on: which pictures, in what order, changed how, is a function of (seed, epoch, index) and of nothing
+else, so that a run that goes on after a kill, with any number of workers, sees the same bits."""
 
 import contextlib
 import multiprocessing
@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
-import torch.multiprocessing  # noqa: F401  teaches pickle to hand tensors over in shared memory
+import torch.multiprocessing
 from torch import Tensor
 
 from fastrcnn.data.transforms import apply
@@ -105,8 +105,9 @@ def _one(dataset, index: int, transforms, seed: int, epoch: int) -> tuple[Tensor
 
 
 def _load(dataset, indices: list[int], transforms, seed: int, epoch: int) -> tuple[Batch, list[tuple[int, str]]]:
-    """(images, targets, the indices that they are of), and (index, reason) of those that cannot be read. Where none can, the
-    next picture of the dataset that can stands in for them: a process without a picture would leave the others waiting."""
+    """(images, targets, the indices that they are of), and (index, reason) of those that cannot be read. Where none
+    can, the next picture of the dataset that can stands in for them: a process without a picture would leave the others
+    waiting."""
     images, targets, read, skipped = [], [], [], []
 
     def take(index: int) -> None:
@@ -233,18 +234,19 @@ class Batches(Iterator[Batch]):
 
 def batches(dataset, batch_size: int, *, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1,
             workers: int = 0, transforms=None, group: bool = True, drop_empty: bool = False) -> Batches:  # fmt: skip
-    """Iterates over (images, targets, indices) of one epoch: lists of [C, H, W] tensors, of their targets, of their places
-    in the dataset.
+    """Iterates over (images, targets, indices) of one epoch: lists of [C, H, W] tensors, of their targets, of their
+    places in the dataset.
 
-    Each of `world` processes gets `steps_per_epoch` batches, and all together every picture once: none is repeated to fill
-    a batch, so that the last ones may be smaller, or larger by one. start: the first batch to give. transforms: of
+    Each of `world` processes gets `steps_per_epoch` batches, and all together every picture once: none is repeated to
+    fill a batch, so that the last ones may be smaller, or larger by one. start: the first batch to give. transforms: of
     torchvision.transforms.v2, on each picture. group: see `plan`; for a dataset with `sizes`. drop_empty: without the
     pictures that have no objects. workers: processes that read and change pictures, 0: this one.
 
     A picture that cannot be read is left out, named by a warning and in `skipped`; a worker that ends is begun again.
     Raises ValueError for arguments out of range, RuntimeError where workers end over and over on the same batch.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("start", start, 0), ("workers", workers, 0), ("world", world, 1)):  # fmt: skip
+    given = ("batch_size", batch_size, 1), ("start", start, 0), ("workers", workers, 0), ("world", world, 1)
+    for name, value, least in given:
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected a whole number from {least} up, got {value!r}")
     if not 0 <= rank < world:

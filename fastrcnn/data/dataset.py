@@ -3,7 +3,7 @@
 import os
 import urllib.parse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastrcnn.data.images import read_image, read_size
-from fastrcnn.data.table import Table
+from fastrcnn.data.table import Table, Truth
 from fastrcnn.data.transforms import apply
 
 THIN, OUTSIDE, CUT = "less than a pixel wide or high", "outside the picture", "cut at the edge"
+
+PIECE = 1 << 20
 
 
 def _other_names(name: str) -> list[str]:
@@ -41,14 +43,15 @@ class _Each(Sequence):
 
 
 class DetectionDataset(Dataset):
-    """(image uint8 [C, H, W], target) pairs, to train on; `truth` is what the files say as they say it, to measure against.
+    """(image uint8 [C, H, W], target) pairs, to train on; `truth` is what the files say as they say it, to measure
+    against.
 
     target: boxes [N, 4] float32 xyxy pixels, labels [N] int64 counted from 0 in the order of the category ids,
-    ignore_boxes [R, 4] (iscrowd, ignore, difficult), image_id. Boxes are cut at the picture's edge; what is then not a pixel
-    wide and high is left out; `left_out` counts both, and the entries that were dropped. class_names and category_ids are by
-    label, `sizes` int32 [N, 2] (height, width), `image_ids`, `objects` int32 [N] (boxes of each target) by index. An index
-    of 10^7 pictures is a few arrays, which worker processes share. Raises ValueError, at its turn, for a picture that cannot
-    be read or is not of the stated size.
+    ignore_boxes [R, 4] (iscrowd, ignore, difficult), image_id. Boxes are cut at the picture's edge; what is then not a
+    pixel wide and high is left out; `left_out` counts both, and the entries that were dropped. class_names and
+    category_ids are by label, `sizes` int32 [N, 2] (height, width), `image_ids`, `objects` int32 [N] (boxes of each
+    target) by index. An index of 10^7 pictures is a few arrays, which worker processes share. Raises ValueError, at its
+    turn, for a picture that cannot be read or is not of the stated size.
     """
 
     def __init__(self, table: Table, transforms=None):
@@ -76,26 +79,32 @@ class DetectionDataset(Dataset):
                 self.findings.note("unreadable picture", *self.where(i), error)
 
     def _used(self) -> tuple[np.ndarray, np.ndarray]:
-        """bool [M]: the annotations that targets hold; int32 [N]: how many objects each target has. Counts the others."""
-        table, step = self.table, 1 << 20
-        used = np.ones(len(table.boxes), bool)
-        owner_ends = table.starts[1:]
-        for first in range(0, len(used), step):  # in pieces: the whole at once would be many times the table
-            part = slice(first, first + step)
-            owners = np.searchsorted(owner_ends, np.arange(first, min(first + step, len(used))), side="right")
+        """bool [M]: the annotations that targets hold; int32 [N]: how many objects each target has. Counts the
+        others."""
+        used = np.ones(len(self.table.boxes), bool)
+        for reason, places in self.reasons():
+            if len(places):
+                self.left_out[reason] += len(places)
+                if reason != CUT:
+                    used[places] = False
+        ends = np.concatenate([[0], np.cumsum(used & ~self.table.crowd, dtype=np.int64)])[self.table.starts]
+        return used, np.diff(ends).astype(np.int32)
+
+    def reasons(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(reason, which annotations [K]): those that are left out, or cut at the edge, in pieces of the table."""
+        table = self.table
+        for first in range(0, len(table.boxes), PIECE):  # the whole at once would be many times the table
+            part = slice(first, first + PIECE)
             xy, wh = table.boxes[part, :2], table.boxes[part, 2:]
+            owners = np.searchsorted(table.starts[1:], np.arange(first, first + len(xy)), side="right")
             size = table.sizes[owners][:, ::-1]
             inside = np.minimum(xy + wh, size) - np.maximum(xy, 0)
             thin = (wh < 1).any(1)
             outside = ~thin & (inside < 1).any(1)
             # Less than a pixel over the edge is rounding.
             cut = ~thin & ~outside & (np.maximum(-xy, xy + wh - size) > 1).any(1)
-            used[part] = ~(thin | outside)
             for reason, mask in ((THIN, thin), (OUTSIDE, outside), (CUT, cut)):
-                if mask.any():
-                    self.left_out[reason] += int(mask.sum())
-        ends = np.concatenate([[0], np.cumsum(used & ~table.crowd, dtype=np.int64)])[table.starts]
-        return used, np.diff(ends).astype(np.int32)
+                yield reason, first + np.flatnonzero(mask)
 
     def __len__(self) -> int:
         return len(self.table.names)
@@ -114,6 +123,13 @@ class DetectionDataset(Dataset):
         if self.table.files is not None:
             return self.table.files[index], ""
         return str(self.path), f"images[{index}]"
+
+    def where_box(self, place: int) -> tuple[str, str]:
+        """The same of an annotation."""
+        line = int(self.table.lines[place])
+        if self.table.files is None:
+            return str(self.path), f"annotations[{line}]"
+        return self.table.files[int(np.searchsorted(self.table.starts, place, side="right")) - 1], f"line {line}"
 
     def target(self, index: int) -> dict:
         part = slice(*self.table.starts[index : index + 2])
@@ -135,18 +151,27 @@ class DetectionDataset(Dataset):
         """The target of every image, made when it is asked for."""
         return _Each(len(self), self.target)
 
-    def truth(self, indices: Sequence[int]) -> list[dict]:
-        """The annotations of some images as they are written: image (its place in `indices`), category (the label), bbox (x,
-        y, width, height), area, iscrowd. Raises ValueError where there is no object."""
+    def rows(self, indices: Sequence[int]) -> list[dict]:
+        """The annotations of some images as they are written: image (its place in `indices`), category (the label),
+        bbox (x, y, width, height), area, iscrowd."""
         table, rows = self.table, []
         for i, index in enumerate(indices):
             part = slice(*table.starts[index : index + 2])
             columns = (table.labels[part], table.boxes[part], table.areas[part], table.crowd[part].astype(int))
             rows += [dict(image=i, category=c, bbox=b, area=a, iscrowd=crowd)
                      for c, b, a, crowd in zip(*(column.tolist() for column in columns))]  # fmt: skip
-        if all(row["iscrowd"] for row in rows):
-            raise ValueError(f"{self.path}: no object is annotated on these {len(indices)} pictures")
         return rows
+
+    def truth(self, indices: Sequence[int]) -> Truth:
+        """The annotations of some images as they are written, image by image in the order of the indices. Raises ValueError
+        where there is no object."""
+        table, indices = self.table, np.asarray(indices, np.int64).reshape(-1)
+        counts = table.starts[indices + 1] - table.starts[indices]
+        rows = np.arange(counts.sum()) + np.repeat(table.starts[indices] - np.cumsum(counts) + counts, counts)
+        if table.crowd[rows].all():
+            raise ValueError(f"{self.path}: no object is annotated on these {len(indices)} pictures")
+        columns = table.labels[rows].astype(np.int64), table.boxes[rows], table.areas[rows], table.crowd[rows]
+        return Truth(np.repeat(indices, counts), *columns)
 
     def check_size(self, index: int, image: Tensor) -> None:
         """Raises ValueError for a picture [C, H, W] of another size than the file says: the boxes are not its own."""

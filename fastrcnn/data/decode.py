@@ -59,15 +59,11 @@ def decode(data: bytes) -> Tensor:
     return _opened(io.BytesIO(data), lambda image: _pixels(image, data))
 
 
-def size_of(file) -> tuple[int, int]:
-    """(height, width) of what `decode` would give of an open binary file, of which only the head is read, and which is then
-    closed. Raises ValueError likewise."""
-
-    def turned(image) -> tuple[int, int]:
-        return image.size if _turn(image)[0] else image.size[::-1]
-
+def size_of(file, turned: bool = True) -> tuple[int, int]:
+    """(height, width) of what `decode` would give of an open binary file, or, not turned, as it is stored; only the
+    head is read, and the file then closed. Raises ValueError likewise."""
     with file:
-        return _opened(file, turned)
+        return _opened(file, lambda image: image.size if turned and _turn(image)[0] else image.size[::-1])
 
 
 def _opened(file, look):

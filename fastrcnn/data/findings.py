@@ -17,8 +17,8 @@ def short(value) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: one of a few; file: the annotation file or picture; entry: where in it (annotations[3], line 7), may be empty;
-    message: what is there and what was expected; dropped: whether what it speaks of is left out."""
+    """kind: one of a few; file: the annotation file or picture; entry: where in it (annotations[3], line 7), may be
+    empty; message: what is there and what was expected; dropped: whether what it speaks of is left out."""
 
     kind: str
     file: str
@@ -31,8 +31,8 @@ class Finding:
 
 
 class Findings(list):
-    """A list of Finding, the first LISTED of each kind; `counts` counts all by kind, `dropped` those that leave out what
-    they speak of. strict: the first of those is raised as a ValueError instead."""
+    """A list of Finding, the first LISTED of each kind; `counts` counts all by kind, `dropped` those that leave out
+    what they speak of. strict: the first of those is raised as a ValueError instead."""
 
     def __init__(self, strict: bool = False):
         super().__init__()
@@ -46,7 +46,8 @@ class Findings(list):
         self._keep(finding, count)
 
     def drop_all(self, kind: str, file, places, entry, message) -> None:
-        """`drop` for each of many places, with entry(place) and message(place); from LISTED on they are only counted."""
+        """`drop` for each of many places, with entry(place) and message(place); from LISTED on they are only
+        counted."""
         for k in places[:LISTED]:
             self.drop(kind, file, entry(k), message(k))
         if more := len(places) - LISTED if len(places) > LISTED else 0:

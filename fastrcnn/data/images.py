@@ -33,6 +33,11 @@ def read_size(path: str | os.PathLike) -> tuple[int, int]:
     return _read(path, open_regular, size_of)
 
 
+def read_stored_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of a picture as it lies in its file, before its EXIF orientation turns it. Raises ImageError."""
+    return _read(path, open_regular, lambda file: size_of(file, turned=False))
+
+
 def _read(source: str | os.PathLike, fetch, look):
     name = os.fsdecode(source)
     try:

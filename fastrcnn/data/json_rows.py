@@ -1,4 +1,5 @@
-"""Large JSON files piece by piece: the lists of an object as runs of rows, so that a file is never in memory as a whole."""
+"""Large JSON files piece by piece: the lists of an object as runs of rows, so that a file is never in memory as a
+whole."""
 
 import codecs
 import json
@@ -7,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WINDOW = 1 << 22  # bytes read at a time
-RUN = 1 << 14  # rows given at a time
+RUN = 1 << 14  # rows given at a time, about
+STRETCH, TAIL = 1 << 20, 1 << 14  # characters read at once, and the last of them among which to cut
+_BETWEEN = re.compile(r"\}[ \t\n\r]*,[ \t\n\r]*\{")
 _BLANK = re.compile(r"[ \t\n\r]*")
 _scan = json.JSONDecoder().scan_once
 
@@ -66,6 +69,25 @@ class _Window:
                 if (not cut and self._is_wrong(error.pos)) or not self.grow():
                     raise self.error(error.msg, error.pos) from None
 
+    def objects(self) -> list:
+        """As many of the objects that follow each other here as lie in the next stretch of the text, at once; [] where
+        they are not told apart so quickly."""
+        if len(self.text) - self.at < STRETCH:
+            self.grow()
+        cuts = list(_BETWEEN.finditer(self.text, max(self.at, self.at + STRETCH - TAIL), self.at + STRETCH))
+        if not cuts:
+            return []
+        end_of_last = cuts[-1].start() + 1
+        # It is a list only if the cut is between two of its rows: brackets and quotes have to go up.
+        try:
+            rows, end = _scan("[" + self.text[self.at : end_of_last] + "]", 0)
+        except (StopIteration, json.JSONDecodeError):
+            return []
+        if end != end_of_last - self.at + 2:  # the list ended before
+            return []
+        self.at = end_of_last
+        return rows
+
     def _is_wrong(self, position: int) -> bool:
         """Whether an error lies so far from the window's end that reading on cannot mend it."""
         return position < len(self.text) - 64
@@ -76,20 +98,21 @@ class _Window:
 
 def _rows(window: _Window, part: str) -> Iterator[tuple[str, int, list]]:
     window.take("[")
-    first, rows = 0, []
-    if window.peek() == "]":
-        window.take("]")
-        yield part, 0, rows
-        return
+    first, ends = 0, window.peek() == "]"
     while True:
-        rows.append(window.value())
-        ends = window.peek() == "]"
-        window.take("]" if ends else ",")
-        if ends or len(rows) == RUN:
-            yield part, first, rows
-            first, rows = first + len(rows), []
+        rows = [] if ends else window.objects()
+        more = 0 if ends or rows else RUN
+        while more and len(rows) < more:
+            if rows:
+                window.take(",")
+            rows.append(window.value())
+            if window.peek() == "]":
+                ends, more = True, 0
+        yield part, first, rows
+        first += len(rows)
         if ends:
-            return
+            return window.take("]")
+        window.take(",")
 
 
 def _parts(window: _Window, wanted: tuple[str, ...]) -> Iterator[tuple[str, int, object]]:
@@ -118,8 +141,9 @@ def _parts(window: _Window, wanted: tuple[str, ...]) -> Iterator[tuple[str, int,
 
 
 def json_parts(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, int, object]]:
-    """(key, place of its first row, rows) of the wanted keys of the object in a JSON file, in the file's order: a list in
-    runs of at most RUN rows (an empty one once), another value as it is. What else the file holds is read and forgotten.
+    """(key, place of its first row, rows) of the wanted keys of the object in a JSON file, in the file's order: a list
+    in runs of at most RUN rows (an empty one once), another value as it is. What else the file holds is read and
+    forgotten.
 
     UTF-8, UTF-16 or UTF-32, with a byte-order mark or without. Raises ValueError naming the file for what is no JSON,
     OSError where it cannot be read.

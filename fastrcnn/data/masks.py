@@ -23,8 +23,8 @@ def box_of_segmentation(given) -> list[float]:
 
 
 def _uncompressed(text: str) -> list[int]:
-    """The run lengths in COCO's compressed text: 5 bits a character, less significant ones first, each run from the third on
-    as the difference to the one two before."""
+    """The run lengths in COCO's compressed text: 5 bits a character, less significant ones first, each run from the
+    third on as the difference to the one two before."""
     runs: list[int] = []
     value = shift = 0
     for character in text:

@@ -1,8 +1,10 @@
-"""Annotations as columns: what a dataset keeps of its files, so that ten million pictures are a few arrays and no objects."""
+"""Annotations as columns: what a dataset keeps of its files, so that ten million pictures are a few arrays and no
+objects."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,17 +18,13 @@ def as_bytes(text: str) -> bytes:
 class Texts(Sequence):
     """Texts in one buffer: `texts[i]`. data: their UTF-8 end to end; ends: int64 [N], where each ends."""
 
-    def __init__(self, data: bytes, ends: np.ndarray):
+    def __init__(self, data: bytes | bytearray, ends: np.ndarray):
         self.data, self.ends = np.frombuffer(data, np.uint8), ends
 
     @classmethod
-    def of(cls, runs: Iterable[Iterable[bytes]]) -> "Texts":
-        parts, lengths = [], [np.zeros(0, np.int64)]
-        for run in runs:
-            run = list(run)
-            parts.append(b"".join(run))
-            lengths.append(np.fromiter(map(len, run), np.int64, len(run)))
-        return cls(b"".join(parts), np.cumsum(np.concatenate(lengths)))
+    def of(cls, texts: Iterable[bytes]) -> "Texts":
+        texts = list(texts)
+        return cls(b"".join(texts), np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts))))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -37,7 +35,17 @@ class Texts(Sequence):
         return self.data[start : self.ends[index]].tobytes().decode("utf-8", "surrogatepass")
 
     def kept(self, places: np.ndarray) -> "Texts":
-        return Texts.of([as_bytes(self[i]) for i in run] for run in np.array_split(places, len(places) // 4096 + 1))
+        return Texts.of(as_bytes(self[i]) for i in places)
+
+
+class Truth(NamedTuple):
+    """The M annotations of some pictures as they are written, as columns."""
+
+    images: np.ndarray  # int64 [M], the picture's index in the dataset
+    labels: np.ndarray  # int64 [M]
+    boxes: np.ndarray  # float64 [M, 4] x, y, width, height in pixels
+    areas: np.ndarray  # float64 [M] square pixels
+    crowd: np.ndarray  # bool [M]: what is found there counts neither for nor against
 
 
 @dataclass
@@ -61,11 +69,9 @@ class Table:
     files: Texts | None = None  # of each picture's annotations, where they are not in `path`
 
 
-def grouped(images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(order int64 [M], starts int64 [count + 1]) that bring annotations of `images` int [M] picture by picture, those of one
-    picture in the order in which they came."""
+def grouped(images: np.ndarray, count: int) -> tuple[np.ndarray | None, np.ndarray]:
+    """(order int64 [M], starts int64 [count + 1]) that bring annotations of `images` int [M] picture by picture, those
+    of one picture as they came. The order is None where they stand so already."""
     starts = np.zeros(count + 1, np.int64)
     np.cumsum(np.bincount(images, minlength=count), out=starts[1:])
-    if len(images) and (images[1:] < images[:-1]).any():
-        return np.argsort(images, kind="stable"), starts
-    return np.arange(len(images)), starts
+    return (np.argsort(images, kind="stable") if (images[1:] < images[:-1]).any() else None), starts

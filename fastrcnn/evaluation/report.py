@@ -13,6 +13,8 @@ from pathlib import Path
 from fastrcnn.evaluation import plots
 from fastrcnn.inference.output import replace_file
 
+PERCENT = ("AP", "AR", "VOC")
+ABOUT = ("weights", "data", "pictures", "objects", "detections", "charts")  # of metrics.json, in a page's head
 SAMPLES = 12  # pictures of training batches on a page
 SIDE = 1280  # pixels of a picture's longer side on a page
 CHARTS = {
@@ -59,13 +61,12 @@ def tag(name: str, *inside, **attributes: str) -> Html:
 
 
 def _shown(value) -> str:
-    """Text without what UTF-8 cannot carry; "-" for what is no number."""
+    """Text on one line that hides and turns round nothing; "-" for what is no number."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "replace").decode()
+    return plots.drawable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def table(head: Iterable, rows: Iterable[Iterable], class_: str = "") -> Html:
@@ -76,7 +77,7 @@ def table(head: Iterable, rows: Iterable[Iterable], class_: str = "") -> Html:
 
 def measured(name: str, value) -> str:
     """A number under its name: AP and AR are percent."""
-    is_percent = name.startswith(("AP", "AR", "VOC")) and _is_number(value) and math.isfinite(value)
+    is_percent = name.startswith(PERCENT) and _is_number(value) and math.isfinite(value)
     return f"{value:.1f}" if is_percent else _shown(value)
 
 
@@ -177,20 +178,50 @@ def evaluation_sections(folder: Path) -> list[Html]:
     """What `write_evaluation` left in a folder: numbers, classes, charts, the worst pictures; whatever of it is there."""
     metrics, sections = _json(folder / "metrics.json"), []
     metrics = metrics if isinstance(metrics, dict) else {}
-    numbers = {k: measured(k, v) for k, v in metrics.items() if k.startswith("A") and (v is None or _is_number(v))}
+    numbers = {k: measured(k, v) for k, v in metrics.items() if k.startswith(PERCENT) and (v is None or _is_number(v))}
     if numbers:
-        sections.append(tag("section", tag("h2", "COCO's numbers, in percent"), _tiles(numbers)))
-    classes = metrics.get("classes")
-    classes = [row for row in classes if isinstance(row, dict)] if isinstance(classes, list) else []
+        sections.append(
+            tag("section", tag("h2", "Average precision and recall, in percent"), _tiles(numbers), *_told(metrics))
+        )
+    classes = _dicts(metrics.get("classes"))
     if classes:
         names = list(dict.fromkeys(name for row in classes for name in row if name != "name"))
         rows = [[row.get("name"), *(measured(name, row.get(name)) for name in names)] for row in classes]
-        body = table(["class", *names], rows)
-        sections.append(_folded(f"Classes ({len(classes)})", body, open_=len(classes) <= 30))
+        sections.append(_folded(f"Classes ({len(classes)})", table(["class", *names], rows), open_=len(classes) <= 30))
     figures = [_picture(folder / name, caption) for name, caption in CHARTS.items()]
     if any(figures):
         sections.append(tag("section", tag("h2", "Where it fails"), *filter(None, figures)))
+    suspects = _dicts(metrics.get("suspects"))
+    if suspects:
+        names = ("picture", "found", "score", "annotated", "iou")
+        rows = [[row.get(name, "nothing") or "nothing" for name in names[:-1]] + [row.get("iou")] for row in suspects]
+        title = "Sure detections that the annotations deny: are they complete and right?"
+        sections.append(_folded(title, table(names, rows), open_=True))
     return sections
+
+
+def _dicts(value) -> list[dict]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _told(metrics: dict) -> list[Html]:
+    """One sentence about the score to choose."""
+    best = [metrics.get(name) for name in ("best_score", "precision", "recall")]
+    if not all(_is_number(value) for value in best):
+        return []
+    score, precision, recall = best
+    said = (f"With a score threshold of {score:.2f}, where F1 is best, {100 * precision:.0f} % of the detections are right "
+            f"and {100 * recall:.0f} % of the objects are found, at IoU 0.5.")  # fmt: skip
+    return [tag("p", said)]
+
+
+def evaluation_report(folder: Path) -> Path:
+    """Writes report.html into an evaluation's folder, from what is there; gives its path."""
+    metrics = _json(folder / "metrics.json")
+    metrics = metrics if isinstance(metrics, dict) else {}
+    texts = [f"{name}: {_shown(metrics[name])}" for name in ABOUT if metrics.get(name) is not None]
+    replace_file(folder / "report.html", page("Evaluation", "; ".join(texts), evaluation_sections(folder)).encode())
+    return folder / "report.html"
 
 
 def training_report(run: Path) -> Path:
@@ -212,10 +243,15 @@ def training_report(run: Path) -> Path:
         tiles["best epoch"] = _shown(epochs["epoch"][best] if "epoch" in epochs else best + 1)
     if epochs:
         tiles["epochs"] = str(max(map(len, epochs.values())))
-    for name in ("images/s", "memory"):
-        values = sorted(v for v in steps.get(name, []) if math.isfinite(v))
-        if values:
-            tiles[name] = _shown(values[len(values) // 2] if name == "images/s" else values[-1])
+    seen = {name: sorted(filter(math.isfinite, column)) for name, column in steps.items()}
+    for name, unit, place in (
+        ("images/s", "images/s", 0.5),
+        ("waiting", "of the time without data", 0.5),
+        ("memory", "GB", 1),
+    ):
+        if seen.get(name):
+            value = seen[name][round(place * (len(seen[name]) - 1))]
+            tiles[unit] = f"{value:.0%}" if name == "waiting" else f"{value:.3g}"
     if tiles:
         sections.append(tag("section", tag("h2", "What came out"), _tiles(tiles)))
 

@@ -10,16 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.post_process import check_nms, suppress
-from fastrcnn.models.roi_head import StandardRoIHead
+from fastrcnn.models.roi_head import StandardRoIHead, class_scores, padded_rois
 from fastrcnn.models.rpn import RPN
-from fastrcnn.ops._checks import coordinates
+from fastrcnn.ops._boxes import take_boxes
 
 FLIPS = {None: (), "horizontal": (2,), "vertical": (1,), "diagonal": (1, 2)}  # the axes of an image [3, H, W]
 
@@ -114,17 +114,14 @@ def det_tta(
     """
     _check(model, (BaseDetector,), images, scales, flips)
     check_nms(nms, "nms")
-    seen: list[list[dict[str, Tensor]]] = [[] for _ in images]
+    seen, missing = [], 0
     for batch, views in _batches(model, images, scales, flips):
-        found = model.predict(batch, [v.size for v in views], [v.factor for v in views])
-        for own, image, one, view in zip(seen, images, found, views):
-            own.append({**one, "boxes": flip_boxes(one["boxes"], image.shape[1:], view.flip)})
-    results = []
-    for own in seen:
-        boxes, scores, labels = (torch.cat([one[key] for one in own]) for key in ("boxes", "scores", "labels"))
-        keep, scores = suppress(boxes, scores, labels, nms, max_per_img)
-        results.append(dict(boxes=boxes[keep], labels=labels[keep], scores=scores))
-    return results
+        found, lost = model.find(batch, Frame.of(batch, [v.size for v in views], [v.factor for v in views]))
+        pairs = zip(found.boxes, images, views)
+        boxes = [flip_boxes(own, image.shape[1:], view.flip) for own, image, view in pairs]
+        seen.append(found._replace(boxes=torch.stack(boxes)))
+        missing = missing | lost
+    return model.outside(suppress(Padded.cat(seen), nms, max_per_img).lists(missing))
 
 
 @torch.no_grad()
@@ -142,8 +139,9 @@ def aug_test_rpn(
     _check(model, (FasterRCNN, RPN), images, scales, flips)
     found = []
     for batch, views in _batches(model, images, scales, flips):
-        found.append((_propose(model, model.extract_feat(batch), batch, views), views))
-    return _merged_proposals(model, found)
+        found.append(_propose(model, model.extract_feat(batch), batch, views))
+    merged = _merged_proposals(model, found)
+    return [(boxes[:n], scores[:n]) for boxes, scores, n in zip(merged.boxes, merged.scores, merged.counts.tolist())]
 
 
 @torch.no_grad()
@@ -164,53 +162,39 @@ def aug_test(
     for batch, views in _batches(model, images, scales, flips):
         feats = model.extract_feat(batch)
         seen.append((feats, views))
-        found.append((_propose(model, feats, batch, views), views))
-    proposals = [boxes for boxes, _ in _merged_proposals(model, found)]
-    said = [_second_stage(model.roi_head, feats, views, proposals) for feats, views in seen]
+        found.append(_propose(model, feats, batch, views))
+    merged, head = _merged_proposals(model, found), model.roi_head
+    most = max(int(merged.counts.max()), 1)  # the others would go through the box head for nothing
+    proposals = Padded(*(t[:, :most] for t in merged[:3]), merged.counts)
+    said = [_second_stage(head, feats, views, proposals) for feats, views in seen]
     boxes, scores = (torch.stack(column).mean(0) for column in zip(*said))
-    counts = [len(p) for p in proposals]
-    parts = zip(boxes.split(counts), scores.split(counts), images)
-    return model.outside([_detections(model.roi_head, b, s, image.shape[1:]) for b, s, image in parts])
+    row, column, candidates, number = head.candidates(scores, proposals.counts)
+    best = take_boxes(boxes.flatten(1, 2), row * boxes.shape[2] + column)
+    sizes = torch.tensor([list(image.shape[1:]) for image in images], device=best.device)
+    return model.outside(Padded.lists(*head.finish(candidates._replace(boxes=best), number, Frame(sizes, ()))))
 
 
-def _propose(model: FasterRCNN | RPN, feats, batch: Tensor, views: Sequence[View]) -> list[tuple[Tensor, Tensor]]:
-    """The RPN's (boxes [K, 4] in pixels of the view, scores [K]) of each image."""
+def _propose(model: FasterRCNN | RPN, feats, batch: Tensor, views: Sequence[View]) -> Padded:
+    """The RPN's proposals, in pixels of the original images."""
     head = model.rpn_head
     boxes, scores, counts = head.predict(*head(feats), Frame.of(batch, [v.size for v in views]), head.test_cfg)
-    return [(b[:n], s[:n]) for b, s, n in zip(boxes, scores, counts.tolist())]
+    boxes = torch.stack([view.back(own) for view, own in zip(views, boxes)])
+    return Padded(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), counts)
 
 
-def _merged_proposals(model: FasterRCNN | RPN, found) -> list[tuple[Tensor, Tensor]]:
-    """found: of every batch, the proposals of its images and their views -> (boxes, scores) of each original image."""
+def _merged_proposals(model: FasterRCNN | RPN, found: Sequence[Padded]) -> Padded:
+    """Those of all batches, which hold the same images, by one NMS."""
     cfg = model.rpn_head.test_cfg
-    nms = dict(type="nms", iou_threshold=cfg["nms"]["iou_threshold"])
-    merged = []
-    for i in range(len(found[0][1])):
-        boxes = torch.cat([views[i].back(proposals[i][0]) for proposals, views in found])
-        scores = torch.cat([proposals[i][1] for proposals, _ in found])
-        keep, scores = suppress(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), nms, cfg["max_per_img"])
-        merged.append((boxes[keep], scores))
-    return merged
+    return suppress(Padded.cat(found), dict(iou_threshold=cfg["nms"]["iou_threshold"]), cfg["max_per_img"])
 
 
 def _second_stage(
-    head: StandardRoIHead, feats: Sequence[Tensor], views: Sequence[View], proposals: Sequence[Tensor]
+    head: StandardRoIHead, feats: Sequence[Tensor], views: Sequence[View], proposals: Padded
 ) -> tuple[Tensor, Tensor]:
-    """Boxes [P, C, 4] (C is 1 where the head knows no classes) in pixels of the original images, clipped to the view,
-    and scores [P, classes] of the proposals of all images, image by image."""
-    carried = [view.forward(boxes) for view, boxes in zip(views, proposals)]
-    rois = torch.cat([F.pad(boxes, (1, 0), value=i) for i, boxes in enumerate(carried)])
-    logits, deltas = head(feats, rois)
-    counts = [len(boxes) for boxes in carried]
-    boxes = []
-    for view, old, moves in zip(views, carried, deltas.split(counts)):
-        new = head.bbox_head.bbox_coder.decode(old, moves, torch.tensor(view.size, device=old.device).float())
-        boxes.append(view.back(new.unflatten(1, (-1, 4))))
-    return torch.cat(boxes), F.softmax(coordinates(logits), -1)[:, :-1]  # the background is last
-
-
-def _detections(head: StandardRoIHead, boxes: Tensor, scores: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
-    """Detections of one image of `size` (height, width), from boxes [P, C, 4] in its pixels and scores [P, classes]."""
-    row, column, label = head.candidates(scores)
-    frame = Frame(torch.tensor([list(size)], device=boxes.device), tuple(size))
-    return head.finish(boxes[row, column], scores[row, label], label, torch.zeros_like(label), frame)[0]
+    """Boxes [B, P, C, 4] (C is 1 where the head knows no classes) in pixels of the original images, clipped to the view,
+    and scores [B, P, classes] of the proposals."""
+    carried = torch.stack([view.forward(boxes) for view, boxes in zip(views, proposals.boxes)])
+    logits, deltas = (x.unflatten(0, carried.shape[:2]) for x in head(feats, padded_rois(carried, proposals.counts)))
+    sizes = torch.tensor([view.size for view in views], device=carried.device).float()
+    new = head.bbox_head.bbox_coder.decode(carried, deltas, sizes).unflatten(2, (-1, 4))
+    return torch.stack([view.back(boxes) for view, boxes in zip(views, new)]), class_scores(logits)

@@ -14,6 +14,7 @@ from fastrcnn.data.images import ImageError, as_image
 from fastrcnn.inference.detections import Detections
 from fastrcnn.layers import fold_batch_norm
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.rpn import RPN
 from fastrcnn.weights import coco_address, infer_model
 from fastrcnn.weights.named import named_model
@@ -244,13 +245,13 @@ class Detector:
     def _results(self, images: list[Tensor]) -> list[Detections]:
         if self.device.type == "cuda":  # from pinned memory a copy does not make the host wait
             images = [image.pin_memory() if image.device.type == "cpu" else image for image in images]
-        results = self.model.detect(*self.model.prepare([image.to(self.device, non_blocking=True) for image in images]))
-        counts = [len(r["scores"]) for r in results]
-        keys = ("boxes", "scores", "labels")
-        columns = (torch.cat([r[key] for r in results]).cpu().split(counts) for key in keys)
-        return [self._above_threshold(*row) for row in zip(*columns)]
+        found, lost = self.model.find(
+            *self.model.prepare([image.to(self.device, non_blocking=True) for image in images])
+        )
+        rows = Padded(*(t.cpu() for t in found)).lists(lost.cpu())
+        return [self._above_threshold(**row) for row in rows]
 
-    def _above_threshold(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Detections:
+    def _above_threshold(self, boxes: Tensor, labels: Tensor, scores: Tensor) -> Detections:
         kept = scores > self.score_threshold
         boxes, scores = boxes[kept].float(), scores[kept].float()
         if not bool(boxes.isfinite().all() and scores.isfinite().all()):

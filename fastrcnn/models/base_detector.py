@@ -12,6 +12,7 @@ from fastrcnn.checkpoints.pretrained import pretrained_state
 from fastrcnn.models.build import build
 from fastrcnn.models.fpn import FPN
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.preprocess import DataPreprocessor
 from fastrcnn.models.profiles import get_profile
 from fastrcnn.models.resnet import ResNet, ResNetV1d, ResNeXt
@@ -32,8 +33,9 @@ class Built:
 
 class BaseDetector(nn.Module):
     """Backbone and neck in front of the heads that a subclass adds. What it finds and how it learns are a subclass's
-    `detect(batch, frame)`, `predict` with labels that count from 0 in every profile, and `losses(batch, frame, targets)`,
-    `loss` of targets that `inside` has checked.
+    `detect(batch, frame, waits=False)` -> (Padded with labels that count from 0 in every profile, which images [B] lack
+    detections because there were too many candidates), of static shapes unless the host `waits`; and
+    `losses(batch, frame, targets)`, `loss` of targets that `inside` has checked.
 
     backbone, neck (or None): modules or MMDetection's dicts; profile: whose semantics, "mmdet", "torchvision" or
     "detectron2"; min_size, max_size: pixels of the short and at most of the long side after resizing;
@@ -193,6 +195,16 @@ class BaseDetector(nn.Module):
         return batch, Frame(sizes, tuple(batch.shape[2:]), factors)
 
     @torch.no_grad()
+    def predict_padded(self, batch: Tensor, image_sizes, scale_factors=None) -> Padded:
+        """`predict` with static shapes and no host synchronisation: boxes [B, D, 4], scores [B, D], labels [B, D],
+        counts [B], zeros beyond an image's counts[b] rows. D is the test_cfg's max_per_img; where that is not above 0, the
+        number of candidates. Cannot warn, as `predict` does, where more than post_process.MOST_CANDIDATES class scores of
+        an image are above the score threshold and this may have cost a detection. Arguments and errors as in `predict`.
+        """
+        found, _ = self.detect(batch, Frame.of(batch, image_sizes, scale_factors))
+        return found._replace(labels=found.labels + self.label_offset * found.valid())
+
+    @torch.no_grad()
     def predict(self, batch: Tensor, image_sizes, scale_factors=None) -> list[dict[str, Tensor]]:
         """Detections of each image: dict of boxes [N, 4] xyxy pixels, scores [N], labels [N], by descending score.
 
@@ -200,7 +212,12 @@ class BaseDetector(nn.Module):
         (width, height), new over old: boxes come back in the old image's coordinates; None leaves them as they are.
         Labels are the profile's; a stand-alone RPN's proposals all have label 0. Raises ValueError naming the argument.
         """
-        return self.outside(self.detect(batch, Frame.of(batch, image_sizes, scale_factors)))
+        found, lost = self.find(batch, Frame.of(batch, image_sizes, scale_factors))
+        return self.outside(found.lists(lost))
+
+    def find(self, batch: Tensor, frame: Frame) -> tuple[Padded, Tensor]:
+        """`detect` for a caller who takes what is found to the host: on a CPU it may wait before, too, where that saves."""
+        return self.detect(batch, frame, batch.device.type == "cpu" and not torch.compiler.is_compiling())
 
     def loss(self, batch: Tensor, image_sizes, targets: list[dict]) -> dict[str, Tensor]:
         """The losses under the profile's names (those of an FCOS that proposes under MMDetection's).
@@ -257,7 +274,8 @@ class BaseDetector(nn.Module):
         batch, frame = self.prepare(images)
         if not self.training:
             with torch.no_grad():
-                return self.outside(self.detect(batch, frame))
+                found, lost = self.find(batch, frame)
+                return self.outside(found.lists(lost))
         return self.losses(
             batch, frame._replace(factors=None), frame.scale(self.inside(targets, len(batch), batch.device))
         )

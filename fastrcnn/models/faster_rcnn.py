@@ -7,6 +7,7 @@ from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.build import build, settings
 from fastrcnn.models.fcos_head import FCOSHead
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.roi_head import StandardRoIHead
 from fastrcnn.models.rpn_head import RPNHead, check_proposal_cfg
 
@@ -77,10 +78,12 @@ class FasterRCNN(BaseDetector):
         boxes, scores, counts = head.predict(*head(self.extract_feat(batch)), frame, head.test_cfg)
         return [(b[:n], s[:n]) for b, s, n in zip(boxes, scores, counts.tolist())]
 
-    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
+    def detect(self, batch: Tensor, frame: Frame, waits: bool = False) -> tuple[Padded, Tensor]:
         feats, head = self.extract_feat(batch), self.rpn_head
         # Proposals stay in pixels of the batch, whatever the detections come back in.
         boxes, _, counts = head.predict(*head(feats), frame._replace(factors=None), head.test_cfg)
+        if waits:  # rows that no image fills would go through the box head for nothing
+            boxes = boxes[:, : max(int(counts.max()), 1)]
         return self.roi_head.predict(feats, boxes, counts, frame)
 
     def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:

@@ -4,8 +4,13 @@ import torch
 from torch import Tensor
 
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.profiles import Profile
-from fastrcnn.ops import batched_nms, batched_soft_nms
+from fastrcnn.ops import nms_padded, soft_nms_padded
+
+# Of an image, or of a level of one: what one sort on a GPU takes without torch's, and more than a detector with scores
+# worth having ever finds. More are only cut off where a score threshold near 0 meets many classes.
+MOST_CANDIDATES = 16384
 
 NMS_OPTIONS = {
     "nms": {"iou_threshold", "score_threshold"},
@@ -30,68 +35,52 @@ def nms_limit(cfg: dict, max_per_img: int) -> int | None:
     return min((n for n in (max_per_img, cfg.get("max_num", -1)) if n > 0), default=None)
 
 
-def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: dict, max_output: int) -> tuple[Tensor, Tensor]:
-    """(kept indices, their scores) by descending score, of NMS or soft-NMS within each class (or across all of them).
+def suppress(found: Padded, cfg: dict, max_output: int) -> Padded:
+    """What NMS or soft-NMS within each class (or across all of them) leaves, by descending score.
 
-    boxes [N, 4], scores [N], labels [N]; cfg: what `check_nms` lets through; max_output: not above 0 keeps all.
+    found: boxes, scores [B, N] and labels [B, N]; cfg: what `check_nms` lets through; max_output: rows of the result, not
+    above 0 gives N.
     """
-    groups = torch.zeros_like(labels) if cfg.get("class_agnostic") else labels
-    return _within(groups, boxes, scores, cfg, nms_limit(cfg, max_output))
-
-
-def _within(groups: Tensor, boxes: Tensor, scores: Tensor, cfg: dict, most: int | None) -> tuple[Tensor, Tensor]:
-    if cfg.get("type", "nms") == "nms":
-        threshold = cfg.get("score_threshold", 0)
-        above = (scores > threshold).nonzero()[:, 0] if threshold > 0 else slice(None)
-        keep = batched_nms(boxes[above], scores[above], groups[above], cfg["iou_threshold"], most)
-        keep = above[keep] if threshold > 0 else keep
-        return keep, scores[keep]
+    kind = cfg.get("type", "nms")
+    if kind == "nms" and cfg.get("score_threshold", 0) > 0:
+        found = found.only(found.scores > cfg["score_threshold"])
+    boxes, scores, labels, counts = found
+    groups = None if cfg.get("class_agnostic") else labels
+    most = nms_limit(cfg, max_output) or scores.shape[1]
+    if kind == "nms":
+        keep, counts = nms_padded(boxes, scores, groups, cfg["iou_threshold"], most, counts)
+        return found.take(keep, scores.gather(1, keep.clamp(min=0)), counts)
     options = {k: v for k, v in cfg.items() if k not in _SHARED}
-    dets, keep = batched_soft_nms(boxes, scores, groups, **options, max_output=most)
-    return keep, dets[:, 4]
+    scores, keep, counts = soft_nms_padded(boxes, scores, groups, **options, max_output=most, counts=counts)
+    return found.take(keep, scores, counts)
 
 
-def finish(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    images: Tensor,
-    frame: Frame,
-    cfg: dict,
-    profile: Profile,
-    min_size: float = -1,
-) -> list[dict[str, Tensor]]:
-    """Detections of each image: dict of boxes [K, 4], scores [K], labels [K], by descending score.
+def finish(found: Padded, frame: Frame, cfg: dict, profile: Profile, min_size: float = -1) -> Padded:
+    """Detections from candidates in pixels of the resized images.
 
-    boxes [N, 4] xyxy pixels of the resized images, the candidates of all of them; images [N] int64: whose they are;
     cfg: `nms` and `max_per_img` (not above 0 keeps all) of MMDetection's test_cfg; min_size: boxes enter NMS if both sides
-    are longer, in the pixels that NMS sees; below 0 all do. The host waits for the whole batch, not image by image.
+    are longer, in the pixels that NMS sees; below 0 all do.
     """
-    image_sizes = frame.sizes
     factors = None if frame.factors is None else 1.0 / frame.factors  # [B, 2]
-    if factors is not None and profile.rescale_before_nms:
-        boxes = boxes * factors.repeat(1, 2)[images]
+    scale = None if factors is None else factors.repeat(1, 2)[:, None]
+    if scale is not None and profile.rescale_before_nms:
+        found = found._replace(boxes=found.boxes * scale)
     if min_size >= 0:
-        large = ((boxes[:, 2:] - boxes[:, :2]) > min_size).all(-1).nonzero()[:, 0]
-        boxes, scores, labels, images = boxes[large], scores[large], labels[large], images[large]
-    nms = cfg["nms"]
-    most = nms_limit(nms, cfg["max_per_img"])
-    groups = images if nms.get("class_agnostic") else images * 2**32 + labels
-    keep, scores = _within(groups, boxes, scores, nms, most if len(image_sizes) == 1 else None)
-    boxes, labels, images = boxes[keep], labels[keep], images[keep]
-    of_image = images[:, None] == torch.arange(len(image_sizes), device=images.device)  # [K, B]
-    wanted = torch.ones_like(images, dtype=torch.bool)
-    if most is not None:
-        wanted = of_image.cumsum(0).gather(1, images[:, None])[:, 0] <= most
-    if factors is not None and not profile.rescale_before_nms:
-        boxes = boxes * factors.repeat(1, 2)[images]
+        found = found.only((found.boxes[..., 2:] - found.boxes[..., :2] > min_size).all(-1))
+    found = suppress(found, cfg["nms"], cfg["max_per_img"])
+    if scale is not None and not profile.rescale_before_nms:
+        found = found._replace(boxes=found.boxes * scale)
     if profile.clip_after_rescale:
-        limits = image_sizes.flip(1).float() * (1.0 if factors is None else factors)
+        limits = frame.sizes.flip(1).float() * (1.0 if factors is None else factors)
         whole = limits.round()  # an image's sides are, but for the last digit of the factor
         limits = torch.where((limits - whole).abs() < 1e-3, whole, limits)
-        boxes = torch.minimum(boxes.clamp(min=0), limits.repeat(1, 2)[images])
-        wanted = wanted & (boxes[:, 2:] > boxes[:, :2]).all(-1)
-    counts = (of_image & wanted[:, None]).sum(0).tolist()
-    order = torch.where(wanted, images, len(image_sizes)).sort(stable=True).indices[: sum(counts)]
-    parts = zip(*(t[order].split(counts) for t in (boxes, labels, scores)))
-    return [dict(boxes=b, labels=k, scores=s) for b, k, s in parts]
+        boxes = torch.minimum(found.boxes.clamp(min=0), limits.repeat(1, 2)[:, None])
+        found = found._replace(boxes=boxes).only((boxes[..., 2:] > boxes[..., :2]).all(-1))
+    return found
+
+
+def lost(found: Padded, over: Tensor, cfg: dict) -> Tensor:
+    """[B] bool: the images among `over` (of which candidates were left out, those with the lowest scores) where one of
+    these might have become a detection. NMS takes the best first: where max_per_img were found, none had a place left."""
+    limit = nms_limit(cfg["nms"], cfg["max_per_img"])
+    return over if limit is None or cfg["nms"].get("type", "nms") != "nms" else over & (found.counts < limit)

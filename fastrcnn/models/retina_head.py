@@ -14,8 +14,10 @@ from fastrcnn.models.build import settings
 from fastrcnn.models.dense_head import DenseHead, flat_levels, init_normal
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import avg_factor, build_loss, positive_weight, processes
-from fastrcnn.models.post_process import check_nms, finish
+from fastrcnn.models.padded import Padded
+from fastrcnn.models.post_process import MOST_CANDIDATES, check_nms, finish, lost
 from fastrcnn.models.profiles import Profile
+from fastrcnn.ops import select_candidates
 from fastrcnn.ops._boxes import take_boxes
 from fastrcnn.ops._checks import coordinates
 
@@ -127,35 +129,25 @@ class RetinaHead(DenseHead):
             deltas.append(conv_norm_act(reg, self.retina_reg, None, relu=False))
         return logits, deltas
 
-    def predict(self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame) -> list[dict[str, Tensor]]:
-        """Detections of each image (see `BaseDetector.predict`), labels from 0: of each level the nms_pre best scores above
-        score_thr, then NMS within each class."""
-        anchors = self.anchors(logits, frame)
-        parts = []
-        for i, image_size in enumerate(frame.sizes):
-            parts += self._candidates([(c[i], d[i]) for c, d in zip(logits, deltas)], anchors, image_size)
-        boxes, scores, labels = (torch.cat(p) for p in zip(*parts))
-        counts = [sum(len(p[0]) for p in parts[i : i + len(anchors)]) for i in range(0, len(parts), len(anchors))]
-        images = torch.arange(len(counts), device=boxes.device).repeat_interleave(
-            torch.tensor(counts, device=boxes.device), output_size=sum(counts)
-        )
-        least = self.test_cfg["min_bbox_size"] if self.profile.dense_drops_small else -1
-        return finish(boxes, scores, labels, images, frame, self.test_cfg, self.profile, least)
-
-    def _candidates(self, maps, anchors, image_size: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(boxes [K, 4], scores [K], labels [K]) of one image's levels."""
-        found, cfg = [], self.test_cfg
-        for (logit, delta), grid in zip(maps, anchors):
-            score = coordinates(logit.permute(1, 2, 0).reshape(-1)).sigmoid()
-            candidates = (score > cfg["score_thr"]).nonzero()[:, 0]
-            best = score[candidates].sort(descending=True, stable=True)
-            keep = candidates[best.indices[: cfg["nms_pre"]]]
-            row = keep // self.num_classes
-            moves = coordinates(delta.permute(1, 2, 0).reshape(-1, 4)[row])
-            limit = None if self.profile.clip_after_rescale else image_size.float()  # Detectron2 clips at the end only
-            boxes = self.bbox_coder.decode(grid[row].to(moves.dtype), moves, limit)
-            found.append((boxes, score[keep], keep % self.num_classes))
-        return found
+    def predict(self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame) -> tuple[Padded, Tensor]:
+        """Detections (see `BaseDetector.detect`), labels from 0: of each level the nms_pre best scores above score_thr (all
+        where it is not above 0), then NMS within each class."""
+        cfg, levels, over = self.test_cfg, [], torch.zeros_like(frame.sizes[:, 0], dtype=torch.bool)
+        limits = None if self.profile.clip_after_rescale else frame.sizes.float()  # Detectron2 clips at the end only
+        for logit, delta, anchors in zip(logits, deltas, self.anchors(logits, frame)):
+            scores = coordinates(logit.permute(0, 2, 3, 1).flatten(1)).sigmoid()
+            wanted = cfg["nms_pre"] if cfg["nms_pre"] > 0 else scores.shape[1]
+            most = torch.sym_min(torch.sym_min(wanted, scores.shape[1]), MOST_CANDIDATES)
+            scores, index, counts, number = select_candidates(scores, cfg["score_thr"], most)
+            over = over | (number.clamp(max=wanted) > most)
+            index = index.clamp(min=0)
+            row = index // self.num_classes
+            moves = coordinates(take_boxes(delta.permute(0, 2, 3, 1).reshape(len(delta), -1, 4), row))
+            boxes = self.bbox_coder.decode(anchors.to(moves.dtype)[row], moves, limits)
+            levels.append(Padded(boxes, scores, index % self.num_classes, counts))
+        least = cfg["min_bbox_size"] if self.profile.dense_drops_small else -1
+        found = finish(Padded.cat(levels), frame, cfg, self.profile, least)
+        return found, lost(found, over, cfg)
 
     def loss(
         self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame, targets: list[dict]

@@ -6,6 +6,7 @@ from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.build import build
 from fastrcnn.models.fpn import FPN
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.retina_head import RetinaHead
 
 
@@ -51,7 +52,7 @@ class RetinaNet(BaseDetector):
         if isinstance(self.neck, FPN):
             self.neck.relu_before_extra_convs = self.profile.dense_extra_convs.get("relu_before_extra_convs", False)
 
-    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
+    def detect(self, batch: Tensor, frame: Frame, waits: bool = False) -> tuple[Padded, Tensor]:
         return self.bbox_head.predict(*self.bbox_head(self.extract_feat(batch)), frame)
 
     def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:

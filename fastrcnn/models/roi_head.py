@@ -12,11 +12,13 @@ from fastrcnn.models.build import build, settings
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.losses import build_loss
 from fastrcnn.models.matching import assign, check_assigner
-from fastrcnn.models.post_process import check_nms, finish
+from fastrcnn.models.padded import Padded, first_rows
+from fastrcnn.models.post_process import MOST_CANDIDATES, check_nms, finish, lost
 from fastrcnn.models.profiles import Profile, get_profile
 from fastrcnn.models.res_layer import ResLayer
 from fastrcnn.models.roi_extractors import ROI_EXTRACTORS
 from fastrcnn.models.sampling import build_sampler, sample_images
+from fastrcnn.ops import select_candidates
 from fastrcnn.ops._boxes import take_boxes
 from fastrcnn.ops._checks import coordinates
 
@@ -29,6 +31,17 @@ TRAIN_CFG = dict(
     sampler=dict(type="RandomSampler", num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True),
     pos_weight=-1,
 )  # fmt: skip
+
+
+def padded_rois(boxes: Tensor, counts: Tensor) -> Tensor:
+    """boxes [B, P, 4] -> RoIs [B P, 5]; what is beyond an image's first counts[b] is no image's, index -1: not pooled."""
+    image = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
+    return torch.cat([torch.where(first_rows(boxes, counts), image, -1.0)[..., None], boxes], -1).flatten(0, 1)
+
+
+def class_scores(logits: Tensor) -> Tensor:
+    """logits [..., classes + 1] -> [..., classes]: the background is last."""
+    return F.softmax(coordinates(logits), -1)[..., :-1]
 
 
 class StandardRoIHead(nn.Module):
@@ -78,37 +91,37 @@ class StandardRoIHead(nn.Module):
 
     def predict(
         self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, frame: Frame
-    ) -> list[dict[str, Tensor]]:
-        """Detections of each image (see `BaseDetector.predict`), labels from 0. proposals [B, P, 4] xyxy pixels of the
-        batch, of which counts[b] rows are valid."""
+    ) -> tuple[Padded, Tensor]:
+        """Detections (see `BaseDetector`), labels from 0. proposals [B, P, 4] xyxy pixels of the batch, of which counts[b]
+        rows are valid."""
         batch, most, _ = proposals.shape
-        valid = torch.arange(most, device=counts.device)[None] < counts[:, None]  # [B, P]
-        image = torch.arange(batch, device=counts.device, dtype=proposals.dtype)[:, None, None].expand(-1, most, 1)
-        rois = torch.cat([image, proposals], -1)[valid]
-        logits, deltas = self(feats, rois)
-        scores = F.softmax(coordinates(logits), -1)[:, :-1]  # the background is last
+        logits, deltas = self(feats, padded_rois(proposals, counts))
         # Candidates first, decoding after: most class scores are far below the threshold.
-        row, column, label = self.candidates(scores)
-        images, moves = rois[row, 0].long(), deltas.unflatten(1, (-1, 4))[row, column]
-        limits = frame.sizes.float()[images]
-        boxes = self.bbox_head.bbox_coder.decode(rois[row, None, 1:], moves[:, None], limits)[:, 0]
-        return self.finish(boxes, scores[row, label], label, images, frame)
+        row, column, found, number = self.candidates(class_scores(logits).unflatten(0, (batch, most)), counts)
+        moves = deltas.reshape(batch, -1, 4)
+        moves = take_boxes(moves, row * (moves.shape[1] // most) + column)
+        boxes = self.bbox_head.bbox_coder.decode(take_boxes(proposals, row), moves, frame.sizes.float())
+        return self.finish(found._replace(boxes=boxes), number, frame)
 
-    def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(row, column of its box, label) of each of the scores [R, classes] above the threshold."""
-        row, label = (scores > self.test_cfg["score_thr"]).nonzero(as_tuple=True)
-        return row, torch.zeros_like(label) if self.bbox_head.reg_class_agnostic else label, label
+    def candidates(self, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Padded, Tensor]:
+        """The best of scores [B, P, classes] above the threshold, of the first counts[b] of P: (row [B, K], column of its
+        box [B, K], scores and labels, how many there were of each image [B])."""
+        classes, least = scores.shape[2], self.test_cfg["score_thr"]
+        flat = torch.where(first_rows(scores, counts)[..., None], scores, -1.0).flatten(1)
+        most = torch.sym_min(flat.shape[1], MOST_CANDIDATES)
+        best, index, counts, number = select_candidates(flat, least, most)
+        index = index.clamp(min=0)
+        label = index % classes
+        column = torch.zeros_like(label) if self.bbox_head.reg_class_agnostic else label
+        return index // classes, column, Padded(None, best, label, counts), number
 
-    def finish(
-        self, boxes: Tensor, scores: Tensor, label: Tensor, images: Tensor, frame: Frame
-    ) -> list[dict[str, Tensor]]:
-        """Detections of each image from the candidates of all (see `post_process.finish`)."""
+    def finish(self, found: Padded, number: Tensor, frame: Frame) -> tuple[Padded, Tensor]:
+        """Detections from candidates (see `post_process.finish`), and whether there were too many of them."""
         p = self.profile
         if p.min_box_size is not None:
-            # As indices: a mask would be counted, and waited for, at each of the four.
-            keep = ((boxes[:, 2:] - boxes[:, :2]) >= p.min_box_size).all(-1).nonzero()[:, 0]
-            boxes, scores, label, images = boxes[keep], scores[keep], label[keep], images[keep]
-        return finish(boxes, scores, label, images, frame, self.test_cfg, p)
+            found = found.only((found.boxes[..., 2:] - found.boxes[..., :2] >= p.min_box_size).all(-1))
+        detections = finish(found, frame, self.test_cfg, p)
+        return detections, lost(detections, number > found.scores.shape[1], self.test_cfg)
 
     def loss(
         self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, targets: list[dict]
@@ -122,7 +135,7 @@ class StandardRoIHead(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(boxes [B, N, 4] to sample from, ground-truth index of each [B, N], or -1 background or -2 ignored, best IoU
         [B, N]). The boxes are the proposals and, with add_gt_as_proposals, gts [B, M, 4]; padding is ignored."""
-        valid = torch.arange(proposals.shape[1], device=counts.device) < counts[:, None]
+        valid = first_rows(proposals, counts)
         boxes = torch.where(valid[..., None], proposals, 0.0)
         own = pad_sequence([torch.arange(len(t["boxes"]), device=gts.device) for t in targets], True, -2)  # [B, M]
         add_gt = self.sampler.add_gt_as_proposals

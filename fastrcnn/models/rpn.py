@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.build import build
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.padded import Padded
 from fastrcnn.models.rpn_head import RPNHead
 
 
@@ -57,13 +58,13 @@ class RPN(BaseDetector):
     @torch.no_grad()
     def proposals(self, batch: Tensor, image_sizes) -> list[tuple[Tensor, Tensor]]:
         """(boxes [K, 4] xyxy pixels, scores [K]) of each image after NMS, best first. As `FasterRCNN.proposals`."""
-        return [(found["boxes"], found["scores"]) for found in self.detect(batch, Frame.of(batch, image_sizes))]
+        return [(found["boxes"], found["scores"]) for found in self.predict(batch, image_sizes)]
 
-    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
+    def detect(self, batch: Tensor, frame: Frame, waits: bool = False) -> tuple[Padded, Tensor]:
         head = self.rpn_head
         boxes, scores, counts = head.predict(*head(self.extract_feat(batch)), frame, head.test_cfg)
-        found = [(b[:n], s[:n]) for b, s, n in zip(boxes, scores, counts.tolist())]
-        return [dict(boxes=b, labels=torch.zeros_like(s, dtype=torch.int64), scores=s) for b, s in found]
+        found = Padded(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), counts)
+        return found, torch.zeros_like(counts, dtype=torch.bool)
 
     def losses(self, batch: Tensor, frame: Frame, targets: list[dict]) -> dict[str, Tensor]:
         outs = self.rpn_head(self.extract_feat(batch))

@@ -22,7 +22,15 @@ from fastrcnn.ops.nms import (
 )
 from fastrcnn.ops.preprocess import preprocess, preprocess_reference
 from fastrcnn.ops.roi_align import roi_align, roi_align_reference
-from fastrcnn.ops.soft_nms import batched_soft_nms, batched_soft_nms_reference, soft_nms, soft_nms_reference
+from fastrcnn.ops.select_candidates import select_candidates, select_candidates_reference
+from fastrcnn.ops.soft_nms import (
+    batched_soft_nms,
+    batched_soft_nms_reference,
+    soft_nms,
+    soft_nms_padded,
+    soft_nms_padded_reference,
+    soft_nms_reference,
+)
 
 __all__ = [
     "batched_nms",
@@ -51,6 +59,10 @@ __all__ = [
     "preprocess_reference",
     "roi_align",
     "roi_align_reference",
+    "select_candidates",
+    "select_candidates_reference",
     "soft_nms",
+    "soft_nms_padded",
+    "soft_nms_padded_reference",
     "soft_nms_reference",
 ]

@@ -1,0 +1,34 @@
+"""The preprocessor as an ONNX graph against the preprocessor."""
+
+import pytest
+import torch
+from conftest import picture
+from torch.export import Dim
+
+from fastrcnn.models.preprocess import DataPreprocessor
+from fastrcnn.models.profiles import get_profile
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from fastrcnn.export.onnx_ops import to_onnx  # noqa: E402
+from fastrcnn.export.pixels import Pixels  # noqa: E402
+
+SIZES = [(37, 61), (64, 96), (150, 96), (128, 260), (5, 90), (200, 300)]
+
+
+@pytest.mark.parametrize("profile", ["mmdet", "torchvision", "detectron2"])
+def test_pixels(profile, two_threads):
+    preprocessor = DataPreprocessor(get_profile(profile), 64, 96)
+    images = torch.zeros(2, 3, 50, 70, dtype=torch.uint8)
+    shapes = dict(images={0: Dim("b"), 2: Dim("h"), 3: Dim("w")})
+    program = torch.export.export(Pixels(preprocessor, torch.float32), (images,), dynamic_shapes=shapes)
+    model = to_onnx(program, ["images"], ["batch", "image_sizes", "scale_factors"])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for i, size in enumerate(SIZES):
+        images = [picture(*size, seed=seed) for seed in range(1 + i % 2)]
+        expected = preprocessor(images)
+        found = [torch.from_numpy(x) for x in session.run(None, dict(images=torch.stack(images).numpy()))]
+        exact = dict(rtol=0, atol=0 if profile != "torchvision" else 1e-5)
+        for f, e in zip(found, expected):
+            torch.testing.assert_close(f, e, **exact)
