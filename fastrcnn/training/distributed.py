@@ -35,7 +35,7 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     finally:
         if started:
-            _host_group.cache_clear()
+            host_group.cache_clear()
             dist.destroy_process_group()
 
 
@@ -59,13 +59,13 @@ def largest(sizes: Sequence[tuple[int, int]], world: int) -> tuple[int, int]:
     most = [max(sides) for sides in zip(*sizes)]
     if world > 1:
         most = torch.tensor(most)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=_host_group())
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=host_group())
         most = most.tolist()
     return tuple(most)
 
 
 @functools.cache
-def _host_group():
+def host_group():
     """What processes say to each other about numbers on the host, for which no device is waited."""
     return dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_backend() != "gloo" else None
 
@@ -75,7 +75,7 @@ def gathered(value, world: int) -> list:
     if world == 1:
         return [value]
     found: list = [None] * world
-    dist.all_gather_object(found, value, group=_host_group())
+    dist.all_gather_object(found, value, group=host_group())
     return found
 
 

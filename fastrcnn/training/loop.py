@@ -265,9 +265,7 @@ class Run:
         s = self.state
         size, workers = self.recipe.batch_size, self.loader["workers"]
         found = dict(val_loss=validation_loss(Losses(s.result), self.val, size, workers, self.rank, self.world))
-        if self.rank == 0:
-            found.update(measured(s.result, self.val))
-        return distributed.gathered(found, self.world)[0]
+        return found | measured(s.result, self.val, self.world)
 
     def metrics(self) -> dict:
         rows, name = self.state.rows, SCORE[self.state.model.reads_labels]

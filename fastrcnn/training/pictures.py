@@ -6,21 +6,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrcnn.data.transforms import flip, large_scale_jitter, photometric
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.preprocess import resized_size
 from fastrcnn.training.recipe import Recipe
 
 
 def training_transforms(recipe: Recipe):
-    """Of torchvision.transforms.v2; None where nothing changes the pictures."""
-    from torchvision.transforms import v2
-
+    """Of torchvision.transforms.v2, for the workers; None where nothing changes the pictures."""
     steps = []
     if recipe.photometric:
-        steps.append(v2.ColorJitter(brightness=0.125, contrast=0.2, saturation=0.2, hue=0.02))
+        steps.append(photometric())
     if recipe.flip:
-        steps.append(v2.RandomHorizontalFlip(recipe.flip))
-    return v2.Compose(steps) if steps else None
+        steps.append(flip(recipe.flip))
+    if recipe.lsj is not None:
+        steps.append(large_scale_jitter(recipe.crop, recipe.lsj))
+    if not steps:
+        return None
+    from torchvision.transforms import v2
+
+    return v2.Compose(steps)
 
 
 def picture_sizes(

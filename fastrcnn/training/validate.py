@@ -10,8 +10,9 @@ from torch import nn
 
 from fastrcnn.data import read_through
 from fastrcnn.data.batches import batches, steps_per_epoch
-from fastrcnn.evaluation import evaluate, evaluate_proposals, match_classes, training_report
+from fastrcnn.evaluation import as_detector, evaluate_proposals, match_classes, measure, predict, training_report
 from fastrcnn.evaluation.coco import require_hotcoco
+from fastrcnn.evaluation.predict import predict_together
 from fastrcnn.models.sampling import seeded
 from fastrcnn.training import distributed
 from fastrcnn.training.pictures import on_device, picture_sizes
@@ -42,6 +43,7 @@ def check_data(model, dataset, val, drop_empty: bool, world: int, say: Callable[
             val.truth(range(len(val)))
             if model.reads_labels and model.class_names:
                 match_classes(model.class_names, val.class_names)
+        read_through(val)
 
 
 @torch.no_grad()
@@ -78,9 +80,13 @@ def validation_loss(losses: nn.Module, val, batch_size: int, workers: int, rank:
         model.train(was_training)
 
 
-def measured(model, val) -> dict[str, float]:
-    """COCO's numbers in percent; of an RPN its recall."""
-    return (evaluate if model.reads_labels else evaluate_proposals)(model, val)
+def measured(model, val, world: int) -> dict[str, float]:
+    """COCO's numbers in percent, of which every process finds its share; of an RPN its recall."""
+    if not model.reads_labels:
+        return evaluate_proposals(model, val)
+    detector = as_detector(model)
+    found = predict(detector, val) if world == 1 else predict_together(detector, val, None, distributed.host_group())
+    return measure(val, found)
 
 
 def report(out: Path, say: Callable[[str], None]) -> None:
