@@ -234,9 +234,6 @@ def dataset(tmp_path):
     return path
 
 
-SHORT = ("--model", "r18_fpn", "--epochs", 1, "--batch", 1, "--min-size", 64, "--max-size", 96, "--device", "cpu")
-
-
 def with_content(path, change):
     content = json.loads(path.read_text())
     change(content)

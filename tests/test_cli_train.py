@@ -10,13 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import CLASSES, SHORT, content_of, dataset, run, weights, with_content  # noqa: F401
+from conftest import tiny_model
+from test_cli import CLASSES, content_of, dataset, run, tiny, weights, with_content  # noqa: F401
 
 from fastrcnn import Detector
-from fastrcnn.models import faster_rcnn
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.training.state import Losses
 from fastrcnn.weights import infer_model, save
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    """Small models to go on from; those of named models in full size would take most of the time."""
+    folder = tmp_path_factory.mktemp("starts")
+    small = dict(min_size=64, max_size=96)
+    models = dict(frcnn=tiny(), tv=tiny("torchvision"), retina=tiny_model("retinanet_r18_fpn", **small),
+                  rpn=tiny_model("rpn_r50_fpn", **small))  # fmt: skip
+    return {name: save(model, folder / f"{name}.pth") for name, model in models.items()}
+
+
+@pytest.fixture
+def short(starts):
+    return "--weights", starts["frcnn"], "--epochs", 1, "--batch", 1, "--workers", 0, "--device", "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +39,7 @@ def no_charts(monkeypatch):
     monkeypatch.setattr("fastrcnn.training.loop.report", lambda *a: None)
 
 
-def test_training_writes_weights_that_detect_and_eval_take(dataset, tmp_path):
+def test_training_writes_weights_that_detect_and_eval_take(dataset, short, tmp_path):
     def other_ids(content):  # as labelling tools write them, with a number for a name
         for row in (*content["categories"], *content["annotations"]):
             key = "category_id" if "category_id" in row else "id"
@@ -35,7 +50,7 @@ def test_training_writes_weights_that_detect_and_eval_take(dataset, tmp_path):
     names = ["red", "platelet", "5"]
     outs = [tmp_path / "runs" / name for name in ("one", "two")]
     for out in outs:
-        printed = run("train", dataset, "--out", out, "--val", dataset, "--workers", 0, *SHORT)
+        printed = run("train", dataset, "--out", out, "--val", dataset, *short)
         assert "epoch 1/1" in printed and "AP50" in printed and "2 images" in printed
     files = [out / f"{name}.safetensors" for out, name in zip(outs, ("best", "last"))]
     one, two = (Detector(str(file), device="cpu") for file in files)
@@ -50,63 +65,63 @@ def test_training_writes_weights_that_detect_and_eval_take(dataset, tmp_path):
     assert json.loads((outs[0] / "config.json").read_text())["recipe"]["name"] == "finetune"
 
 
-def test_the_pictures_sizes_are_the_checkpoints_own(dataset, tmp_path):
-    run("train", dataset, "--out", tmp_path / "one", "--workers", 0, *SHORT)
-    last = tmp_path / "one" / "last.safetensors"
-    options = "--weights", last, "--epochs", 1, "--workers", 0, "--device", "cpu"
-    run("train", dataset, "--out", tmp_path / "two", *options)
-    run("train", dataset, "--out", tmp_path / "three", *options, "--min-size", 48)
-    sizes = [infer_model(tmp_path / name / "last.safetensors").data_preprocessor for name in ("two", "three")]
-    assert [(s.min_size, s.max_size) for s in sizes] == [(64, 96), (48, 96)]
+def test_the_pictures_sizes_are_the_checkpoints_own(dataset, short, tmp_path):
+    run("train", dataset, "--out", tmp_path / "one", *short)
+    run("train", dataset, "--out", tmp_path / "two", *short, "--min-size", 48)
+    sizes = [infer_model(tmp_path / name / "last.safetensors").data_preprocessor for name in ("one", "two")]
+    assert [(s.min_size, s.max_size) for s in sizes] == [(96, 128), (48, 128)]
 
 
-def test_a_retinanet_trains_detects_and_is_measured(dataset, tmp_path):
-    short = [v if v != "r18_fpn" else "retinanet_r18_fpn" for v in SHORT]
-    assert "loss_cls" in run("train", dataset, "--out", tmp_path / "run", *short)
+def test_a_named_model_trains_from_scratch(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Losses, "forward", lambda self, *batch: dict(loss=sum(p.sum() for p in self.parameters()) * 0))
+    options = "--model", "r18_fpn", "--epochs", 1, "--batch", 2, "--device", "cpu", "--min-size", 64, "--max-size", 96
+    for name in ("one", "two"):
+        run("train", dataset, "--out", tmp_path / name, *options)
+    one, two = (infer_model(tmp_path / name / "last.safetensors") for name in ("one", "two"))
+    assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))  # begun alike
+    assert one.backbone.frozen_stages == -1 and all(p.requires_grad for p in one.parameters())
+
+
+def test_a_retinanet_trains_detects_and_is_measured(dataset, starts, short, tmp_path):
+    assert "loss_cls" in run("train", dataset, "--out", tmp_path / "run", *short, "--weights", starts["retina"])
     best = tmp_path / "run" / "best.safetensors"
     assert type(Detector(str(best), device="cpu").model).__name__ == "RetinaNet"
     assert "AP50" in run("eval", dataset, "--weights", best, "--device", "cpu")
 
 
-def test_a_proposal_network_trains_and_its_recall_is_measured(dataset, tmp_path):
-    short = [v if v != "r18_fpn" else "rpn_r50_fpn" for v in SHORT]
-    printed = run("train", dataset, "--out", tmp_path / "run", "--val", dataset, *short)
+def test_a_proposal_network_trains_and_its_recall_is_measured(dataset, starts, short, tmp_path):
+    printed = run("train", dataset, "--out", tmp_path / "run", "--val", dataset, *short, "--weights", starts["rpn"])
     assert "loss_rpn_bbox" in printed and "AR@1000" in printed
     out = tmp_path / "run" / "best.safetensors"
     assert Detector(str(out), device="cpu").class_names == ["object"]
     assert "AR@100 " in run("eval", dataset, "--weights", out, "--device", "cpu")
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best"]["AR@1000"] >= 0
-    tuned = [v for v in SHORT if v not in ("--model", "r18_fpn")]  # the weights say that they are an RPN's
-    run("train", dataset, "--out", tmp_path / "tuned", "--weights", out, *tuned)
-    assert Detector(str(tmp_path / "tuned" / "last.safetensors"), device="cpu").class_names == ["object"]
 
 
-def test_training_goes_on_from_torchvision_weights(dataset, tmp_path):
-    model, start = faster_rcnn("r18_fpn", 3, "torchvision"), tmp_path / "start.pth"
-    save(model, start)
-    run("train", dataset, "--weights", start, "--out", tmp_path / "run", "--recipe", "tv", *SHORT)
-    trained = infer_model(tmp_path / "run" / "last.safetensors")
+def test_training_goes_on_from_torchvision_weights(dataset, starts, short, tmp_path):
+    run("train", dataset, *short, "--weights", starts["tv"], "--out", tmp_path / "run", "--recipe", "tv")
+    model, trained = infer_model(starts["tv"]), infer_model(tmp_path / "run" / "last.safetensors")
     assert trained.profile.name == "torchvision"
     frozen, moved = "backbone.conv1.weight", "roi_head.bbox_head.fc_cls.weight"
     assert torch.equal(trained.state_dict()[frozen], model.state_dict()[frozen])
     assert not torch.equal(trained.state_dict()[moved], model.state_dict()[moved])
 
 
-def test_a_killed_command_goes_on(dataset, tmp_path, monkeypatch):
+def test_a_killed_command_goes_on(dataset, short, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    long = [v if v != 1 else 3 for v in SHORT[:4]] + list(SHORT[4:])
+    long = *short, "--epochs", 3
     run("train", dataset, "--out", whole, *long)
     forward, steps = Losses.forward, []
 
     def dying(self, *batch):
         steps.append(1)
         if len(steps) == 4:
-            raise KeyboardInterrupt
+            raise SystemExit(9)
         return forward(self, *batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Losses, "forward", dying)
-        run("train", dataset, "--out", cut, *long, status=130)
+        run("train", dataset, "--out", cut, *long, status=9)
     assert "holds a run" in run("train", dataset, "--out", cut, *long, status=1)
     assert "going on at step 2" in run("train", dataset, "--out", cut, "--resume", *long)
     tables = [list(csv.DictReader((out / "results.csv").open())) for out in (whole, cut)]
@@ -134,7 +149,9 @@ def other_name(content):
     (("--weights", "nowhere.pth"), None, "nowhere.pth"),
     ((), lambda c: c.update(annotations=[]), "no object is annotated"),
 ])  # fmt: skip
-def test_what_a_run_lacks_is_said_before_its_first_step(dataset, tmp_path, monkeypatch, options, change, message):
+def test_what_a_run_lacks_is_said_before_its_first_step(
+    dataset, short, tmp_path, monkeypatch, options, change, message
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Losses, "forward", lambda *a: pytest.fail("it has begun"))
     altered = {"other.json": other_name, "far.json": lambda c: c["images"][0].update(file_name="far.png"),
@@ -144,7 +161,7 @@ def test_what_a_run_lacks_is_said_before_its_first_step(dataset, tmp_path, monke
         with_content(Path(name), alter)
     if change:
         with_content(dataset, change)
-    printed = run("train", dataset, "--out", "run", *SHORT, *options, status=1)
+    printed = run("train", dataset, "--out", "run", *short, *options, status=1)
     assert message in printed.strip().splitlines()[-1]
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -155,8 +172,8 @@ def test_what_a_run_lacks_is_said_before_its_first_step(dataset, tmp_path, monke
     (lambda c: c["annotations"][0].update(bbox=[9, 9, -5, -5]), "annotations[0]"),
     (lambda c: c["annotations"][0].update(bbox=[5, 5, 0.2, 0.3]), "less than a pixel wide or high"),
 ])  # fmt: skip
-def test_what_is_wrong_with_the_data_is_named_and_left_out(dataset, tmp_path, change, said):
-    printed = run("train", with_content(dataset, change), *SHORT, "--out", tmp_path / "run")
+def test_what_is_wrong_with_the_data_is_named_and_left_out(dataset, short, tmp_path, change, said):
+    printed = run("train", with_content(dataset, change), *short, "--out", tmp_path / "run")
     assert said in printed and "epoch 1/1" in printed
 
 
@@ -170,7 +187,7 @@ def test_hotcoco_is_asked_for_before_training_and_measuring(dataset, weights, mo
         assert "fastrcnn[eval]" in run(*arguments, "--device", "cpu", status=1)
 
 
-def test_what_ends_a_run_leaves_the_state_of_before(dataset, tmp_path, monkeypatch):
+def test_what_ends_a_run_leaves_the_state_of_before(dataset, short, tmp_path, monkeypatch):
     forward, steps, out = Losses.forward, [], tmp_path / "run"
 
     def diverging(self, *batch):
@@ -178,7 +195,7 @@ def test_what_ends_a_run_leaves_the_state_of_before(dataset, tmp_path, monkeypat
         return {k: v * (math.nan if len(steps) > 3 else 1) for k, v in forward(self, *batch).items()}
 
     monkeypatch.setattr(Losses, "forward", diverging)
-    printed = run("train", dataset, *SHORT, "--epochs", 3, "--out", out, status=1)
+    printed = run("train", dataset, *short, "--epochs", 3, "--out", out, status=1)
     assert "step 3: the loss is nan" in printed and "images" in printed
     assert "step_000000002.pt is the last good state" in printed
     assert Detector(str(out / "last.safetensors"), device="cpu").class_names == CLASSES

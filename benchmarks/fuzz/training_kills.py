@@ -1,10 +1,10 @@
-"""Kills trainings with kill -9 at random moments, lets them go on, and compares what comes out with a run that was left alone.
+"""Kills trainings with kill -9 at random moments and compares what comes out in the end with a run that was left alone.
 
     python benchmarks/fuzz/training_kills.py --kills 50 --seed 0
 
-Each training is a small Faster R-CNN on rendered pictures, with validation, in a forked process that is killed after a random
-time, begun again with resume=True, killed again, until it ends. Then its losses, results.csv and weights must be those of the
-undisturbed run bit for bit. Prints where the kills struck; exit status 1 where anything differs.
+Each training is a small Faster R-CNN on rendered pictures, with validation, in a forked process that is killed after a
+random time, begun again with resume=True, killed again, until it ends. Then its losses, results.csv and weights must be
+those of the undisturbed run bit for bit. Prints where the kills struck; exit status 1 where anything differs.
 """
 
 import argparse
