@@ -244,14 +244,13 @@ def training_report(run: Path) -> Path:
     if epochs:
         tiles["epochs"] = str(max(map(len, epochs.values())))
     seen = {name: sorted(filter(math.isfinite, column)) for name, column in steps.items()}
-    for name, unit, place in (
-        ("images/s", "images/s", 0.5),
-        ("waiting", "of the time without data", 0.5),
-        ("memory", "GB", 1),
-    ):
-        if seen.get(name):
-            value = seen[name][round(place * (len(seen[name]) - 1))]
-            tiles[unit] = f"{value:.0%}" if name == "waiting" else f"{value:.3g}"
+    middle = {name: column[len(column) // 2] for name, column in seen.items() if column}
+    if "images/s" in middle:
+        tiles["images/s"] = f"{middle['images/s']:.3g}"
+    if "waiting" in middle:
+        tiles["waiting for data"] = f"{middle['waiting']:.0%}"
+    if "memory" in middle:
+        tiles["GB of memory"] = f"{seen['memory'][-1]:.3g}"
     if tiles:
         sections.append(tag("section", tag("h2", "What came out"), _tiles(tiles)))
 
@@ -262,16 +261,16 @@ def training_report(run: Path) -> Path:
             sections.append(tag("section", _inline(curves, "png", "Losses, AP, learning rate and speed.")))
     except ImportError as error:
         sections.append(tag("section", tag("p", f"No curves: {error}", class_="about")))
-    if epochs:
-        rows = zip(*([measured(name, v) for v in column] for name, column in epochs.items()))
-        sections.append(_folded("Epochs", table(epochs, rows), open_=len(next(iter(epochs.values()))) <= 24))
-    if isinstance(metrics, dict) and metrics:
-        sections.append(_metrics(metrics))
     samples = sorted(p for p in (run / "samples").glob("*.jpg") if p.is_file())[:SAMPLES]
     figures = list(filter(None, (_picture(path, path.name) for path in samples)))
     if figures:
         head = tag("h2", "Training batches as the model saw them: are these the right boxes and names?")
         sections.append(tag("section", head, tag("div", *figures, class_="grid")))
+    if epochs:
+        rows = zip(*([measured(name, v) for v in column] for name, column in epochs.items()))
+        sections.append(_folded("Epochs", table(epochs, rows), open_=len(next(iter(epochs.values()))) <= 24))
+    if isinstance(metrics, dict) and metrics:
+        sections.append(_metrics(metrics))
     sections += evaluation_sections(run / "evaluation")
     if isinstance(config, dict) and config:
         sections.append(_folded("Every setting", table((), config.items(), "plain")))

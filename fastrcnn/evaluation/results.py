@@ -47,12 +47,24 @@ def write_predictions(path: Path, dataset, found: Predictions) -> None:
     replace_file(path, ("[" + ",\n".join(parts) + "]").encode())
 
 
-def write_numbers(folder: Path, numbers: Mapping, about: Mapping[str, str] = {}) -> None:
-    """metrics.json and the page, of numbers alone or with the charts that are in the folder."""
-    replace_file(
-        folder / "metrics.json", json.dumps(_plain(dict(numbers, **about)), allow_nan=False, indent=1).encode()
-    )
+def _without_charts(folder: str | Path) -> Path:
+    """The folder, made where there is none, and without the charts of an earlier evaluation."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in CHARTS:
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def _write_page(folder: Path, metrics: Mapping) -> None:
+    replace_file(folder / "metrics.json", json.dumps(_plain(metrics), allow_nan=False, indent=1).encode())
     evaluation_report(folder)
+
+
+def write_numbers(folder: str | Path, numbers: Mapping[str, float], about: Mapping[str, str] = {}) -> None:
+    """metrics.json and report.html of numbers alone, such as the recall of proposals. Raises OSError where they cannot be
+    written."""
+    _write_page(_without_charts(folder), dict(numbers, **about))
 
 
 def _classes(judged: Judged) -> list[dict]:
@@ -86,13 +98,10 @@ def write_evaluation(
 
     Without matplotlib (extra `plots`) the charts are left out. Raises OSError where something cannot be written.
     """
-    folder = Path(folder)
     judged = judge_dataset(dataset, found, max_dets, areas)
     scores, classes = judged.scores(), _classes(judged)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _without_charts(folder)
     write_predictions(folder / "predictions.json", dataset, judged.found)
-    for name in CHARTS:  # of an earlier evaluation
-        (folder / name).unlink(missing_ok=True)
 
     by_score = diagnosis.by_score(judged)
     sure = diagnosis.at_score(judged, by_score.best)
@@ -133,7 +142,7 @@ def write_evaluation(
         confusion=dict(classes=[*judged.class_names, None], matrix=matrix),
         suspects=[dict(one, picture=_name(dataset, one["picture"])) for one in suspects],
     )
-    write_numbers(folder, numbers, about)
+    _write_page(folder, dict(numbers, **about))
     return scores
 
 
