@@ -180,8 +180,12 @@ with locked(Path({str(tmp_path)!r})):
                 train(Scripted(), pictures(), PLAIN, tmp_path, log=quiet)
         finally:
             other.kill()  # the lock goes with it
+    (tmp_path / "states").mkdir(exist_ok=True)
+    left = [tmp_path / ".last.safetensors.1.part", tmp_path / "states" / ".step_000000001.pt.1.part"]
+    for part in left:
+        part.write_text("half")
     with checkpoint.locked(tmp_path):
-        pass
+        assert not any(part.exists() for part in left)  # what a killed process had begun
 
 
 def test_generators_come_back():

@@ -184,10 +184,15 @@ class BaseDetector(nn.Module):
         feats = self.backbone(batch.to(self.dtype))
         return feats if self.neck is None else self.neck(feats)
 
-    def prepare(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> tuple[Tensor, Frame]:
-        """(batch [B, C, H, W], its geometry) of images [C, H, W] (3 are RGB), float in 0..1 or uint8, of any sizes; sizes:
-        (height, width) to resize each to, in place of the model's own rule."""
-        batch, sizes, factors = self.data_preprocessor(images, self.dtype, sizes)
+    def prepare(
+        self,
+        images: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        least: tuple[int, int] = (1, 1),
+    ) -> tuple[Tensor, Frame]:
+        """(batch [B, C, H, W], its geometry) of images [C, H, W] (3 are RGB), float in 0..1 or uint8, of any sizes; sizes, least: as
+        `DataPreprocessor` takes them."""
+        batch, sizes, factors = self.data_preprocessor(images, self.dtype, sizes, least)
         return batch, Frame(sizes, tuple(batch.shape[2:]), factors)
 
     @torch.no_grad()

@@ -66,10 +66,12 @@ class DataPreprocessor(nn.Module):
         images: Sequence[Tensor],
         dtype: torch.dtype = torch.float32,
         sizes: Sequence[tuple[int, int]] | None = None,
+        least: tuple[int, int] = (1, 1),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """images: [C, H, W] each (3 are RGB), float in 0..1 or uint8, of any sizes; sizes: (height, width) to resize each
-        to, where min_size and max_size shall not decide. Floats of other channels than three, which no peer reads, keep all
-        their bits: they are interpolated, also where the profile's rule takes bytes.
+        to, where min_size and max_size shall not decide; least: (height, width) of the batch at least, before it is rounded
+        up. Floats of other channels than three, which no peer reads, keep all their bits: they are interpolated, also where
+        the profile's rule takes bytes.
 
         Returns batch [B, C, H', W'] channels-last in `dtype`, H' and W' multiples of pad_size_divisor, zero-padded right
         and below; image sizes [B, 2] int64 (height, width) before padding; scale factors [B, 2] float32 (width, height),
@@ -81,14 +83,14 @@ class DataPreprocessor(nn.Module):
         pictures = [isinstance(x, Tensor) and x.dim() == 3 and x.numel() > 0 for x in images]
         old = [tuple(x.shape[1:]) if is_one else (1, 1) for x, is_one in zip(images, pictures)]
         new = sizes or [resized_size(*size, self.min_size, self.max_size, p.resize) for size in old]
-        padded = [(max(sides) + step - 1) // step * step for sides in zip(*new)]
+        padded = [(max(sides) + step - 1) // step * step for sides in zip(least, *new)]
         rule, mean, std = p.resize, self.mean, self.std
         floats = any(is_one and x.is_floating_point() for x, is_one in zip(images, pictures))
         if self.in_channels != 3 and floats and rule != "interpolate":
             rule, (mean, std) = "interpolate", ([v / 255 for v in values] for values in (mean, std))
         batch = preprocess(images, new, padded, mean, std, rule, self.bgr, dtype)
         rows = [(*now, *before) for now, before in zip(new, old)]
-        if all(before == old[0] for before in old):  # no copy from the host, which a CUDA graph would not repeat
+        if all(row == rows[0] for row in rows):  # no copy from the host, which a CUDA graph would not repeat
             both = torch.stack([torch.full((len(rows),), n, device=batch.device) for n in rows[0]], 1)
         else:  # one that nobody waits for
             both = torch.tensor(rows, pin_memory=batch.device.type == "cuda").to(batch.device, non_blocking=True)

@@ -52,6 +52,8 @@ def locked(out: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        for part in (*out.glob(".*.part"), *out.glob(f"{STATES}/.*.part")):  # of a process that was killed as it wrote
+            part.unlink(missing_ok=True)
         yield
 
 

@@ -150,13 +150,14 @@ class Run:
         s, recipe = self.state, self.recipe
         seeds = [seed_of(self.seed, s.epoch, index) for index in indices]
         sizes = picture_sizes(s.model, images, seeds, recipe)
+        least = distributed.largest(sizes, self.world)
         images, targets = on_device(s.model, images, targets, self.device)
         first, last = (
             s.batch % recipe.accumulate == 0,
             (s.batch + 1) % recipe.accumulate == 0 or s.batch + 1 == self.batches,
         )
         rate = self.rate * rate_factor(recipe, s.step, self.epoch_steps)
-        values = self.step(images, targets, sizes, seeds, rate, first, last)
+        values = self.step(images, targets, (sizes, least), seeds, rate, first, last)
         self.pending.append((dict(step=s.step, epoch=s.epoch + 1, lr=rate), values, indices))
         s.batch += 1
         s.step += last
@@ -171,7 +172,7 @@ class Run:
         cast = torch.autocast(self.device.type, DTYPES.get(recipe.precision), enabled=recipe.precision != "fp32")
         with quiet, seeded(seeds):
             with cast:
-                losses = self.losses(images, targets, sizes)
+                losses = self.losses(images, targets, *sizes)
             loss = sum(losses.values())
             s.scaler.scale(loss / recipe.accumulate).backward()
         values = {"loss": loss.detach(), **{k: v.detach() for k, v in losses.items()}}
@@ -264,9 +265,7 @@ class Run:
         s = self.state
         size, workers = self.recipe.batch_size, self.loader["workers"]
         found = dict(val_loss=validation_loss(Losses(s.result), self.val, size, workers, self.rank, self.world))
-        if self.rank == 0:
-            found.update(measured(s.result, self.val))
-        return distributed.gathered(found, self.world)[0]
+        return found | measured(s.result, self.val, self.world)
 
     def metrics(self) -> dict:
         rows, name = self.state.rows, SCORE[self.state.model.reads_labels]
