@@ -50,9 +50,9 @@ def has_kernel(op: str, device: str, dtype: torch.dtype = torch.float32) -> bool
 
 
 def operators() -> list[str]:
-    """The names of all operators, of what is registered; their gradients go with them."""
+    """The names of all operators, of what is registered; their gradients and parts (_name) go with them."""
     names = (name.removeprefix("fastrcnn::") for name in torch._C._dispatch_get_all_op_names() if "fastrcnn::" in name)
-    return sorted(name for name in names if not name.endswith("_backward"))
+    return sorted(name for name in names if not name.endswith("_backward") and not name.startswith("_"))
 
 
 def kernel_table(dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:

@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 
 from fastrcnn import Detector
 from fastrcnn.data import CocoDataset, read_through
-from fastrcnn.data.coco import apply
 from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.data.transforms import apply
 from fastrcnn.evaluation import evaluate, evaluate_coco, match_classes
 from fastrcnn.evaluation.predict import predict
 from fastrcnn.models import faster_rcnn
@@ -81,7 +81,7 @@ def test_a_dataset(file):
 def test_what_is_left_out_or_cut_is_counted_and_the_file_kept_as_it_is(file):
     dataset = CocoDataset(file)
     assert dataset.left_out == {"cut at the edge": 2, "less than a pixel wide or high": 1, "outside the picture": 1}
-    assert [a["bbox"] for a in dataset.annotations] == [a["bbox"] for a in ANNOTATIONS]
+    assert dataset.truth(range(3)).boxes.tolist() == [a["bbox"] for a in ANNOTATIONS]
     assert read_through(dataset) == {0: 1, 1: 1, 2: 1}
     dataset = CocoDataset(changed(file, "annotations", dict(bbox=[20, 20, 1, 1])))  # a pixel is enough
     assert [20, 20, 21, 21] in dataset.targets[0]["boxes"].tolist()
@@ -166,7 +166,7 @@ def test_what_tools_write_otherwise_is_read(file):
     for target, other in zip(dataset.targets, expected.targets):
         assert all(torch.equal(target[k], other[k]) for k in ("boxes", "labels", "ignore_boxes"))
         assert target["image_id"] == other["image_id"]
-    assert dataset.class_names == ["rbc", "wbc", "4"] and dataset.annotations[0]["area"] == 300
+    assert dataset.class_names == ["rbc", "wbc", "4"] and dataset.truth([0]).areas[0] == 300
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
@@ -328,11 +328,12 @@ def test_detections_do_not_depend_on_the_pictures_around(demo_weights):
     alone = [detector(picture)[0] for picture in pictures]
     assert sum(map(len, alone)) > 20
     for batch_size in (None, 2, 4):
-        found, targets = predict(detector, [(p, i) for i, p in enumerate(pictures)], batch_size)
-        assert targets == [0, 1, 2, 3]
-        for one, other in zip(found, alone):
-            assert torch.equal(one["labels"], other.labels)
-            torch.testing.assert_close(one["boxes"], other.boxes, rtol=0, atol=1e-3)
+        found = predict(detector, [(p, i) for i, p in enumerate(pictures)], batch_size)
+        assert found.targets == [0, 1, 2, 3]
+        for i, other in enumerate(alone):
+            one = found.on([i])
+            assert one.labels.tolist() == other.labels.tolist()
+            np.testing.assert_allclose(one.boxes, other.boxes, rtol=0, atol=1e-3)
 
 
 def test_a_model_is_measured_above_its_own_threshold_and_left_alone(demo_weights):
@@ -340,11 +341,11 @@ def test_a_model_is_measured_above_its_own_threshold_and_left_alone(demo_weights
     pairs = [(torch.from_numpy(picture.transpose(2, 0, 1).copy()), truth_of(*boxes.tolist(), labels=labels.tolist()))]
     model = infer_model(demo_weights, test_cfg=dict(rcnn=dict(score_thr=0.6))).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    scores = predict(model, pairs)[0][0]["scores"]
+    scores = predict(model, pairs).scores
     assert scores.min() > 0.6 and len(scores) > 3
     assert evaluate(model, pairs)["AP50"] > 50
     wrapped = torch.nn.DataParallel(model)
-    assert torch.equal(predict(wrapped, pairs)[0][0]["scores"], scores)
+    assert np.array_equal(predict(wrapped, pairs).scores, scores)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -8,8 +8,7 @@ import torch
 from coco_judge import crowded, judge, write
 
 from fastrcnn.data import CocoDataset
-from fastrcnn.evaluation.coco import truth_of_file
-from fastrcnn.evaluation.predict import as_detector, predict
+from fastrcnn.evaluation.predict import Predictions, as_detector, predict
 from fastrcnn.evaluation.recall import _recall, evaluate_proposals, proposal_recall
 from fastrcnn.models import RPN, faster_rcnn
 
@@ -193,7 +192,7 @@ def test_recall_on_a_file_is_pycocotools(tmp_path):
     ]
     dataset = CocoDataset(write(tmp_path, content))
     ids, images = sorted(c["id"] for c in content["categories"]), [i["id"] for i in content["images"]]
-    ours = _recall(images, truth_of_file(dataset, range(len(images))), results, (5, 20, 100))
+    ours = _recall(images, dataset.truth(range(len(images))), Predictions.of(results), (5, 20, 100))
     recall = judge(content, rows, ids, useCats=0, maxDets=[5, 20, 100]).eval["recall"][:, 0].mean(0)  # [sizes, numbers]
     assert list(ours.values()) == pytest.approx([*(100 * recall[0]), *(100 * recall[1:, 2])], abs=1e-9)
     assert 0 < ours["AR@5"] < ours["AR@20"] < ours["AR@100"] < 100
@@ -215,8 +214,8 @@ def test_proposals_are_measured_in_the_pixels_of_the_dataset(training):
 def test_proposals_whose_scores_are_logits_all_count():
     """Detectron2 ranks by logits, most of which are below 0."""
     detector = as_detector(RPN(**TINY, profile="detectron2"))
-    (found,), _ = predict(detector, dataset_of((64, 96)))
-    assert (found["scores"] < 0).any() and (found["scores"] > 0).any()
+    found = predict(detector, dataset_of((64, 96)))
+    assert (found.scores < 0).any() and (found.scores > 0).any()
 
 
 def test_the_batch_size_changes_nothing_and_both_detectors_are_measured():

@@ -164,8 +164,10 @@ def test_images_are_sampled_as_one_by_one():
     hard = dict(type="OHEMSampler", num=64, pos_fraction=0.25)
     for rules in (everything, hard):
         found = sample_images(matches, build_sampler(rules), max_iou, lambda image, indices: losses[image, indices])
-        for row, iou, loss, sides in zip(matches, max_iou, losses, found):
-            assert all(map(torch.equal, sides, sample(row, rules, iou, lambda indices, loss=loss: loss[indices])))
+        for row, iou, loss, indices, counts in zip(matches, max_iou, losses, found[0], found[1].tolist()):
+            sides = *indices[: sum(counts)].split(counts), indices[sum(counts) :]
+            alone = sample(row, rules, iou, lambda indices, loss=loss: loss[indices])
+            assert all(map(torch.equal, sides, (*alone, torch.full_like(sides[2], -1))))
     with pytest.raises(ValueError, match="OHEM"):
         sample_images(matches, build_sampler(hard), max_iou)
 

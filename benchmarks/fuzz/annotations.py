@@ -97,7 +97,6 @@ def check(path: Path, data: bytes) -> str:
     import torch
 
     from fastrcnn.data import CocoDataset
-    from fastrcnn.evaluation.coco import truth_of_file
 
     path.write_bytes(data)
     start = time.perf_counter()
@@ -125,7 +124,7 @@ def check(path: Path, data: bytes) -> str:
     lost = sum(n for reason, n in dataset.left_out.items() if reason != "cut at the edge")
     assert kept + lost == len(written["annotations"]), "annotations lost without a count"
     if any(not a["iscrowd"] for a in dataset.annotations):
-        assert len(truth_of_file(dataset, range(len(dataset)))) == len(written["annotations"])
+        assert len(dataset.truth(range(len(dataset))).labels) == len(written["annotations"])
     return "read"
 
 

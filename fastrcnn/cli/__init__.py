@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from fastrcnn.cli.data import data
 from fastrcnn.cli.demo import demo
 from fastrcnn.cli.detect import detect
 from fastrcnn.cli.eval import evaluate
@@ -17,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 for verb in (detect, demo, info, models, train):
     app.command()(verb)
 app.command("eval")(evaluate)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

@@ -1,38 +1,72 @@
 """fastrcnn eval."""
 
+import json
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastrcnn.cli.common import Device, Precision, console, fail
+from fastrcnn.cli.common import Device, Precision, console, err, fail
 
 
-def print_scores(model, dataset, precision: str | None = None) -> None:
-    """COCO's numbers; of an RPN alone, whose objects have no classes, its recall."""
-    from fastrcnn.evaluation import as_detector, evaluate, evaluate_proposals
-
-    measure = evaluate if model.reads_labels else evaluate_proposals
-    for name, value in measure(as_detector(model, precision), dataset).items():
+def print_scores(scores: dict[str, float]) -> None:
+    for name, value in scores.items():
         console.print(f"{name:8} {value:5.1f}")
 
 
+def _numbers(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        fail(f"--max-dets: expected whole numbers with commas between them, got {text!r}")
+
+
 def evaluate(
-    annotations: Annotated[Path, typer.Argument(help="COCO annotation file")],
+    data: Annotated[Path, typer.Argument(help="folder or annotation file: COCO, Pascal VOC or YOLO")],
     weights: Annotated[str, typer.Option(help="checkpoint of any peer, or trained here")],
-    images: Annotated[Path | None, typer.Option(help="image folder [default: images/ beside the annotations]")] = None,
+    images: Annotated[Path | None, typer.Option(help="image folder [default: told by the annotations]")] = None,
+    split: Annotated[str | None, typer.Option(help="part of a folder that has several, such as val or test")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for report.html, metrics.json, predictions.json, charts")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the numbers as JSON; null where there is no object")] = False,
+    max_dets: Annotated[str | None, typer.Option(help="detections a picture that count [default: 1,10,100]")] = None,
+    batch: Annotated[int | None, typer.Option(help="pictures at a time [default: 8 on CUDA, 1 on a CPU]")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
-    """COCO's twelve numbers of a checkpoint on annotated images, or the recall of a region proposal network."""
-    from fastrcnn.data import CocoDataset
+    """COCO's twelve numbers, in percent, of a checkpoint on annotated images; the recall of a region proposal network."""
+    from fastrcnn.data import open_dataset
+    from fastrcnn.evaluation import as_detector, evaluate, evaluate_proposals, write_numbers
     from fastrcnn.inference.detector import as_device
+    from fastrcnn.inference.output import check_folder
     from fastrcnn.weights import infer_model
 
+    most, about = _numbers(max_dets), dict(weights=weights, data=str(data))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         chosen = as_device(device)
-        dataset = CocoDataset(annotations, images)
+        if out is not None:
+            check_folder(out)
+        dataset = open_dataset(data, images, split)
         model = infer_model(weights).to(chosen)
-        print_scores(model, dataset, precision)
+        detector = as_detector(model, precision, max(most or [0]))
+        with Progress(*columns, console=err, transient=True, disable=len(dataset) < 2) as progress:
+            task = progress.add_task("detecting", total=len(dataset))
+            options = dict(batch_size=batch, advance=lambda: progress.advance(task))
+            if model.reads_labels:
+                scores = evaluate(detector, dataset, max_dets=most or (1, 10, 100), out=out, about=about, **options)
+            else:
+                scores = evaluate_proposals(detector, dataset, max_nums=most or (100, 300, 1000), **options)
+                if out is not None:
+                    write_numbers(out, scores, about)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+    if as_json:
+        print(json.dumps({name: None if math.isnan(value) else value for name, value in scores.items()}))
+    else:
+        print_scores(scores)
+        if out is not None:
+            console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)

@@ -1,87 +1,106 @@
 """fastrcnn train."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fastrcnn.cli.common import Device, console, fail
-from fastrcnn.cli.eval import print_scores
 
 
 def say(line: str) -> None:
-    """Prints a line; a full disk or a closed pipe behind the output ends no training."""
-    with contextlib.suppress(OSError):
-        console.print(line, markup=False, soft_wrap=True)
+    """Prints a line, of several processes in the first one; a full disk or a closed pipe behind it ends no training."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def train(
-    annotations: Annotated[Path, typer.Argument(help="COCO annotation file")],
-    images: Annotated[Path | None, typer.Option(help="image folder [default: images/ beside the annotations]")] = None,
-    val: Annotated[Path | None, typer.Option(help="COCO annotation file to report AP on")] = None,
-    model: Annotated[str | None, typer.Option(help="name [default: told by the weights, else r50_fpn]")] = None,
-    weights: Annotated[str | None, typer.Option(help="start: a detector of any classes, or an ImageNet ResNet")] = None,
-    out: Annotated[Path, typer.Option(help="where the trained weights go, after every epoch")] = Path(
-        "trained.safetensors"
-    ),
-    epochs: int = 12,
-    batch: int = 2,
-    lr: float = 0.0025,
-    min_size: int = 800,
-    max_size: int = 1333,
+    data: Annotated[Path, typer.Argument(help="folder or annotation file: COCO, Pascal VOC or YOLO")],
+    out: Annotated[Path, typer.Option(help="folder for weights, logs and the report")],
+    images: Annotated[Path | None, typer.Option(help="image folder [default: beside the annotations]")] = None,
+    val: Annotated[Path | None, typer.Option(help="folder or annotation file to measure AP on after each epoch")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="name, or an MMDetection config file [default: told by the weights, else r50_fpn]")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="start: a detector, an ImageNet ResNet, or coco")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="1x, 2x, 3x, 90k, ms-3x, tv, tv-v2, lsj-100e, lsj-200e, lsj-400e or finetune "
+                                      "[default: finetune; of a config file its own]"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="[default: the recipe's]")] = None,
+    batch: Annotated[str | None, typer.Option(help="pictures a process and step, or auto [default: the recipe's]")] = None,
+    lr: Annotated[float | None, typer.Option(help="[default: the recipe's, scaled by the batch]")] = None,
+    min_size: Annotated[int | None, typer.Option(help="pixels of the short side [default: the model's]")] = None,
+    max_size: Annotated[int | None, typer.Option(help="pixels of the long side at most [default: the model's]")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 [default: the recipe's]")] = None,
+    patience: Annotated[int | None, typer.Option(help="end after so many epochs without a better AP")] = None,
+    seed: int = 0,
+    workers: Annotated[int, typer.Option(help="processes that read pictures")] = 2,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="the same bits on every run")] = False,
+    drop_empty: Annotated[bool, typer.Option("--drop-empty", help="leave out pictures without objects")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard's files, too")] = False,
     device: Device = "auto",
-) -> None:
-    """Train on your own data; writes weights that `fastrcnn detect --weights` takes."""
-    import torch
-    from torchvision.transforms import v2
+) -> None:  # fmt: skip
+    """Train on your own data; --out then holds best.safetensors, which `fastrcnn detect --weights` takes, and report.html.
 
-    from fastrcnn.data import CocoDataset, read_through
+    fastrcnn train photos/ --val more/ --weights coco --out runs/mine
+    """
+
+    from fastrcnn.data import open_dataset
     from fastrcnn.evaluation import match_classes
-    from fastrcnn.evaluation.coco import require_hotcoco, truth_of_file
+    from fastrcnn.evaluation.coco import require_hotcoco
     from fastrcnn.inference.detector import as_device
+    from fastrcnn.training import recipe_of
     from fastrcnn.training import train as run
-    from fastrcnn.weights import pretrained_model, save, writable
-    from fastrcnn.weights.named import named_model
-    from fastrcnn.zoo.recipes import RPNS
+    from fastrcnn.training.auto_batch import auto_batch
+    from fastrcnn.training.checkpoint import check_out
+    from fastrcnn.training.distributed import own_device
+    from fastrcnn.training.state import seed_everything
+    from fastrcnn.weights import model_to_train
 
     try:  # everything that the run needs, before its first step
-        chosen, out = as_device(device), writable(out)
-        dataset = CocoDataset(annotations, images, v2.RandomHorizontalFlip())
+        check_out(out, resume or os.environ.get("RANK", "0") != "0")
+        chosen = own_device(as_device(device))
+        size = None if batch in (None, "auto") else _whole("batch", batch)
+        held_out = None
         if val is not None:
             require_hotcoco()
-            held_out = CocoDataset(val, images)
-            truth_of_file(held_out, range(len(held_out)))
-            read_through(held_out)
-        torch.manual_seed(0)  # of the weights that start afresh
-        sizes, names = dict(min_size=min_size, max_size=max_size), dataset.class_names
-        classes = 1 if model in RPNS else len(names)
-        if weights:
-            net = pretrained_model(weights, classes, model, names, **sizes)
-        else:  # nothing may stay frozen at random values
-            backbone = dict(frozen_stages=-1, norm_eval=False, norm_cfg=dict(requires_grad=True))
-            net = named_model(model or "r50_fpn", classes, backbone=backbone, **sizes)
+        dataset = open_dataset(data, images)
+        if val is not None:
+            held_out = open_dataset(val, images)
+            held_out.truth(range(len(held_out)))
+        seed_everything(seed)  # of the weights that start afresh
+        sizes = {k: v for k, v in dict(min_size=min_size, max_size=max_size).items() if v is not None}
+        net = model_to_train(model, weights, dataset.class_names, **sizes)
+        plan = recipe_of(net, recipe, say, epochs=epochs, batch_size=size, precision=precision)
         if net.reads_labels:  # an RPN's objects are one class, which is named nowhere
-            net.class_names, net.category_ids = names, dataset.category_ids
-            if val is not None:
-                match_classes(names, held_out.class_names)
+            net.class_names, net.category_ids = list(dataset.class_names), [int(i) for i in dataset.category_ids]
+            if held_out is not None:
+                match_classes(net.class_names, held_out.class_names)
         net = net.to(chosen)
+        if batch == "auto":
+            size = auto_batch(net, plan)
+            say(f"batch auto: {size} pictures a step")
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     if dataset.left_out:
         counts = ", ".join(f"{n} {reason}" for reason, n in dataset.left_out.items())
-        say(f"{annotations}: boxes left out or cut: {counts}")
-    saved = False
-
-    def keep(mean) -> None:
-        nonlocal saved
-        save(mean, out)
-        saved = True
-
+        say(f"{data}: left out or cut: {counts}")
     try:
-        net = run(net, dataset, epochs, batch, lr, log=say, keep=keep)
-        say(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
-        if val is not None:
-            print_scores(net, held_out)
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        fail(f"{error}. The weights of the last whole epoch are in {out}" if saved else error)
+        run(
+            net, dataset, plan, out, resume, held_out, batch_size=size, lr=lr, seed=seed, workers=workers,
+            deterministic=deterministic, drop_empty=drop_empty, patience=patience, tensorboard=tensorboard, log=say,
+        )  # fmt: skip
+        say(f"weights and report: {out}/best.safetensors, {out}/report.html")
+    except (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
+        fail(error)
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.lstrip("-").isdigit():
+        raise ValueError(f"{name}: expected a whole number or auto, got {text!r}")
+    return int(text)

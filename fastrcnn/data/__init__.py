@@ -1,7 +1,12 @@
-"""Images and annotations: decoding, COCO files, rendered cells."""
+"""Pictures and annotations: decoding, COCO, VOC and YOLO files, batches, transforms, checks, rendered cells."""
 
-from fastrcnn.data.check import read_through
+from fastrcnn.data.batches import batches, steps_per_epoch
+from fastrcnn.data.check import check, read_through
 from fastrcnn.data.coco import CocoDataset
+from fastrcnn.data.convert import convert, split
+from fastrcnn.data.dataset import DetectionDataset
+from fastrcnn.data.detect_format import open_dataset
 from fastrcnn.data.images import IMAGE_SUFFIXES, ImageError, as_image, list_images, read_image
 
-__all__ = ["IMAGE_SUFFIXES", "CocoDataset", "ImageError", "as_image", "list_images", "read_image", "read_through"]
+__all__ = ["IMAGE_SUFFIXES", "CocoDataset", "DetectionDataset", "ImageError", "as_image", "batches", "check", "convert",
+           "list_images", "open_dataset", "read_image", "read_through", "split", "steps_per_epoch"]  # fmt: skip

@@ -54,16 +54,27 @@ def max_bytes() -> float:
 def decode(data: bytes) -> Tensor:
     """uint8 [3, H, W] RGB of the bytes of a picture, the first of several, turned as its EXIF orientation says; an
     alpha channel is dropped. Raises ValueError with the reason where they cannot be read."""
-    from PIL import Image, UnidentifiedImageError
-
     if not data:
         raise ValueError("the file is empty")
+    return _opened(io.BytesIO(data), lambda image: _pixels(image, data))
+
+
+def size_of(file, turned: bool = True) -> tuple[int, int]:
+    """(height, width) of what `decode` would give of an open binary file, or, not turned, as it is stored; only the
+    head is read, and the file then closed. Raises ValueError likewise."""
+    with file:
+        return _opened(file, lambda image: image.size if turned and _turn(image)[0] else image.size[::-1])
+
+
+def _opened(file, look):
+    """look(PIL image) of a binary file; raises ValueError with the reason where it cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+
     max_pixels()
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(SUFFIXES)) as image:
+        with Image.open(file, formats=tuple(SUFFIXES)) as image:
             check_size(image)
-            pixels = _jpeg(data) if image.format in ("JPEG", "MPO") else None
-            return pixels_of(image) if pixels is None else _turned(pixels, image)
+            return look(image)
     except UnidentifiedImageError:
         raise ValueError(f"not an image, or a damaged one (expected {', '.join(SUFFIXES)})") from None
     except Image.DecompressionBombError as error:
@@ -72,6 +83,11 @@ def decode(data: bytes) -> Tensor:
         raise ValueError("there is no memory for its pixels") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(f"damaged image ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+def _pixels(image, data: bytes) -> Tensor:
+    pixels = _jpeg(data) if image.format in ("JPEG", "MPO") else None
+    return pixels_of(image) if pixels is None else _turned(pixels, image)
 
 
 def check_size(image) -> None:
@@ -120,12 +136,16 @@ def pixels_of(image) -> Tensor:
     return _turned(bytes_of(array), image)
 
 
-def _turned(pixels: Tensor, image) -> Tensor:
+def _turn(image) -> tuple[bool, list[int]]:
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # damaged EXIF data in a picture that is whole
         orientation = None
-    transposed, sides = TURNS.get(orientation, (False, []))
+    return TURNS.get(orientation, (False, []))
+
+
+def _turned(pixels: Tensor, image) -> Tensor:
+    transposed, sides = _turn(image)
     pixels = pixels.transpose(1, 2) if transposed else pixels
     return pixels.flip(sides) if sides else pixels
 

@@ -22,15 +22,19 @@ def read_bytes(source: str, limit: float) -> bytes:
     return _fetch(source, limit) if is_address(source) else _read_file(source, limit)
 
 
-def _read_file(path: str, limit: float) -> bytes:
+def open_regular(path: str):
+    """A regular file, open to be read in binary; OSError for a folder, a pipe, a device."""
     # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        kind = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(kind):
-            raise OSError("Is a directory")
-        if not stat.S_ISREG(kind):
-            raise OSError("it is no regular file")
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError("Is a directory" if stat.S_ISDIR(kind) else "it is no regular file")
+
+
+def _read_file(path: str, limit: float) -> bytes:
+    with open_regular(path) as file:
         return _count(file.read, limit)
 
 

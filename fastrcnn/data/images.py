@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrcnn.data.decode import SUFFIXES, bytes_of, decode, max_bytes, pixels_of
-from fastrcnn.data.fetch import is_address, read_bytes
+from fastrcnn.data.decode import SUFFIXES, bytes_of, decode, max_bytes, pixels_of, size_of
+from fastrcnn.data.fetch import is_address, open_regular, read_bytes
 
 IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 
@@ -25,14 +25,28 @@ def read_image(source: str | os.PathLike) -> Tensor:
     Raises ImageError, also for what is no regular file, for more pixels than `fastrcnn.data.decode.max_pixels`, and
     for an address whose answer takes longer than 30 s.
     """
+    return _read(source, lambda name: read_bytes(name, max_bytes()), decode)
+
+
+def read_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of what `read_image` gives of a file, from its head alone. Raises ImageError likewise."""
+    return _read(path, open_regular, size_of)
+
+
+def read_stored_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of a picture as it lies in its file, before its EXIF orientation turns it. Raises ImageError."""
+    return _read(path, open_regular, lambda file: size_of(file, turned=False))
+
+
+def _read(source: str | os.PathLike, fetch, look):
     name = os.fsdecode(source)
     try:
-        data = read_bytes(name, max_bytes())
+        found = fetch(name)
     except (OSError, ValueError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "there is no memory for it"
         raise ImageError(f"{name}: cannot be read ({reason})") from None
     try:
-        return decode(data)
+        return look(found)
     except ValueError as error:
         raise ImageError(f"{name}: {error}") from None
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 
 def match_classes(names: Sequence[str], categories: Sequence[str], told: bool = True) -> list[int | None]:
-    """For each label the place of its name in `categories`, None where the file has no such category: what a model finds
-    beside them does not count.
+    """For each label the place of its name in `categories`, None where the file has no such category: what a model
+    finds beside them does not count.
 
-    names: a model's by label ("N/A" for one that is unused, as in torchvision's numbering of COCO); told: whether the model
-    said them. Where it did not (they are guesses or numbers), labels are taken by place, with a warning, if there are as
-    many as categories. Raises ValueError for categories that the model does not know.
+    names: a model's by label ("N/A" for one that is unused, as in torchvision's numbering of COCO); told: whether the
+    model said them. Where it did not (they are guesses or numbers), labels are taken by place, with a warning, if there
+    are as many as categories. Raises ValueError for categories that the model does not know.
     """
     unknown = [c for c in categories if c not in names]
     if unknown and not told and len(names) == len(categories):

@@ -1,20 +1,19 @@
-"""COCO's box AP, computed by hotcoco (the same twelve numbers as pycocotools, in a fraction of the time)."""
+"""COCO's box AP, computed by hotcoco (the same numbers as pycocotools, in a fraction of the time)."""
 
-import contextlib
-import io
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fastrcnn.data import CocoDataset, read_through
-from fastrcnn.evaluation.classes import match_classes
-from fastrcnn.evaluation.predict import annotated, as_detector, predict
-from fastrcnn.inference import Detector
+from fastrcnn.data import DetectionDataset
+from fastrcnn.data.table import Truth
+from fastrcnn.evaluation.predict import Predictions, opened
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+AREAS = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
+MAX_DETS = (1, 10, 100)
 
 
 def require_hotcoco():
@@ -26,57 +25,47 @@ def require_hotcoco():
     return hotcoco
 
 
-def truth_of_file(dataset: CocoDataset, indices: Sequence[int]) -> list[dict]:
-    """The annotations of some images of a file as they are written: image (its place in `indices`), category (its place in
-    the file), bbox (x, y, width, height), area, iscrowd. Raises ValueError where there is no object."""
-    place = {dataset.images[index]["id"]: i for i, index in enumerate(indices)}
-    category = {number: i for i, number in enumerate(dataset.category_ids)}
-    rows = [dict(image=place[a["image_id"]], category=category[a["category_id"]], bbox=a["bbox"], area=a["area"],
-                 iscrowd=a["iscrowd"]) for a in dataset.annotations if a["image_id"] in place]  # fmt: skip
-    if all(row["iscrowd"] for row in rows):
-        raise ValueError(f"{dataset.path}: no object is annotated on these {len(indices)} pictures")
-    return rows
+def _columns(rows: Sequence[tuple]) -> Truth:
+    images, labels, boxes, areas, crowd = zip(*rows) if rows else [()] * 5
+    return Truth(np.array(images, np.int64), np.array(labels, np.int64), np.array(boxes, np.float64).reshape(-1, 4),
+                 np.array(areas, np.float64), np.array(crowd, bool))  # fmt: skip
 
 
-def truth_of_targets(targets: Sequence[dict], num_classes: int | None) -> list[dict]:
-    """The same of targets: boxes [N, 4] xyxy pixels, labels [N] from 0, optional ignore_boxes [R, 4], which hold for every
-    class, since they have none. num_classes None: everything is one class, and labels are not asked for."""
+def truth_of_targets(targets: Sequence[dict], num_classes: int | None, places: Sequence[int] | None = None) -> Truth:
+    """As `DetectionDataset.truth`, of targets: boxes [N, 4] xyxy pixels, labels [N] from 0, optional ignore_boxes [R, 4],
+    which hold for every class, since they have none. num_classes None: everything is one class, and labels are not asked
+    for."""
     rows = []
-    for i, target in enumerate(targets):
+    for place, target in zip(range(len(targets)) if places is None else places, targets):
         labels = [0] * len(target["boxes"]) if num_classes is None else target["labels"].tolist()
         if any(not 0 <= label < (num_classes or 1) for label in labels):
-            raise ValueError(f"targets[{i}]: expected labels in 0..{num_classes - 1}, got {sorted(set(labels))}")
-        found = [(b, label, 0) for b, label in zip(_xywh(target["boxes"]), labels)]
-        crowd = _xywh(target.get("ignore_boxes", torch.zeros(0, 4)))
-        found += [(b, label, 1) for b in crowd for label in range(num_classes or 1)]
-        rows += [dict(image=i, category=c, bbox=b, area=b[2] * b[3], iscrowd=crowd) for b, c, crowd in found]
-    return rows
+            raise ValueError(f"targets[{place}]: expected labels in 0..{num_classes - 1}, got {sorted(set(labels))}")
+        found = [(b, label, 0) for b, label in zip(xywh(target["boxes"]).tolist(), labels)]
+        ignored = xywh(target.get("ignore_boxes", torch.zeros(0, 4))).tolist()
+        found += [(b, label, 1) for b in ignored for label in range(num_classes or 1)]
+        rows += [(place, label, b, b[2] * b[3], crowd) for b, label, crowd in found]
+    return _columns(rows)
 
 
-def _xywh(boxes: Tensor) -> list[list[float]]:
-    boxes = boxes.cpu().double()
-    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
+def xywh(boxes) -> np.ndarray:
+    """float64 [N, 4] x, y, width, height of xyxy boxes."""
+    boxes = torch.as_tensor(boxes).cpu().double().numpy().reshape(-1, 4)
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
 
 
-def coco_eval(images: Sequence, truth: Sequence[dict], results: Sequence[dict], categories: int, **params):
-    """hotcoco's evaluation, accumulated. images: an id for each, whose order decides between equal scores; truth: rows of
-    `truth_of_file`; results: of each image dicts boxes, scores, labels (places of categories); params: hotcoco's."""
+def coco_eval(truth: Truth, found: Predictions, ids: Sequence, categories: int, **params):
+    """hotcoco's COCOeval, accumulated. ids: of `found.pictures`, whose order decides between equal scores; categories: the
+    number of classes; params: hotcoco's."""
     hotcoco = require_hotcoco()
-    # Its ids are numbers: ours are places, in the order in which pycocotools takes the images.
-    order = sorted(range(len(images)), key=lambda i: (isinstance(images[i], str), images[i]))
-    number = {i: n for n, i in enumerate(order, 1)}
-    rows = [dict(id=n, image_id=number[t["image"]], category_id=t["category"], bbox=t["bbox"], area=t["area"],
-                 iscrowd=t["iscrowd"]) for n, t in enumerate(truth, 1)]  # fmt: skip
-    table = [np.zeros((0, 7))]  # image, x, y, width, height, score, category
-    for i, result in enumerate(results):
-        columns = np.zeros((len(result["boxes"]), 7))
-        columns[:, 0], columns[:, 5], columns[:, 6] = number[i], result["scores"].cpu(), result["labels"].cpu()
-        columns[:, 1:5] = np.reshape(_xywh(result["boxes"]), (-1, 4))
-        table.append(columns)
-    coco = hotcoco.COCO(dict(
-        images=[dict(id=n, width=1, height=1, file_name=str(n)) for n in sorted(number.values())],
-        annotations=rows, categories=[dict(id=c, name=str(c)) for c in range(categories)]))  # fmt: skip
-    evaluation = hotcoco.COCOeval(coco, coco.load_res(np.concatenate(table)), "bbox")
+    # Its ids are numbers: ours count from 1 in the order in which pycocotools takes the images.
+    order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
+    number = np.zeros(found.pictures.max(initial=0) + 1, np.int64)
+    number[found.pictures[order]] = np.arange(1, len(ids) + 1)
+    images = [dict(id=n, width=1, height=1, file_name=str(n)) for n in range(1, len(ids) + 1)]
+    coco = hotcoco.COCO.from_arrays(images, [dict(id=c, name=str(c)) for c in range(categories)], number[truth.images],
+                                    truth.labels, truth.boxes, area=truth.areas, iscrowd=truth.crowd)  # fmt: skip
+    rows = np.column_stack([number[found.images], xywh(found.boxes), found.scores, found.labels])
+    evaluation = hotcoco.COCOeval(coco, coco.load_res(rows.astype(np.float64)), "bbox")
     for name, value in params.items():
         setattr(evaluation.params, name, value)
     with warnings.catch_warnings():
@@ -86,11 +75,73 @@ def coco_eval(images: Sequence, truth: Sequence[dict], results: Sequence[dict], 
     return evaluation
 
 
-def _twelve(images, truth, results, categories: int) -> dict[str, float]:
-    evaluation = coco_eval(images, truth, results, categories)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its own table
-        evaluation.summarize()
-    return {name: float(v) * 100 if v >= 0 else float("nan") for name, v in zip(METRICS, evaluation.stats)}
+class Judged(NamedTuple):
+    """An accumulated COCOeval and what it was made of."""
+
+    evaluation: object
+    truth: Truth
+    found: Predictions
+    class_names: list[str]
+    max_dets: list[int]
+    area_names: list[str]
+
+    def scores(self, label: int | None = None) -> dict[str, float]:
+        """COCO's twelve numbers in percent, of all classes or of one; nan where there is no object."""
+        kept = slice(None) if label is None else [label]
+        precision = np.asarray(self.evaluation.eval["precision"])[
+            :, :, kept
+        ]  # [thresholds, recalls, classes, areas, max_dets]
+        recall = np.asarray(self.evaluation.eval["recall"])[:, kept]  # [thresholds, classes, areas, max_dets]
+        at = {name: np.isclose(self.evaluation.params.iou_thrs, t) for name, t in (("AP50", 0.5), ("AP75", 0.75))}
+        areas = list(enumerate(self.area_names, 1))
+        return {
+            "AP": _percent(precision[..., 0, -1]),
+            **{name: _percent(precision[..., 0, -1][mask]) for name, mask in at.items()},
+            **{f"AP{name}": _percent(precision[..., a, -1]) for a, name in areas},
+            **{f"AR{n}": _percent(recall[..., 0, m]) for m, n in enumerate(self.max_dets)},
+            **{f"AR{name}": _percent(recall[..., a, -1]) for a, name in areas},
+        }
+
+
+def _percent(values: np.ndarray) -> float:
+    values = values[values > -1]  # which stands for: no object
+    return float(values.mean() * 100) if len(values) else math.nan
+
+
+def check_settings(max_dets, areas) -> None:
+    if not max_dets or not all(isinstance(n, int) and n > 0 for n in max_dets):
+        raise ValueError(f"max_dets: expected whole numbers from 1 up, got {max_dets!r}")
+    for name, bounds in areas.items():
+        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] or name[:1].isdigit() or name == "":
+            raise ValueError(f"areas: expected a name and (smallest, largest) square pixels, got {name!r}: {bounds!r}")
+
+
+def judge(
+    truth: Truth,
+    found: Predictions,
+    ids: Sequence,
+    class_names: Sequence[str],
+    max_dets: Sequence[int] = MAX_DETS,
+    areas: Mapping[str, tuple[float, float]] = AREAS,
+) -> Judged:
+    """Detections compared with objects at COCO's ten IoUs; arguments as in `measure` and `coco_eval`."""
+    check_settings(max_dets, areas)
+    max_dets = sorted(set(max_dets))
+    params = dict(max_dets=max_dets, area_rng=[[0, 1e10], *([float(low), float(high)] for low, high in areas.values())],
+                  area_rng_lbl=["all", *areas])  # fmt: skip
+    evaluation = coco_eval(truth, found, ids, len(class_names), **params)
+    return Judged(evaluation, truth, found, list(class_names), max_dets, list(areas))
+
+
+def judge_dataset(dataset, found: Predictions, max_dets: Sequence[int] = MAX_DETS, areas=AREAS) -> Judged:
+    """`judge` of what was found on a dataset, whose file, or else the targets, are the truth."""
+    base, places = opened(dataset)
+    found = found.on(places)
+    if isinstance(base, DetectionDataset):
+        ids, names = [base.image_ids[p] for p in places], base.class_names
+        return judge(base.truth(places), found, ids, names, max_dets, areas)
+    truth = truth_of_targets(found.targets, len(found.class_names), places)
+    return judge(truth, found, places, found.class_names, max_dets, areas)
 
 
 def evaluate_coco(targets: Sequence[dict], results: Sequence[dict], num_classes: int) -> dict[str, float]:
@@ -101,42 +152,5 @@ def evaluate_coco(targets: Sequence[dict], results: Sequence[dict], num_classes:
     """
     if len(targets) != len(results):
         raise ValueError(f"results: expected one for each of the {len(targets)} targets, got {len(results)}")
-    return _twelve(range(len(targets)), truth_of_targets(targets, num_classes), results, num_classes)
-
-
-def _classes(model) -> tuple[list[str], bool]:
-    """A model's class names by label, and whether it said them itself."""
-    if isinstance(model, Detector):
-        return model.class_names, model.model.class_names is not None
-    names = getattr(model, "class_names", None)
-    return (names, True) if names else ([str(i) for i in range(model.num_classes)], False)
-
-
-def evaluate(model, dataset, batch_size: int | None = None) -> dict[str, float]:
-    """COCO's twelve numbers, in percent, of a model on a dataset; model, dataset and batch_size as in `predict`.
-
-    On a CocoDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
-    matched by name, and every picture is read once before the first is detected in; elsewhere the targets are the truth.
-    Raises what `predict` does, and before that what `match_classes` does, ValueError where no object is annotated, and
-    ImportError without hotcoco.
-    """
-    require_hotcoco()
-    model, file = as_detector(model), annotated(dataset)
-    names, told = _classes(model)
-    if file is None:
-        results, targets = predict(model, dataset, batch_size)
-        return evaluate_coco(targets, results, len(names))
-    coco, indices = file
-    truth = truth_of_file(coco, indices)
-    try:
-        places = match_classes(names, coco.class_names, told)
-    except ValueError as error:
-        raise ValueError(f"{coco.path}: {error}") from None
-    read_through(dataset)
-    place = torch.tensor([-1 if p is None else p for p in places])
-    results = []
-    for found in predict(model, dataset, batch_size)[0]:
-        labels = place[found["labels"]]
-        results.append({"boxes": found["boxes"][labels >= 0], "scores": found["scores"][labels >= 0],
-                        "labels": labels[labels >= 0]})  # fmt: skip
-    return _twelve([coco.images[i]["id"] for i in indices], truth, results, len(coco.class_names))
+    names, places = [str(i) for i in range(num_classes)], range(len(targets))
+    return judge(truth_of_targets(targets, num_classes), Predictions.of(results), places, names).scores()

@@ -1,14 +1,15 @@
 """Average recall of class-agnostic proposals, as COCO defines it and MMDetection's `proposal` metric prints it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastrcnn.data import read_through
-from fastrcnn.evaluation.coco import coco_eval, require_hotcoco, truth_of_file, truth_of_targets
-from fastrcnn.evaluation.predict import annotated, as_detector, predict
+from fastrcnn.data import DetectionDataset, read_through
+from fastrcnn.data.table import Truth
+from fastrcnn.evaluation.coco import coco_eval, require_hotcoco, truth_of_targets
+from fastrcnn.evaluation.predict import Predictions, as_detector, opened, predict
 from fastrcnn.inference import Detector
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
 from fastrcnn.models.faster_rcnn import FasterRCNN
@@ -34,16 +35,18 @@ def proposal_recall(
     if len(targets) != len(proposals):
         raise ValueError(f"proposals: expected one for each of the {len(targets)} targets, got {len(proposals)}")
     results = [dict(boxes=boxes, scores=scores, labels=torch.zeros(len(boxes))) for boxes, scores in proposals]
-    return _recall(range(len(targets)), truth_of_targets(targets, None), results, max_nums, iou_thrs)
+    return _recall(range(len(targets)), truth_of_targets(targets, None), Predictions.of(results), max_nums, iou_thrs)
 
 
-def _recall(images, truth, results, max_nums=(100, 300, 1000), iou_thrs=None) -> dict[str, float]:
+def _recall(
+    ids: Sequence, truth: Truth, found: Predictions, max_nums=(100, 300, 1000), iou_thrs=None
+) -> dict[str, float]:
     if not max_nums or min(max_nums) < 1:
         raise ValueError(f"max_nums: expected numbers from 1 up, got {max_nums}")
     params = dict(use_cats=False, max_dets=sorted(max_nums))
     if iou_thrs is not None:
         params["iou_thrs"] = [float(t) for t in iou_thrs]
-    evaluation = coco_eval(images, truth, results, 1 + max((t["category"] for t in truth), default=0), **params)
+    evaluation = coco_eval(truth, found, ids, 1 + int(truth.labels.max(initial=0)), **params)
     # [thresholds, sizes (all first), max_nums], -1 without objects
     recall = np.asarray(evaluation.eval["recall"])[:, 0]
     means = np.where(recall.min(0) < 0, np.nan, recall.mean(0) * 100)
@@ -67,18 +70,24 @@ class _FirstStage(BaseDetector):
                 for (boxes, scores), factor in found]  # fmt: skip
 
 
-def evaluate_proposals(model: BaseDetector | Detector, dataset, batch_size: int | None = None) -> dict[str, float]:
+def evaluate_proposals(
+    model: BaseDetector | Detector,
+    dataset,
+    batch_size: int | None = None,
+    max_nums: Sequence[int] = (100, 300, 1000),
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
     """`proposal_recall` of an RPN, of the first stage of a FasterRCNN, or of what a Detector finds, on a dataset, whatever
-    the objects' classes; dataset and batch_size as in `predict`, truth and errors as in `evaluate`."""
+    the objects' classes; dataset, batch_size and advance as in `predict`, truth and errors as in `evaluate`."""
     require_hotcoco()
-    file, model = annotated(dataset), unwrapped(model)
+    (base, places), model = opened(dataset), unwrapped(model)
     if not isinstance(model, RPN | FasterRCNN | Detector):
         raise TypeError(f"model: expected an RPN, a FasterRCNN or a Detector, got {type(model).__name__}")
     model = as_detector(_FirstStage(model) if isinstance(model, FasterRCNN) else model)
-    if file is None:
-        found, targets = predict(model, dataset, batch_size)
-        return proposal_recall(targets, [(f["boxes"], f["scores"]) for f in found])
-    coco, indices = file
-    truth = truth_of_file(coco, indices)
+    if not isinstance(base, DetectionDataset):
+        found = predict(model, dataset, batch_size, by_class=False, advance=advance)
+        return _recall(places, truth_of_targets(found.targets, None, places), found, max_nums)
+    truth = base.truth(places)
     read_through(dataset)
-    return _recall([coco.images[i]["id"] for i in indices], truth, predict(model, dataset, batch_size)[0])
+    found = predict(model, dataset, batch_size, by_class=False, advance=advance)
+    return _recall([base.image_ids[p] for p in places], truth, found, max_nums)

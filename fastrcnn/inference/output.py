@@ -65,10 +65,10 @@ def write_picture(path: Path, picture: Tensor) -> None:
         image.save(encoded, "JPEG", quality=92)
     else:
         image.save(encoded, "PNG")
-    _replace(path, encoded.getvalue())
+    replace_file(path, encoded.getvalue())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Puts a file in the place of `path` in one step, when it is whole. Raises OSError naming the path."""
     path = Path(_resolved(path))  # of a link what it points to
     part = path.with_name(f".{os.getpid()}.part")
@@ -165,4 +165,4 @@ def _write_coco(lines: BinaryIO, folder: Path, categories: list[dict]) -> None:
     annotations = [a for row in rows for a in row["annotations"]]
     annotations = [dict(id=n, area=a["bbox"][2] * a["bbox"][3], iscrowd=0, **a) for n, a in enumerate(annotations, 1)]
     content = dict(images=[row["image"] for row in rows], annotations=annotations, categories=categories)
-    _replace(folder / "detections.json", json.dumps(content).encode())
+    replace_file(folder / "detections.json", json.dumps(content).encode())

@@ -183,9 +183,10 @@ class BaseDetector(nn.Module):
         feats = self.backbone(batch.to(self.dtype))
         return feats if self.neck is None else self.neck(feats)
 
-    def prepare(self, images: Sequence[Tensor]) -> tuple[Tensor, Frame]:
-        """(batch [B, 3, H, W], its geometry) of images [3, H, W] RGB, float in 0..1 or uint8, of any sizes."""
-        batch, sizes, factors = self.data_preprocessor(images, self.dtype)
+    def prepare(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> tuple[Tensor, Frame]:
+        """(batch [B, 3, H, W], its geometry) of images [3, H, W] RGB, float in 0..1 or uint8, of any sizes; sizes: (height,
+        width) to resize each to, in place of the model's own rule."""
+        batch, sizes, factors = self.data_preprocessor(images, self.dtype, sizes)
         return batch, Frame(sizes, tuple(batch.shape[2:]), factors)
 
     @torch.no_grad()
@@ -237,17 +238,17 @@ class BaseDetector(nn.Module):
 
     def _inside(self, name: str, target: dict, device: torch.device) -> dict:
         needed = ("boxes", "labels") if self.reads_labels else ("boxes",)
-        missing = [key for key in needed if key not in target]
+        missing = [key for key in needed if key not in target]  # checked where it lies: on the host nothing waits
         if missing:
             raise ValueError(f"{name}: expected the keys {' and '.join(needed)}, missing {missing}")
-        checked = {k: _boxes(f"{name}[{k!r}]", target[k], device) for k in ("boxes", "ignore_boxes") if k in target}
+        checked = {k: _boxes(f"{name}[{k!r}]", target[k]) for k in ("boxes", "ignore_boxes") if k in target}
         boxes = checked["boxes"]
         degenerate = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
         if bool(degenerate.any()):
             raise ValueError(f"{name}: expected boxes with x2 > x1 and y2 > y1, got {boxes[degenerate][0].tolist()}")
         if not self.reads_labels:
-            return {**checked, "labels": torch.zeros(len(boxes), dtype=torch.int64, device=device)}
-        labels = torch.as_tensor(target["labels"], device=device)
+            return _moved({**checked, "labels": torch.zeros(len(boxes), dtype=torch.int64)}, device)
+        labels = torch.as_tensor(target["labels"])
         if labels.shape != boxes.shape[:1]:
             expected = f"expected shape [{len(boxes)}], got {list(labels.shape)}"
             raise ValueError(f"{name}: {len(boxes)} boxes but {labels.numel()} labels: {expected}")
@@ -257,7 +258,7 @@ class BaseDetector(nn.Module):
         if bool(((inner < 0) | (inner >= self.num_classes)).any()):
             expected = f"{low}..{low + self.num_classes - 1}"
             raise ValueError(f"{name}: expected labels in {expected}, got {sorted(set(labels.tolist()))}")
-        return {**checked, "labels": inner}
+        return _moved({**checked, "labels": inner}, device)
 
     def forward(self, images: Sequence[Tensor], targets: list[dict] | None = None):
         """torchvision's convention. images: list of [3, H, W] RGB, float in 0..1 (or uint8), of any sizes.
@@ -275,9 +276,13 @@ class BaseDetector(nn.Module):
         )
 
 
-def _boxes(name: str, value, device: torch.device) -> Tensor:
+def _moved(target: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {k: v.to(device, non_blocking=True) for k, v in target.items()}
+
+
+def _boxes(name: str, value) -> Tensor:
     """[N, 4] in the precision of boxes; a target without objects may have an empty tensor of any shape."""
-    boxes = coordinates(torch.as_tensor(value, device=device))
+    boxes = coordinates(torch.as_tensor(value))
     if boxes.numel() and (boxes.dim() != 2 or boxes.shape[1] != 4):
         raise ValueError(f"{name}: expected shape [N, 4], got {list(boxes.shape)}")
     if not bool(boxes.isfinite().all()):

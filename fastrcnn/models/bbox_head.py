@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastrcnn.layers import ConvModule
 from fastrcnn.models.box_coder import build_box_coder
-from fastrcnn.models.losses import build_loss, positive_weight
+from fastrcnn.models.losses import avg_factor, box_loss, build_loss, positive_weight
 
 
 class ConvFCBBoxHead(nn.Module):
@@ -101,20 +101,15 @@ class ConvFCBBoxHead(nn.Module):
     def loss(
         self, logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor, pos_weight: float = -1
     ):
-        """(class loss, box loss). rois [K, 5], labels [K] with num_classes for background, gt_boxes [K, 4] (background
-        rows are not read); pos_weight: of the positives in the class loss, where it is above 0."""
-        count = max(len(labels), 1)
-        positive = labels < self.num_classes
-        loss_cls = self.loss_cls(logits, labels, count, positive_weight(positive, pos_weight))
-        pos = positive.nonzero()[:, 0]
-        if len(pos) == 0:
-            return loss_cls, deltas.sum() * 0.0
-        picked = deltas.view(len(deltas), -1, 4)
-        column = torch.zeros_like(labels[pos]) if self.reg_class_agnostic else labels[pos]
-        picked, boxes, truth = picked[pos, column], rois[pos, 1:], gt_boxes[pos]
-        if self.reg_decoded_bbox:
-            return loss_cls, self.loss_bbox(self.bbox_coder.decode(boxes, picked), truth, count)
-        return loss_cls, self.loss_bbox(picked, self.bbox_coder.encode(boxes, truth), count)
+        """(class loss, box loss). rois [K, 5], of which those with a negative image index are padding; labels [K] with
+        num_classes for background, gt_boxes [K, 4] (background rows are not read); pos_weight: of the positives in the
+        class loss, where it is above 0."""
+        sampled, positive = rois[:, 0] >= 0, labels < self.num_classes
+        count = avg_factor(sampled.sum(), 1, self.training)
+        loss_cls = self.loss_cls(logits, labels, count, positive_weight(positive, pos_weight) * sampled)
+        column = torch.zeros_like(labels) if self.reg_class_agnostic else labels.clamp(max=self.num_classes - 1)
+        moves = deltas.view(len(deltas), -1, 4).gather(1, column[:, None, None].expand(-1, 1, 4))[:, 0]
+        return loss_cls, box_loss(self, moves, rois[:, 1:], gt_boxes, count, positive & sampled)
 
 
 class BBoxHead(ConvFCBBoxHead):

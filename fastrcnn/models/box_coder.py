@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastrcnn.models.build import build
 from fastrcnn.ops import decode_boxes
+from fastrcnn.ops._checks import coordinates
 
 
 class DeltaXYWHBBoxCoder:
@@ -27,11 +28,14 @@ class DeltaXYWHBBoxCoder:
 
     def encode(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
         """boxes, gt_boxes [N, 4] xyxy pixels, boxes of positive size -> deltas [N, 4]."""
-        boxes, gt_boxes = boxes.float(), gt_boxes.float()  # targets are float32 in MMDetection, whatever the model is
+        boxes, gt_boxes = coordinates(boxes), coordinates(gt_boxes)  # float32 whatever the model is, as in MMDetection
         size, gt_size = boxes[:, 2:] - boxes[:, :2], gt_boxes[:, 2:] - gt_boxes[:, :2]
         centre, gt_centre = (boxes[:, :2] + boxes[:, 2:]) * 0.5, (gt_boxes[:, :2] + gt_boxes[:, 2:]) * 0.5
         deltas = torch.cat([(gt_centre - centre) / size, torch.log(gt_size / size)], -1)
-        return (deltas - deltas.new_tensor(self.means)) / deltas.new_tensor(self.stds)
+        columns = zip(
+            deltas.unbind(-1), self.means, self.stds
+        )  # as numbers: a tensor of them would be copied each time
+        return torch.stack([(d - mean) / std for d, mean, std in columns], -1)
 
     def decode(self, boxes: Tensor, deltas: Tensor, max_shape=None) -> Tensor:
         """boxes [N, 4], deltas [N, 4 * C] -> [N, 4 * C] xyxy pixels, clipped to max_shape (height, width) if given."""

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from fastrcnn.models.anchors import AnchorGenerator, build_anchor_generator
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder, build_box_coder
 from fastrcnn.models.frame import Frame
-from fastrcnn.models.losses import build_loss
+from fastrcnn.models.losses import box_loss, build_loss
 from fastrcnn.models.matching import assign, check_assigner
 from fastrcnn.models.profiles import Profile, get_profile
-from fastrcnn.ops._checks import coordinates
 
 
 def flat_levels(maps: Sequence[Tensor], columns: int) -> Tensor:
@@ -82,15 +81,13 @@ class DenseHead(nn.Module):
         if self.profile.anchors_inside:
             sizes, border = [x.shape[2:] for x in maps], self.train_cfg["allowed_border"]
             inside = self.anchor_generator.inside(sizes, frame.sizes, border, self.pad_size_divisor, anchors.device)
-            if not bool(inside.all()):
-                nowhere = anchors.new_tensor([-1e6, -1e6, -1e6, -1e6])
-                candidates = torch.where(inside[..., None], anchors, nowhere)
+            candidates = torch.where(inside[..., None], anchors, -1e6)
         matches, max_iou = assign(candidates, targets, self.train_cfg["assigner"], self.profile)
         return anchors, matches if inside is None else torch.where(inside, matches, -2), max_iou
 
-    def box_loss(self, deltas: Tensor, anchors: Tensor, boxes: Tensor, avg_factor) -> Tensor:
-        """deltas [P, 4] of the positive anchors [P, 4], boxes [P, 4] their ground truth; compared as deltas or boxes."""
-        if self.reg_decoded_bbox:
-            anchors = anchors.to(coordinates(deltas).dtype)
-            return self.loss_bbox(self.bbox_coder.decode(anchors, deltas), boxes, avg_factor)
-        return self.loss_bbox(deltas, self.bbox_coder.encode(anchors, boxes), avg_factor)
+    def box_loss(
+        self, deltas: Tensor, anchors: Tensor, boxes: Tensor, avg_factor, positive: Tensor | None = None
+    ) -> Tensor:
+        """deltas [P, 4] of the anchors [P, 4], boxes [P, 4] their ground truth; compared as deltas or boxes. positive [P]:
+        the rows that count, None for all."""
+        return box_loss(self, deltas, anchors, boxes, avg_factor, positive)

@@ -10,7 +10,7 @@ from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.build import build, settings
 from fastrcnn.models.dense_head import flat_levels, init_normal
 from fastrcnn.models.frame import Frame
-from fastrcnn.models.losses import EPS, GIoULoss, IoULoss, build_loss
+from fastrcnn.models.losses import GIoULoss, IoULoss, avg_factor, build_loss
 from fastrcnn.models.post_process import nms_limit
 from fastrcnn.models.profiles import Profile, get_profile
 from fastrcnn.models.rpn_head import check_proposal_cfg
@@ -269,17 +269,21 @@ class FCOSHead(nn.Module):
         """(objectness loss, box loss, centerness loss), scalars. targets: dicts with boxes [M, 4], all one class. Every
         position of the batch counts, those in the padding (outside frame.sizes) as background."""
         positive, distances = self.assigned(cls_scores, targets)
-        count = max(int(positive.sum()), 1)
-        truth, moves = distances[positive], flat_levels(bbox_preds, 4)[positive]  # [P, 4]
+        positive, distances = positive.flatten(), distances.flatten(0, 1)
+        count = avg_factor(positive.sum(), 1, self.training)
+        # What is in no object compares a box with itself, and has no weight.
+        truth, moves = (
+            torch.where(positive[:, None], x, 1.0) for x in (distances, flat_levels(bbox_preds, 4).flatten(0, 1))
+        )
         centered = centerness_target(truth)
+        weight = centered * positive
         # An IoU does not depend on where the point is: boxes around the origin.
-        signs = truth.new_tensor([-1, -1, 1, 1])
-        elements = self.loss_bbox.elements(moves * signs, truth * signs) * centered
-        box = self.loss_bbox.loss_weight * elements.sum() / (centered.sum().clamp(min=1e-6) + EPS)
+        signs = torch.arange(4, device=truth.device) // 2 * 2 - 1  # -1, -1, 1, 1
+        box = self.loss_bbox(moves * signs, truth * signs, avg_factor(weight.sum(), 1e-6, self.training), weight)
         return (
-            self.loss_cls(flat_levels(cls_scores, 1).flatten(), positive.flatten().long(), count),
+            self.loss_cls(flat_levels(cls_scores, 1).flatten(), positive.long(), count),
             box,
-            self.loss_centerness(flat_levels(centernesses, 1)[..., 0][positive], centered, count),
+            self.loss_centerness(flat_levels(centernesses, 1).flatten(), centered, count, positive),
         )
 
 

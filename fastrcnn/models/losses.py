@@ -6,6 +6,7 @@ Box losses compare deltas (L1, smooth L1, balanced L1) or, with reg_decoded_bbox
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,12 +16,32 @@ from fastrcnn.ops._checks import coordinates
 EPS = torch.finfo(torch.float32).eps  # MMDetection adds it to every avg_factor
 
 
-def positive_weight(positive: Tensor, pos_weight: float) -> Tensor | None:
-    """Weights [N] of MMDetection's `pos_weight`: that much for positives, 1 for the rest; None where it is not above 0."""
-    return None if pos_weight <= 0 else torch.where(positive, float(pos_weight), 1.0)
+def positive_weight(positive: Tensor, pos_weight: float) -> Tensor:
+    """Weights [N] of MMDetection's `pos_weight`: that much for positives where it is above 0, 1 for the rest."""
+    return torch.where(positive, float(pos_weight) if pos_weight > 0 else 1.0, 1.0)
 
 
-def _weighted(elements: Tensor, weight: Tensor | None, loss_weight: float, avg_factor: float) -> Tensor:
+def processes() -> int:
+    """How many processes train one model together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def avg_factor(count: Tensor, least: float, training: bool) -> Tensor:
+    """What a sum over this process's samples is divided by, so that the mean of all processes' losses is the loss of their
+    joined batch: the count of all of them, at least `least`, over their number. Outside of training, `count` alone."""
+    count = count.float()
+    if training and processes() > 1:
+        dist.all_reduce(count)
+        return count.clamp(min=least) / processes()
+    return count.clamp(min=least)
+
+
+def _one_hot(target: Tensor, columns: int) -> Tensor:
+    """bool [N, columns]; F.one_hot waits for the device to look at the target."""
+    return target[:, None] == torch.arange(columns, device=target.device)
+
+
+def _weighted(elements: Tensor, weight: Tensor | None, loss_weight: float, avg_factor: float | Tensor) -> Tensor:
     if weight is not None:
         elements = elements * weight.view(-1, *[1] * (elements.dim() - 1))
     return loss_weight * elements.sum() / (avg_factor + EPS)
@@ -44,7 +65,7 @@ class CrossEntropyLoss(nn.Module):
         weight = None if self.class_weight is None else pred.new_tensor(self.class_weight)
         if not self.use_sigmoid:
             return F.cross_entropy(pred, target, weight, reduction="none")
-        one_hot = target if pred.dim() == 1 else F.one_hot(target, pred.shape[1])
+        one_hot = target if pred.dim() == 1 else _one_hot(target, pred.shape[1])
         return F.binary_cross_entropy_with_logits(pred, one_hot.to(pred), reduction="none", pos_weight=weight)
 
     def forward(self, pred: Tensor, target: Tensor, avg_factor: float, weight: Tensor | None = None) -> Tensor:
@@ -69,7 +90,7 @@ class FocalLoss(nn.Module):
         """[N, C] from pred [N, C] logits and target [N] int64, C standing for background; or [N] from pred [N] and the
         foreground indicator [N], as an RPN has them."""
         pred = coordinates(pred)
-        one_hot = target if pred.dim() == 1 else F.one_hot(target, pred.shape[1] + 1)[:, :-1]
+        one_hot = target if pred.dim() == 1 else _one_hot(target, pred.shape[1])
         one_hot = one_hot.to(pred.dtype)
         p = pred.sigmoid()
         miss = (1 - p) * one_hot + p * (1 - one_hot)
@@ -88,8 +109,9 @@ class _BoxLoss(nn.Module):
         super().__init__()
         self.loss_weight = loss_weight
 
-    def forward(self, pred: Tensor, target: Tensor, avg_factor: float) -> Tensor:
-        return self.loss_weight * self.elements(coordinates(pred), target).sum() / (avg_factor + EPS)
+    def forward(self, pred: Tensor, target: Tensor, avg_factor: float | Tensor, weight: Tensor | None = None) -> Tensor:
+        """weight [N]: of each row, none for 1."""
+        return _weighted(self.elements(coordinates(pred), target), weight, self.loss_weight, avg_factor)
 
 
 class L1Loss(_BoxLoss):
@@ -223,3 +245,15 @@ def build_loss(cfg: dict | nn.Module) -> nn.Module:
     if options.pop("reduction", "mean") != "mean":
         raise ValueError(f"loss: expected reduction='mean', got {cfg}")
     return build(options, LOSSES, "loss")
+
+
+def box_loss(head, deltas: Tensor, anchors: Tensor, boxes: Tensor, avg_factor, positive: Tensor | None) -> Tensor:
+    """The loss of a head with `bbox_coder`, `loss_bbox` and `reg_decoded_bbox`: see `DenseHead.box_loss`."""
+    if positive is not None:  # rows that do not count compare a box with itself: what they hold may be no box at all
+        rows, unit = positive[:, None], torch.arange(4, device=anchors.device) // 2  # xyxy 0, 0, 1, 1
+        anchors, boxes = (torch.where(rows, x, unit.to(x.dtype)) for x in (anchors, boxes))
+        deltas = torch.where(rows, deltas, 0.0)
+    if head.reg_decoded_bbox:
+        anchors = anchors.to(coordinates(deltas).dtype)
+        return head.loss_bbox(head.bbox_coder.decode(anchors, deltas), boxes, avg_factor, positive)
+    return head.loss_bbox(deltas, head.bbox_coder.encode(anchors, boxes), avg_factor, positive)

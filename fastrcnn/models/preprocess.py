@@ -47,8 +47,14 @@ class DataPreprocessor(nn.Module):
         self.mean, self.std = tuple(mean or profile.mean), tuple(std or profile.std)
         self.bgr = profile.bgr if bgr_to_rgb is None else not bgr_to_rgb
 
-    def forward(self, images: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-        """images: [3, H, W] RGB each, float in 0..1 or uint8, of any sizes.
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        dtype: torch.dtype = torch.float32,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """images: [3, H, W] RGB each, float in 0..1 or uint8, of any sizes; sizes: (height, width) to resize each to, where
+        min_size and max_size shall not decide.
 
         Returns batch [B, 3, H', W'] channels-last in `dtype`, H' and W' multiples of pad_size_divisor, zero-padded right
         and below; image sizes [B, 2] int64 (height, width) before padding; scale factors [B, 2] float32 (width, height),
@@ -59,7 +65,7 @@ class DataPreprocessor(nn.Module):
         # The operator checks the images: what is none has a size of one pixel until it is named there.
         pictures = [isinstance(x, Tensor) and x.dim() == 3 and x.numel() > 0 for x in images]
         old = [tuple(x.shape[1:]) if is_one else (1, 1) for x, is_one in zip(images, pictures)]
-        new = [resized_size(*size, self.min_size, self.max_size, p.resize) for size in old]
+        new = sizes or [resized_size(*size, self.min_size, self.max_size, p.resize) for size in old]
         padded = [(max(sides) + step - 1) // step * step for sides in zip(*new)]
         batch = preprocess(images, new, padded, self.mean, self.std, p.resize, self.bgr, dtype)
         # Sizes and factors travel in one copy that nobody waits for, and are divided where they arrive.

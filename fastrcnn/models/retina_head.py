@@ -4,14 +4,16 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.anchors import build_anchor_generator
 from fastrcnn.models.build import settings
 from fastrcnn.models.dense_head import DenseHead, flat_levels, init_normal
 from fastrcnn.models.frame import Frame
-from fastrcnn.models.losses import build_loss, positive_weight
+from fastrcnn.models.losses import avg_factor, build_loss, positive_weight, processes
 from fastrcnn.models.padded import Padded
 from fastrcnn.models.post_process import MOST_CANDIDATES, check_nms, finish, lost
 from fastrcnn.models.profiles import Profile
@@ -153,25 +155,34 @@ class RetinaHead(DenseHead):
         """(class loss, box loss), scalars. targets: dicts with boxes [M, 4], labels [M], optionally ignore_boxes [R, 4]."""
         anchors, matches, _ = self.assigned(logits, frame, targets)
         flat_logits, flat_deltas = flat_levels(logits, self.num_classes), flat_levels(deltas, 4)
-        picked = []
-        for i, target in enumerate(targets):
-            pos, used = (matches[i] >= 0).nonzero()[:, 0], (matches[i] >= -1).nonzero()[:, 0]
-            owners = matches[i, pos]
-            labels = torch.full_like(matches[i], self.num_classes)
-            labels[pos] = target["labels"][owners]
-            picked.append(
-                (flat_logits[i, used], labels[used], flat_deltas[i, pos], anchors[pos], target["boxes"][owners])
-            )
-        counts = [max(len(rows[4]), 1) for rows in picked]
+        # A row more, which background reads: no box, and the label of the background.
+        gts = pad_sequence([F.pad(t["boxes"], (0, 0, 0, 1)) for t in targets], True)
+        labels = pad_sequence(
+            [F.pad(t["labels"], (0, 1), value=self.num_classes) for t in targets], True, self.num_classes
+        )
+        owners = matches.clamp(min=-1) % gts.shape[1]
+        rows = (
+            flat_logits,
+            labels.gather(1, owners),
+            flat_deltas,
+            anchors.expand_as(flat_deltas),
+            take_boxes(gts, owners),
+        )
+        counts = (matches >= 0).sum(1)  # [B]
         if self.profile.dense_divisor == "image":
-            losses = [self._losses(*rows, count * len(targets)) for rows, count in zip(picked, counts)]
+            images = avg_factor(torch.full_like(counts[:1], len(counts)), 1, self.training)
+            divisors = counts.clamp(min=1) * images
+            losses = [self._losses(*row, divisor) for *row, divisor in zip(*rows, matches, divisors)]
             return sum(a for a, _ in losses), sum(b for _, b in losses)
-        count = sum(counts)
-        if self.profile.dense_divisor == "running":
-            count = max(sum(len(rows[4]) for rows in picked), 1)
-            count = self.loss_normalizer.mul_(0.9).add_(0.1 * count).clone()
-        return self._losses(*(torch.cat(column) for column in zip(*picked)), count)
+        if self.profile.dense_divisor == "positives":
+            count = avg_factor(counts.clamp(min=1).sum(), 1, self.training)
+        else:  # "running": the mean is of the joined batch's positives, the divisor a process's share of it
+            share = processes() if self.training else 1
+            count = avg_factor(counts.sum(), 1, self.training) * share
+            count = self.loss_normalizer.mul_(0.9).add_(0.1 * count) / share
+        return self._losses(*(x.flatten(0, 1) for x in (*rows, matches)), count)
 
-    def _losses(self, logits, labels, deltas, anchors, boxes, divisor) -> tuple[Tensor, Tensor]:
-        weight = positive_weight(labels < self.num_classes, self.train_cfg["pos_weight"])
-        return self.loss_cls(logits, labels, divisor, weight), self.box_loss(deltas, anchors, boxes, divisor)
+    def _losses(self, logits, labels, deltas, anchors, boxes, matches, divisor) -> tuple[Tensor, Tensor]:
+        positive = matches >= 0
+        weight = positive_weight(positive, self.train_cfg["pos_weight"]) * (matches >= -1)
+        return self.loss_cls(logits, labels, divisor, weight), self.box_loss(deltas, anchors, boxes, divisor, positive)

@@ -152,7 +152,8 @@ class StandardRoIHead(nn.Module):
     def _targets(
         self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, targets: list[dict]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sampled RoIs [K, 5], their labels [K] and matched ground truth [K, 4], image by image, positives first."""
+        """Sampled RoIs [K, 5], their labels [K] and matched ground truth [K, 4], image by image, positives first. An image
+        with fewer than the sampler's number is filled up with rows of image index -1, which take no part."""
         background = self.bbox_head.num_classes
         gts = pad_sequence([t["boxes"] for t in targets], True)  # [B, M, 4]
         labels = pad_sequence([t["labels"] for t in targets], True, background)
@@ -169,9 +170,13 @@ class StandardRoIHead(nn.Module):
             losses = self.bbox_head.loss_cls.elements(logits, labels[image, matches[image, indices]])
             return losses.reshape(len(indices), -1).sum(1)
 
-        found = []
-        for i, sides in enumerate(sample_images(matches, self.sampler, max_iou, loss_of)):
-            chosen = torch.cat(sides)
-            owner = matches[i, chosen]
-            found.append((rois_of(i, chosen), labels[i, owner], gts[i, owner]))
-        return tuple(torch.cat(column) for column in zip(*found))
+        front = gts.shape[1] - 1 if boxes.shape[1] > proposals.shape[1] and self.profile.gt_first else 0
+        indices, _ = sample_images(matches, self.sampler, max_iou, loss_of, front)
+        used, picked = indices >= 0, indices.clamp(min=0)
+        image = torch.arange(len(picked), device=picked.device)[:, None].expand_as(picked)
+        owner = torch.where(used, matches.gather(1, picked), -1) % gts.shape[1]
+        rois = torch.cat([torch.where(used, image, -1)[..., None].to(boxes), take_boxes(boxes, picked)], -1)
+        found = rois.flatten(0, 1), labels.gather(1, owner).flatten(), take_boxes(gts, owner).flatten(0, 1)
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.modules()):
+            found = tuple(x[used.flatten()] for x in found)  # padding would be part of the batch's statistics
+        return found

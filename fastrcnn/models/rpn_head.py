@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.build import settings
 from fastrcnn.models.dense_head import DenseHead, flat_levels, init_normal
 from fastrcnn.models.frame import Frame
-from fastrcnn.models.losses import build_loss, positive_weight
+from fastrcnn.models.losses import avg_factor, build_loss, positive_weight
 from fastrcnn.models.post_process import check_nms, nms_limit
 from fastrcnn.models.profiles import Profile
 from fastrcnn.models.sampling import build_sampler, sample_images
@@ -144,18 +146,20 @@ class RPNHead(DenseHead):
         """(objectness loss, box loss), scalars. targets: dicts with boxes [M, 4] and optionally ignore_boxes [R, 4]."""
         anchors, matches, max_iou = self.assigned(logits, frame, targets)
         flat_logits, flat_deltas = flat_levels(logits, 1)[..., 0], flat_levels(deltas, 4)
-        picked, sampled, floor = [], 0, 0
-        picks = sample_images(matches, self.sampler, max_iou)
-        for i, (target, (pos, neg)) in enumerate(zip(targets, picks)):
-            chosen = torch.cat([pos, neg])
-            labels = (matches[i, chosen] >= 0).long()
-            picked.append(
-                (flat_logits[i, chosen], labels, flat_deltas[i, pos], anchors[pos], target["boxes"][matches[i, pos]])
-            )
-            sampled += len(chosen)
-            floor += max(len(pos), 1) + max(len(neg), 1)
-        scores, labels, moves, boxes, truth = (torch.cat(column) for column in zip(*picked))
-        num = self.sampler.num * len(matches)
-        avg_factor = dict(floored=floor, sampled=max(sampled, 1), num=num)[self.profile.rpn_divisor]
-        weight = positive_weight(labels > 0, self.train_cfg["pos_weight"])
-        return self.loss_cls(scores, labels, avg_factor, weight), self.box_loss(moves, boxes, truth, avg_factor)
+        indices, counts = sample_images(matches, self.sampler, max_iou)
+        divisor = dict(floored=counts.clamp(min=1), sampled=counts, num=torch.full_like(counts, self.sampler.num / 2))
+        factor = avg_factor(divisor[self.profile.rpn_divisor].sum(), 1, self.training)
+        picked = indices.clamp(min=0)  # of what is no sample the weight is zero
+        owners = matches.gather(1, picked)
+        labels = (owners >= 0).long().flatten()
+        weight = positive_weight(labels > 0, self.train_cfg["pos_weight"]) * (indices >= 0).flatten()
+        loss_cls = self.loss_cls(flat_logits.gather(1, picked).flatten(), labels, factor, weight)
+        # Positives come first, and no more than that.
+        first = picked[:, : int(self.sampler.num * self.sampler.pos_fraction)]
+        positive = torch.arange(first.shape[1], device=first.device) < counts[:, :1]
+        gts = pad_sequence(
+            [F.pad(t["boxes"], (0, 0, 0, 1)) for t in targets], True
+        )  # a row more: of what has no object
+        truth = take_boxes(gts, owners[:, : first.shape[1]].clamp(min=0)).flatten(0, 1)
+        moves = take_boxes(flat_deltas, first).flatten(0, 1)
+        return loss_cls, self.box_loss(moves, anchors[first].flatten(0, 1), truth, factor, positive.flatten())

@@ -3,15 +3,19 @@
 `sample` picks positives first, then negatives up to `num`. RandomSampler draws both at random, OHEMSampler takes those
 with the highest loss (Shrivastava et al., 2016), InstanceBalancedPosSampler and IoUBalancedNegSampler (Libra R-CNN, Pang
 et al., 2019) spread the draw over the ground-truth boxes and over the IoU; CombinedSampler names one for each side.
-`sample_batch` is RandomSampler for a whole batch, in static shapes; `sample_images` takes it where it can.
+`sample_batch` is RandomSampler for a whole batch, in static shapes; `sample_images` takes it where it can. Under `seeded`
+the draw of an image depends on its own seed alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 OPTIONS = dict(num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True)
 # type -> the options that are its alone
@@ -149,14 +153,43 @@ def sample(
     return positives, side(sampler.neg, matches == -1, most)
 
 
-def sample_batch(matches: Tensor, num: int, pos_fraction: float, neg_pos_ub: float = -1) -> tuple[Tensor, Tensor]:
+_seeds: ContextVar[Sequence[int] | None] = ContextVar("seeds", default=None)
+
+
+@contextmanager
+def seeded(seeds: Sequence[int]) -> Iterator[None]:
+    """RandomSampler draws for each image of a batch from its own seed, so that neither the other images of the batch nor
+    the process that has it changes the draw."""
+    token = _seeds.set(seeds)
+    try:
+        yield
+    finally:
+        _seeds.reset(token)
+
+
+def _random_keys(matches: Tensor, front: int) -> Tensor:
+    """A random number of [0, 1) for each box [B, N]. With seeds the first `front` columns, ground truth padded to the
+    largest count of the batch, draw last: those behind get the same numbers in any batch."""
+    seeds, (batch, n), device = _seeds.get(), matches.shape, matches.device
+    if seeds is None or not batch:
+        return torch.rand(batch, n, device=device)
+    if len(seeds) != batch:
+        raise ValueError(f"seeds: expected one for each of the {batch} images, got {len(seeds)}")
+    generator = torch.Generator(device)
+    keys = [torch.rand(n, generator=generator.manual_seed(seed), device=device) for seed in seeds]
+    return torch.stack(keys).roll(front, 1)
+
+
+def sample_batch(
+    matches: Tensor, num: int, pos_fraction: float, neg_pos_ub: float = -1, front: int = 0
+) -> tuple[Tensor, Tensor]:
     """RandomSampler for a batch: (indices [B, S] with S = min(num, N), how many positives and negatives [B, 2]).
 
-    matches [B, N] and the limits as in `sample`. A row holds the positives, then the negatives, each in ascending order,
-    then -1. Nothing waits for the device.
+    matches [B, N] and the limits as in `sample`; front: how many columns are ground truth that joined in front. A row holds
+    the positives, then the negatives, each in ascending order, then -1. Nothing waits for the device.
     """
     n = matches.shape[1]
-    keys, last = torch.rand(matches.shape, device=matches.device), 2.0
+    keys, last = _random_keys(matches, front), 2.0
     # The smallest of independent random keys are a uniform draw without replacement, and so is any prefix of them.
     pos_keys, pos = torch.where(matches >= 0, keys, last).topk(min(int(num * pos_fraction), n), largest=False)
     neg_keys, neg = torch.where(matches == -1, keys, last).topk(min(num, n), largest=False)
@@ -174,14 +207,20 @@ def sample_batch(matches: Tensor, num: int, pos_fraction: float, neg_pos_ub: flo
 
 
 def sample_images(
-    matches: Tensor, sampler: Sampler, max_iou: Tensor, loss_of: Callable[[int, Tensor], Tensor] | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """`sample` of each image, matches and max_iou [B, N]; loss_of: of (image, indices).
+    matches: Tensor,
+    sampler: Sampler,
+    max_iou: Tensor,
+    loss_of: Callable[[int, Tensor], Tensor] | None = None,
+    front: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(indices [B, S], counts [B, 2]) as `sample_batch` gives them, by any sampler. matches and max_iou [B, N]; loss_of: of
+    (image, indices).
 
-    RandomSampler waits for the device once a batch, for the counts; every other sampler several times an image.
+    RandomSampler does not wait for the device; every other one does, several times an image.
     """
-    if any(side != {"type": "RandomSampler"} for side in (sampler.pos, sampler.neg)):
-        losses = [loss_of and partial(loss_of, i) for i in range(len(matches))]
-        return [sample(m, sampler, iou, loss) for m, iou, loss in zip(matches, max_iou, losses)]
-    indices, counts = sample_batch(matches, sampler.num, sampler.pos_fraction, sampler.neg_pos_ub)
-    return [row[: sum(count)].split(count) for row, count in zip(indices, counts.tolist())]
+    if all(side == {"type": "RandomSampler"} for side in (sampler.pos, sampler.neg)):
+        return sample_batch(matches, sampler.num, sampler.pos_fraction, sampler.neg_pos_ub, front)
+    losses = [loss_of and partial(loss_of, i) for i in range(len(matches))]
+    picks = [sample(m, sampler, iou, loss) for m, iou, loss in zip(matches, max_iou, losses)]
+    counts = torch.tensor([[len(side) for side in sides] for sides in picks], device=matches.device)
+    return pad_sequence([torch.cat(sides) for sides in picks], True, -1), counts

@@ -8,6 +8,7 @@ weights with these numbers in the file's metadata.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from fastrcnn.data import CocoDataset
-from fastrcnn.data.coco import apply
 from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.data.transforms import apply
 from fastrcnn.evaluation import evaluate
 from fastrcnn.evaluation.coco import require_hotcoco
 from fastrcnn.models import faster_rcnn
-from fastrcnn.training.trainer import train
+from fastrcnn.training.loop import train
+from fastrcnn.training.recipe import get_recipe
 from fastrcnn.weights import save, writable
 
 CLASS_NAMES = ["RBC", "WBC", "Platelets"]
@@ -38,6 +40,9 @@ OVERRIDES = dict(
         bbox_head=dict(in_channels=48, fc_out_channels=96),
     ),
 )
+# With the changes of pictures that `main` makes itself, and at one size.
+RECIPE = get_recipe("finetune", flip=0.0, photometric=False, warmup=100)
+RECIPE = dataclasses.replace(RECIPE, multi_scale=None)
 
 
 class RenderedCells(Dataset):
@@ -79,7 +84,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = faster_rcnn("r18_fpn", num_classes=len(CLASS_NAMES), **OVERRIDES)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sum(map(len, parts))} images")
-    model = train(model, ConcatDataset(parts), args.epochs, batch_size=4, lr=0.02)
+    model = train(model, ConcatDataset(parts), RECIPE, epochs=args.epochs, lr=0.02)
     model.class_names = CLASS_NAMES
     model = model.half().float()  # as it will be read again
     scores = {"renders": evaluate(model, RenderedCells(60, HELD_OUT_SEED))}

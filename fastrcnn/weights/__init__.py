@@ -4,6 +4,7 @@ from fastrcnn.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from fastrcnn.weights.load import coco_address, infer_model, load_pretrained, load_weights, pretrained_model
 from fastrcnn.weights.named import named_model
 from fastrcnn.weights.save import export_weights, model_metadata, save, writable
+from fastrcnn.weights.start import model_to_train
 
 __all__ = [
     "Checkpoint",
@@ -14,6 +15,7 @@ __all__ = [
     "load_pretrained",
     "load_weights",
     "model_metadata",
+    "model_to_train",
     "named_model",
     "pretrained_model",
     "save",

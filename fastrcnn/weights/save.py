@@ -143,6 +143,8 @@ def save(model: Detector, path: str | Path, notes: Mapping[str, str] | None = No
                 file.write(to_bytes(content["state_dict"], content["meta"]))
             else:
                 torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

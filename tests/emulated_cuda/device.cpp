@@ -60,7 +60,14 @@ struct WarpSlot {  // one for each mask that a warp has used
   Barrier barrier;
   LaneValue value[2][kWarp];
 };
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes;
+  bool zeros;
+};
 struct Fiber : Thread {
+  std::vector<std::vector<Copy>> groups;  // copies that are still to come; the last group is not committed
   void* stack_pointer = nullptr;
   void* tsan = nullptr;
   bool done = false, slept = false;
@@ -78,6 +85,7 @@ struct Block {  // the place of a resident block: one block after another uses i
   std::vector<std::deque<WarpSlot>> warps;
   Barrier barrier;
   unsigned live = 0;
+  bool late_copies = false;
   Fiber* self = nullptr;
   const std::function<void()>* kernel = nullptr;
   void *scheduler = nullptr, *scheduler_tsan = nullptr;
@@ -104,6 +112,11 @@ class Watch {
   std::atomic<uint64_t> progress_{1};
   std::vector<std::atomic<uint64_t>> stuck_;
 };
+
+void perform(std::vector<Copy>& copies) {
+  for (const Copy& c : copies) c.zeros ? memset(c.to, 0, c.bytes) : memcpy(c.to, c.from, c.bytes);
+  copies.clear();
+}
 
 void back_to_scheduler() {
   Block& b = *resident;
@@ -182,8 +195,9 @@ void start(Block& b) {
 // Rounds over the threads, each from the first to the last or the other way: what comes out wrong in one of the two lacks
 // a barrier.
 void run(Block& b, unsigned seed, Watch& watch, size_t worker) {
-  static const char* const fixed = getenv("EMULATED_CUDA_ORDER");
+  const char *const fixed = getenv("EMULATED_CUDA_ORDER"), *const copies = getenv("EMULATED_CUDA_COPIES");
   std::minstd_rand random(seed);
+  b.late_copies = copies ? *copies == 'l' : random() >> 8 & 1;
   start(b);
   tsan::release(&b.started);
   const unsigned threads = b.live;
@@ -279,6 +293,21 @@ const LaneValue* sync_warp(unsigned mask, const LaneValue& value, bool orders_me
   slot.value[parity][lane] = value;
   wait(slot.barrier, std::popcount(mask), orders_memory);
   return slot.value[parity];
+}
+
+void copy_async(void* to, const void* from, unsigned bytes, bool zeros) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) fail("a misaligned copy");
+  auto& groups = resident->self->groups;
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back({to, from, bytes, zeros});
+  if (!resident->late_copies) perform(groups.back());
+}
+
+void commit_copies() { resident->self->groups.emplace_back(); }
+
+void wait_for_copies(size_t pending) {
+  auto& groups = resident->self->groups;
+  for (; groups.size() > pending + 1; groups.erase(groups.begin())) perform(groups.front());
 }
 
 void sleep() {

@@ -35,6 +35,13 @@ void launch(dim3 grid, dim3 block, size_t dynamic_shared, const std::function<vo
 int sync_block(bool vote);
 // Waits for the lanes of the mask; what each of them gave, to be read before the lane's next but one call.
 const LaneValue* sync_warp(unsigned mask, const LaneValue& value, bool orders_memory);
+// A copy to shared memory, or zeros there, at once or not before the thread waits for it: EMULATED_CUDA_COPIES=early or
+// =late, else the seed, decides for the block. A kernel that is right with both neither reads too early nor overwrites.
+void copy_async(void* to, const void* from, unsigned bytes, bool zeros);
+// The thread's copies since the last commit are a group.
+void commit_copies();
+// Until all of the thread's groups but the last `pending` are done.
+void wait_for_copies(size_t pending);
 // Lets others run. A loop that waits for another block must call it: that is how a deadlock is told from work.
 void sleep();
 // Ends the process with a message that names block and thread.

@@ -54,6 +54,9 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) { return cudaSuccess; }
 
 #define threadIdx (::emulated::here.self->index)
 #define blockIdx (::emulated::here.index)
@@ -99,6 +102,8 @@ T reduce(unsigned mask, T value, F f) {
 }
 
 }  // namespace emulated
+
+#include "emulated_mma.h"
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulated::sync_warp(mask, {}, true); }
 inline unsigned __ballot_sync(unsigned mask, int p) {

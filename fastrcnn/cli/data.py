@@ -1,0 +1,97 @@
+"""fastrcnn data: check, convert, split."""
+
+import json as to_json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastrcnn.cli.common import console, fail, printable
+
+data = typer.Typer(no_args_is_help=True, help="Look through annotated pictures, convert and split them.")
+Source = Annotated[Path, typer.Argument(help="folder or annotation file, of COCO's, Pascal VOC's or YOLO's")]
+Images = Annotated[Path | None, typer.Option(help="picture folder [default: looked for around the annotations]")]
+Out = Annotated[Path, typer.Option(help="a folder that is empty or not there yet")]
+EXAMPLES = 5
+
+
+def say(line: str) -> None:
+    console.print(printable(line), markup=False, soft_wrap=True)
+
+
+def print_findings(findings) -> None:
+    """A line a kind with its number, and the first of each."""
+    for kind, count in findings.counts.most_common():
+        dropped = findings.dropped[kind]
+        say(f"{count:7} {kind}" + (f", {dropped} dropped" if dropped else ""))
+        examples = [f for f in findings if f.kind == kind][:EXAMPLES]
+        for finding in examples:
+            say(f"          {finding}")
+        if count > len(examples):
+            say(f"          and {count - len(examples)} more")
+
+
+@data.command()
+def check(
+    path: Source,
+    images: Images = None,
+    strict: Annotated[bool, typer.Option("--strict", help="exit status 1 for any fault")] = False,
+    json: Annotated[bool, typer.Option("--json", help="everything that was found, as JSON")] = False,
+) -> None:
+    """What is wrong with a dataset: entries, boxes, pictures, splits; each by file and entry, counted."""
+    from fastrcnn.data import check as run
+    from fastrcnn.data.check import faults
+
+    try:
+        findings = run(path, images)
+    except (ValueError, OSError) as error:
+        fail(error)
+    wrong = faults(findings)
+    if json:
+        console.print(to_json.dumps(findings.to_json()), markup=False, soft_wrap=True)
+    else:
+        print_findings(findings)
+        dropped = sum(findings.dropped.values())
+        say(f"{path}: {sum(wrong.values())} faults; what is dropped is left out of training: {dropped} entries")
+    if strict and wrong:
+        fail(f"{path}: refused: {', '.join(f'{count} {kind}' for kind, count in wrong.items())}")
+
+
+@data.command()
+def convert(
+    path: Source,
+    to: Annotated[str, typer.Option(help="coco, voc or yolo")],
+    out: Out,
+    images: Images = None,
+) -> None:
+    """Write a dataset, with its splits and pictures, in another format."""
+    from fastrcnn.data import convert as run
+
+    try:
+        done, datasets = run(path, to, out, images)
+    except (ValueError, OSError) as error:
+        fail(error)
+    for dataset in datasets:
+        print_findings(dataset.findings)
+    say(f"{out}: " + ", ".join(f"{count} {what}" for what, count in done.items()))
+
+
+@data.command()
+def split(
+    path: Source,
+    out: Out,
+    val: Annotated[float, typer.Option(help="part of the pictures")] = 0.2,
+    test: Annotated[float, typer.Option(help="part of the pictures")] = 0.0,
+    seed: int = 0,
+    to: Annotated[str | None, typer.Option(help="coco, voc or yolo [default: as it is]")] = None,
+    images: Images = None,
+) -> None:
+    """Write a dataset as a training and a validation set, and perhaps a test set."""
+    from fastrcnn.data import split as run
+
+    try:
+        done, counts = run(path, out, val, test, seed, to, images)
+    except (ValueError, OSError) as error:
+        fail(error)
+    sets = ", ".join(f"{count} {name}" for name, count in counts.items())
+    say(f"{out}: {sets}; " + ", ".join(f"{count} {what}" for what, count in done.items()))

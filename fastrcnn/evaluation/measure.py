@@ -1,0 +1,60 @@
+"""A model and a dataset in, COCO's numbers out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from fastrcnn.data import DetectionDataset, read_through
+from fastrcnn.evaluation.coco import AREAS, MAX_DETS, check_settings, judge_dataset, require_hotcoco
+from fastrcnn.evaluation.predict import Predictions, as_detector, class_names_of, opened, predict, predict_together
+from fastrcnn.evaluation.results import write_evaluation
+from fastrcnn.inference.output import check_folder
+
+
+def measure(dataset, found: Predictions, max_dets: Sequence[int] = MAX_DETS, areas=AREAS) -> dict[str, float]:
+    """COCO's numbers, in percent, of what was found on a dataset: AP, AP50, AP75, AP<size>, AR<detections a picture>,
+    AR<size>; nan where there is no object of the size.
+
+    max_dets: how many of each picture's detections AR counts; AP counts the largest; areas: (smallest, largest) square
+    pixels of an object by size. Raises ValueError where a picture was not looked at, and where no object is annotated.
+    """
+    return judge_dataset(dataset, found, max_dets, areas).scores()
+
+
+def evaluate(
+    model,
+    dataset,
+    batch_size: int | None = None,
+    max_dets: Sequence[int] = MAX_DETS,
+    areas: Mapping[str, tuple[float, float]] = AREAS,
+    group=None,
+    out: str | Path | None = None,
+    about: Mapping[str, str] = {},
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """COCO's twelve numbers, in percent, of a model on a dataset; model, dataset and batch_size as in `predict`, max_dets
+    and areas as in `measure`: a model of ours then finds as many objects in a picture as max_dets asks for.
+
+    On a DetectionDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
+    matched by name, and every picture is read once before the first is detected in; elsewhere the targets are the truth.
+    With `group`, a torch.distributed group of which every process calls this, each looks at a share of the pictures, and
+    all get the numbers of the whole. out, about: as in `write_evaluation`, which is then called; `advance` is called after
+    every picture. Raises what `predict` does, and before that what `match_classes` does, ValueError where no object is
+    annotated, OSError where `out` cannot be written to, and ImportError without hotcoco.
+    """
+    require_hotcoco()
+    check_settings(max_dets, areas)
+    if out is not None:
+        check_folder(Path(out))
+    model = as_detector(model, max_dets=0 if max_dets is MAX_DETS else max(max_dets))
+    base, places = opened(dataset)
+    if isinstance(base, DetectionDataset):
+        base.truth(places)
+        class_names_of(model, dataset)
+        read_through(dataset)
+    if group is None:
+        found = predict(model, dataset, batch_size, advance=advance)
+    else:
+        found = predict_together(model, dataset, batch_size, group)
+    if out is None:
+        return measure(dataset, found, max_dets, areas)
+    return write_evaluation(out, dataset, found, max_dets, areas, about)

@@ -1,0 +1,48 @@
+"""The convolution of csrc/cuda/conv_bn_relu.cu: relu(conv(input, weight) + bias + residual), normalisation folded, in a tile of
+the caller's choice. `conv_bn_relu` calls it; a plan (conv_plan.py) says where and in which tile.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrcnn.ops._bind import declare
+
+# Pixels x output channels of a block, in the order of csrc/cuda/conv_bn_relu.cu; "groups" keeps narrow groups together.
+TILES = ("128x128", "128x64", "64x64", "128x32", "64x128", "groups")
+FLOAT_TILES = TILES[1:4]  # three products need the registers of the others
+
+
+def out_size(n: int, k: int, stride: int, padding: int, dilation: int) -> int:
+    return (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+
+
+def half_size(n: int) -> int:
+    """Of a map that is read by nearest neighbour at twice its size: pixel i is i // 2."""
+    return (n + 1) // 2
+
+
+def _reference(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, upsample: bool, relu: bool, tile: int,
+) -> Tensor:  # fmt: skip
+    """[B, O, H', W'] channels-last. input [B, C, H, W], weight [O, C / groups, kh, kw] and residual of one dtype and
+    channels-last; bias [O] float32; residual [B, O, H', W'], with `upsample` [B, O, ceil(H' / 2), ceil(W' / 2)]."""
+    wide = torch.promote_types(input.dtype, torch.float32)
+    out = F.conv2d(input.to(wide), weight.to(wide), bias, stride, padding, dilation, groups)
+    if residual is not None:
+        out = out + (F.interpolate(residual, out.shape[2:]) if upsample else residual)
+    out = torch.relu(out) if relu else out
+    return out.to(input.dtype, memory_format=torch.channels_last)
+
+
+def _fake(input, weight, bias, residual, stride, padding, dilation, *_):
+    axes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    shape = input.shape[0], weight.shape[0], *(out_size(*axis) for axis in axes)
+    return input.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+declare("_conv_tile", _reference, _fake)
+conv_tile = torch.ops.fastrcnn._conv_tile.default

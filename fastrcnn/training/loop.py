@@ -1,0 +1,380 @@
+"""The training loop: one plain function from a model and a dataset to a trained model and a run's folder.
+
+A step is a function of (seed, epoch, the pictures' indices) and of the state, and of nothing else; nothing in it waits for
+the device. Losses stay there until a few steps are logged together, and a state is only saved behind such a look: what is
+saved is finite.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastrcnn.data.batches import batches, steps_per_epoch
+from fastrcnn.models.base_detector import unwrapped
+from fastrcnn.models.sampling import seeded
+from fastrcnn.training import checkpoint, distributed
+from fastrcnn.training.ema import average, averaged_copy
+from fastrcnn.training.log import Log
+from fastrcnn.training.mmdet_recipe import recipe_of
+from fastrcnn.training.pictures import on_device, picture_sizes, training_transforms
+from fastrcnn.training.recipe import Recipe, get_recipe
+from fastrcnn.training.schedule import base_rate, build_optimizer, rate_factor, set_rate, total_steps
+from fastrcnn.training.state import DTYPES, Losses, State, adapt, seed_everything, seed_of
+from fastrcnn.training.validate import SCORE, check_data, measured, report, validation_loss
+from fastrcnn.weights import save
+
+LOOK = 10  # steps between two looks at the losses
+REPORT = 60.0  # seconds between two reports: charts take some
+
+
+class Run:
+    """One run: what its steps share. `train` makes it, and calls `begin`, `go` and `end`."""
+
+    def __init__(
+        self, model, dataset, val, recipe: Recipe, out: Path | None, loader: dict, lr: float | None, save_every: float,
+        keep: int, say: Callable[[str], None], tensorboard: bool,
+    ):  # fmt: skip
+        self.dataset, self.val, self.recipe, self.out, self.loader = dataset, val, recipe, out, loader
+        self.save_every, self.keep, self.say, self.tensorboard = save_every, keep, say, tensorboard
+        self.rank, self.world, self.seed = loader["rank"], loader["world"], loader["seed"]
+        self.device = next(model.parameters()).device
+        self.batches = steps_per_epoch(dataset, recipe.batch_size, self.world, loader["drop_empty"])
+        self.epoch_steps = math.ceil(self.batches / recipe.accumulate)
+        self.total = total_steps(recipe, self.epoch_steps)
+        self.rate = base_rate(recipe, recipe.batch_size * self.world * recipe.accumulate, lr)
+        seed_everything(self.seed)
+        adapt(model, recipe)
+        model.train()
+        mean = None if recipe.ema is None else averaged_copy(model)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
+        self.state = State(model, mean, build_optimizer(model, recipe, self.rate), scaler)
+        self.losses = distributed.parallel(Losses(model), self.world)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    # What must be the same for a run to go on.
+    @property
+    def identity(self) -> dict:
+        return dict(
+            recipe=dataclasses.asdict(self.recipe), seed=self.seed, lr=self.rate, processes=self.world,
+            images=len(self.dataset), drop_empty=self.loader["drop_empty"],
+            classes=list(getattr(self.dataset, "class_names", None) or []),
+        )  # fmt: skip
+
+    def begin(self, resume: bool) -> None:
+        """Takes over the newest state where there is one. Raises ValueError where it is another run's."""
+        content = checkpoint.load_state(self.out, self.say) if resume and self.out is not None else None
+        if content is not None:
+            mine, its = self.identity, content["identity"]
+            changed = [k for k in mine if k != "recipe" and mine[k] != its.get(k)]
+            changed += [k for k, v in mine["recipe"].items() if v != its["recipe"].get(k)]
+            if changed:
+                said = ", ".join(
+                    f"{k} {(its | its['recipe']).get(k)!r}, now {(mine | mine['recipe'])[k]!r}" for k in changed
+                )
+                raise ValueError(f"{self.out}: cannot go on with other settings than the run began with: {said}")
+            self.state.take(content)
+        s = self.state
+        self.log = Log(self.out if self.rank == 0 else None, self.say, s.step, self.tensorboard)
+        self.log.json("config.json", self.settings())
+        self.say(f"recipe {self.recipe.name}: {self.total} steps of {self.recipe.batch_size} x {self.world} pictures, "
+                 f"{self.epoch_steps} an epoch, lr {self.rate:g}, {self.recipe.optimizer}, {self.recipe.precision}"
+                 + (f"; going on at step {s.step}" if content is not None else ""))  # fmt: skip
+        self.log.epochs(s.rows)
+
+    def settings(self) -> dict:
+        """Every number of the run, for config.json."""
+        model = self.state.model
+        return dict(
+            **self.identity, steps=self.total, epoch_steps=self.epoch_steps, data=str(getattr(self.dataset, "path", "")),
+            val=str(getattr(self.val, "path", "")), workers=self.loader["workers"], device=str(self.device),
+            deterministic=torch.are_deterministic_algorithms_enabled(), torch=torch.__version__,
+            threads=torch.get_num_threads(), model=dict(
+                type=type(model).__name__, profile=getattr(getattr(model, "profile", None), "name", None),
+                min_size=getattr(getattr(model, "data_preprocessor", None), "min_size", None),
+                max_size=getattr(getattr(model, "data_preprocessor", None), "max_size", None),
+                parameters=sum(p.numel() for p in model.parameters()), trained=sum(p.numel() for p in self.trained)),
+        )  # fmt: skip
+
+    def go(self, stop: checkpoint.Stop) -> None:
+        """Every step that is left."""
+        s, patience = self.state, self.recipe.patience
+        self.saved = self.reported = time.perf_counter()
+        while s.step < self.total and not (patience is not None and s.stale >= patience):
+            self.epoch(stop)
+
+    def epoch(self, stop: checkpoint.Stop) -> None:
+        s, recipe = self.state, self.recipe
+        s.model.train()
+        loader = batches(self.dataset, recipe.batch_size, epoch=s.epoch, start=s.batch, **self.loader)
+        self.pending, self.waited, self.since, begun = [], 0.0, time.perf_counter(), time.perf_counter()
+        try:
+            for images, targets, indices in loader:
+                self.waited += time.perf_counter() - begun
+                if s.step == 0 and s.batch == 0:
+                    self.log.samples(images, targets, indices, s.model.class_names)
+                self.batch(images, targets, indices)
+                for index, reason in loader.skipped.items():
+                    s.skipped[index] = reason
+                done = s.step >= self.total
+                asked = self.world == 1 and stop.number  # several processes stop at the same look
+                if len(self.pending) >= LOOK or s.batch == self.batches or done or asked:
+                    stopped = self.look(stop)
+                    due = time.perf_counter() - self.saved > self.save_every
+                    if self.out is not None and (stopped or due) and s.batch < self.batches and not done:
+                        self.save()
+                    if stopped:
+                        self.say(f"stopped by signal {stop.number} at step {s.step}; --resume goes on from here")
+                        stop.leave()
+                if done:
+                    break
+                begun = time.perf_counter()
+        except torch.OutOfMemoryError as error:
+            first = str(error).partition("\n")[0][:120]
+            raise torch.OutOfMemoryError(
+                f"step {s.step}: out of memory with {len(images)} pictures a step on {self.device} ({first}). Lower "
+                "the batch (--batch) or the pictures' size (--min-size, --max-size), or train in --precision bf16"
+            ) from None
+        finally:
+            loader.close()
+        self.end_epoch()
+
+    def batch(self, images, targets, indices) -> None:
+        """Forward and backward of a batch, and an update where it is the last of `accumulate`, or of the epoch."""
+        s, recipe = self.state, self.recipe
+        seeds = [seed_of(self.seed, s.epoch, index) for index in indices]
+        sizes = picture_sizes(s.model, images, seeds, recipe)
+        images, targets = on_device(s.model, images, targets, self.device)
+        first, last = (
+            s.batch % recipe.accumulate == 0,
+            (s.batch + 1) % recipe.accumulate == 0 or s.batch + 1 == self.batches,
+        )
+        rate = self.rate * rate_factor(recipe, s.step, self.epoch_steps)
+        values = self.step(images, targets, sizes, seeds, rate, first, last)
+        self.pending.append((dict(step=s.step, epoch=s.epoch + 1, lr=rate), values, indices))
+        s.batch += 1
+        s.step += last
+
+    def step(self, images, targets, sizes, seeds, rate: float, first: bool, last: bool) -> dict[str, Tensor]:
+        """The part of a batch that runs on the device, and that nothing waits for. Returns its losses, and the norm of the
+        gradients where there was an update."""
+        s, recipe = self.state, self.recipe
+        if first:
+            s.optimizer.zero_grad(set_to_none=True)
+        quiet = self.losses.no_sync() if self.world > 1 and not last else contextlib.nullcontext()
+        cast = torch.autocast(self.device.type, DTYPES.get(recipe.precision), enabled=recipe.precision != "fp32")
+        with quiet, seeded(seeds):
+            with cast:
+                losses = self.losses(images, targets, sizes)
+            loss = sum(losses.values())
+            s.scaler.scale(loss / recipe.accumulate).backward()
+        values = {"loss": loss.detach(), **{k: v.detach() for k, v in losses.items()}}
+        if last:
+            set_rate(s.optimizer, rate)
+            s.scaler.unscale_(s.optimizer)
+            limit = math.inf if recipe.clip_norm is None else recipe.clip_norm
+            values["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, limit)
+            s.scaler.step(s.optimizer)
+            s.scaler.update()
+            if s.mean is not None:
+                average(s.mean, s.model, s.step, recipe.ema)
+        return values
+
+    def look(self, stop: checkpoint.Stop) -> bool:
+        """Reads the losses since the last look, logs them, and says whether to stop. Raises FloatingPointError where one is
+        not finite, in all processes."""
+        s, rows = self.state, []
+        names = list(dict.fromkeys(name for _, values, _ in self.pending for name in values))
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        table = torch.stack([torch.stack([v.get(n, none).double() for n in names]) for _, v, _ in self.pending])
+        asked = torch.full((1, len(names)), float(stop.number > 0), dtype=torch.float64, device=self.device)
+        *table, asked = distributed.mean_of_all(torch.cat([table, asked]), self.world).tolist()
+        now = time.perf_counter()
+        pictures = sum(len(indices) for *_, indices in self.pending) * self.world
+        speed, waiting = pictures / max(now - self.since, 1e-9), self.waited / max(now - self.since, 1e-9)
+        memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
+        for line, ((row, values, indices)) in zip(table, self.pending):
+            found = dict(zip(names, line))
+            if not math.isfinite(found["loss"]):
+                self.diverged(row, found, indices)
+            for name in values:
+                if name != "grad_norm":
+                    s.sums[name] = s.sums.get(name, 0.0) + found[name]
+            s.sums["batches"] = s.sums.get("batches", 0) + 1
+            extra = {"images/s": round(speed, 2), "waiting": round(waiting, 4)} | ({"memory": memory} if memory else {})
+            rows.append({**row, **{n: found[n] for n in values}, **extra})
+        self.log.steps([row for row in rows if "grad_norm" in row] or rows, self.total)
+        self.pending, self.waited, self.since = [], 0.0, now
+        return asked[0] > 0
+
+    def diverged(self, row: dict, found: dict, indices: Sequence[int]) -> None:
+        parts = ", ".join(f"{k} {v:.4g}" for k, v in found.items() if k not in ("loss", "grad_norm"))
+        everyone = [i for own in distributed.gathered(list(indices), self.world) for i in own]
+        names = ", ".join(
+            str(self.dataset.picture(i)) if hasattr(self.dataset, "picture") else f"picture {i}" for i in everyone
+        )
+        kept = ""
+        if self.out is not None:
+            states = checkpoint.state_files(self.out)
+            kept = f"; {states[-1]} is the last good state" if states else "; no state had been saved yet"
+        raise FloatingPointError(
+            f"step {row['step']}: the loss is {found['loss']}, from {parts}, at a rate of {row['lr']:.3g}, on {names}{kept}"
+        )
+
+    def end_epoch(self) -> None:
+        s, batches_done = self.state, max(1, self.state.sums.get("batches", 0))
+        row = dict(epoch=s.epoch + 1, loss=s.sums.get("loss", math.nan) / batches_done,
+                   lr=self.rate * rate_factor(self.recipe, max(0, s.step - 1), self.epoch_steps))  # fmt: skip
+        parts = "  ".join(f"{k} {v / batches_done:.3f}" for k, v in s.sums.items() if k not in ("loss", "batches"))
+        better = self.val is None
+        if self.val is not None:
+            row.update(self.measure())
+            score = row.get(SCORE[s.model.reads_labels], math.nan)
+            better = score > s.best or s.best == -math.inf
+            s.best, s.stale = (score if score == score else -math.inf, 0) if better else (s.best, s.stale + 1)
+        s.rows.append(row)
+        s.epoch, s.batch, s.sums = s.epoch + 1, 0, {}
+        said = "".join(f"  {k} {row[k]:.3g}" for k in ("val_loss", "AP", "AP50", "AR@1000") if k in row)
+        epochs = math.ceil(self.total / self.epoch_steps)
+        self.say(f"epoch {s.epoch}/{epochs}  loss {row['loss']:.3f}  {parts}{said}")
+        if s.skipped:
+            first = next(iter(s.skipped.items()))
+            self.say(f"{len(s.skipped)} pictures could not be read and were left out, the first: {first[1]}")
+        if self.rank == 0 and self.out is not None:
+            self.log.epochs(s.rows)
+            self.log.json("metrics.json", self.metrics())
+            if better:
+                self.write("best.safetensors")
+            if time.perf_counter() - self.reported > REPORT:
+                self.report()
+        self.save()
+
+    def report(self) -> None:
+        report(self.out, self.say)
+        self.reported = time.perf_counter()
+
+    def measure(self) -> dict[str, float]:
+        """Validation loss and COCO's numbers of what would be kept now."""
+        s = self.state
+        size, workers = self.recipe.batch_size, self.loader["workers"]
+        found = dict(val_loss=validation_loss(Losses(s.result), self.val, size, workers, self.rank, self.world))
+        if self.rank == 0:
+            found.update(measured(s.result, self.val))
+        return distributed.gathered(found, self.world)[0]
+
+    def metrics(self) -> dict:
+        rows, name = self.state.rows, SCORE[self.state.model.reads_labels]
+        scored = [row for row in rows if row.get(name) is not None and not math.isnan(row[name])]
+        best = max(scored, key=lambda row: row[name]) if scored else rows[-1]
+        return dict(best=best, last=rows[-1], steps=self.state.step, skipped=len(self.state.skipped))
+
+    def write(self, name: str) -> None:
+        """The weights as they would be kept now. A full disk ends no run: the file of before stays."""
+        self.log.attempt(save, self.state.result, self.out / name)
+
+    def save(self) -> None:
+        """The state, and the weights beside it."""
+        if self.out is None:
+            return
+        self.saved = time.perf_counter()
+        if self.rank == 0:
+            self.write("last.safetensors")
+            self.log.attempt(checkpoint.save_state, self.out, self.state.content(self.identity), self.keep)
+        distributed.wait(self.world)
+
+    def end(self) -> nn.Module:
+        s, patience = self.state, self.recipe.patience
+        if patience is not None and s.stale >= patience:
+            self.say(f"stopped: no better {SCORE[s.model.reads_labels]} for {s.stale} epochs")
+        if self.rank == 0 and self.out is not None:
+            for name in ("best.safetensors", "last.safetensors"):
+                if not (self.out / name).exists():
+                    raise OSError(f"{self.out / name}: could not be written")
+            self.report()
+        return s.result.eval()
+
+
+def train(
+    model: nn.Module,
+    dataset,
+    recipe: str | Recipe = "finetune",
+    out: str | Path | None = None,
+    resume: bool = False,
+    val=None,
+    *,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    deterministic: bool = False,
+    drop_empty: bool = False,
+    patience: int | None = None,
+    save_every: float = 300.0,
+    keep: int = 2,
+    tensorboard: bool = False,
+    log: Callable[[str], None] = print,
+) -> nn.Module:
+    """Trains `model`, in place, and returns what it became, or with a recipe that averages the average, in eval mode.
+
+    dataset, val: `fastrcnn.data.open_dataset`'s, or (image uint8 [3, H, W], target) pairs, targets being dicts boxes
+    [N, 4] xyxy pixels, labels [N] counted from 0, optional ignore_boxes [R, 4].
+    recipe: a name of `RECIPES`, "config" for that of the MMDetection config that the model came with, or one of your own;
+    epochs, batch_size (pictures a process and step), lr (as it is, where the recipe's is scaled by the pictures of a step)
+    and patience say otherwise.
+    out: a folder for weights (best.safetensors, last.safetensors), states, log.jsonl, results.csv, config.json,
+    metrics.json and the report; None writes nothing.
+    resume: goes on from the newest state in `out`, or begins where there is none: the steps that follow are, on the CPU
+    bit for bit, those of a run that was never stopped, with any number of workers.
+    val: after each epoch its losses and AP are measured, the best AP is kept, and `patience` epochs without a better one
+    end the run. save_every: seconds between two states, of which `keep` stay; an epoch's end has one, as have
+    SIGTERM and Ctrl-C. deterministic: PyTorch's deterministic algorithms.
+    Under torchrun every process trains on its share of each batch, as one process would on the whole.
+
+    Every picture is read once before the first step. Raises ValueError for arguments, folders and data that no run can
+    have, naming them; OSError where `out` cannot be written or another process trains in it; FloatingPointError at a loss
+    that is not finite, naming step, losses and pictures, while the states of before are kept; torch.OutOfMemoryError that
+    says what to lower. The same seed gives the same weights on the same machine with the same number of threads.
+    """
+    model = unwrapped(model)
+    recipe = recipe_of(model, recipe, log, epochs=epochs, batch_size=batch_size, patience=patience)
+    get_recipe(recipe, lr=lr)  # checks it
+    device = next(model.parameters()).device
+    with contextlib.ExitStack() as stack:
+        rank, world = stack.enter_context(distributed.process_group(device))
+        say = log if rank == 0 else lambda line: None
+        stop = checkpoint.Stop()
+        if out is not None:
+            out = checkpoint.check_out(out, resume or rank > 0)
+            distributed.wait(world)  # nobody writes before everybody has looked
+            if rank == 0:
+                stack.enter_context(checkpoint.locked(out))
+            stop = stack.enter_context(checkpoint.stopping())
+        if deterministic:
+            stack.enter_context(_deterministic())
+        check_data(model, dataset, val, drop_empty, world, say)
+        loader = dict(seed=seed, rank=rank, world=world, workers=workers, drop_empty=drop_empty,
+                      transforms=training_transforms(recipe))  # fmt: skip
+        run = Run(model, dataset, val, recipe, out, loader, lr, save_every, keep, say, tensorboard)
+        run.begin(resume)
+        run.go(stop)
+        return run.end()
+
+
+@contextlib.contextmanager
+def _deterministic():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

@@ -1,0 +1,72 @@
+"""The learning rate of a step, as a plain function, and the parameters in groups."""
+
+import math
+import re
+
+import torch
+from torch import nn
+
+from fastrcnn.training.recipe import Recipe
+
+
+def base_rate(recipe: Recipe, pictures: int, lr: float | None = None) -> float:
+    """The full rate of a run with so many pictures a step in all: `lr` as it is where it is said, else the recipe's in
+    proportion to its own number (Goyal et al., 2017)."""
+    return recipe.lr * pictures / recipe.base_batch if lr is None else lr
+
+
+def total_steps(recipe: Recipe, epoch_steps: int) -> int:
+    return recipe.steps if recipe.steps is not None else recipe.epochs * epoch_steps
+
+
+def rate_factor(recipe: Recipe, step: int, epoch_steps: int) -> float:
+    """What the full rate is multiplied by at `step`, counted from 0, where an epoch has `epoch_steps` of them."""
+    total, warmup = total_steps(recipe, epoch_steps), recipe.warmup
+    if recipe.warmup_epochs is not None:
+        warmup = min(warmup, int(recipe.warmup_epochs * epoch_steps) - 1)
+    warm = 1.0
+    if step < warmup:
+        warm = recipe.warmup_factor + (1 - recipe.warmup_factor) * step / warmup
+    if recipe.schedule == "cosine":
+        done = max(0, step - max(0, warmup)) / max(1, total - max(0, warmup))
+        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    unit = 1 if recipe.steps is not None else epoch_steps
+    return warm * recipe.gamma ** sum(step >= round(m * unit) for m in recipe.milestones)
+
+
+def _stage(name: str) -> int:
+    """How many stages lie between a parameter and the heads: 0 in heads and neck, 5 in the stem of a backbone."""
+    if not name.startswith("backbone."):
+        return 0
+    stage = re.match(r"backbone\.layer(\d)\.", name)
+    return 5 - int(stage[1]) if stage else 5
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+    """The parameters that train, by weight decay and `scale` of the rate, each group in the order of the model."""
+    norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    groups: dict[tuple[float, float], list] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = recipe.weight_decay
+            if isinstance(owners[id(p)], norms):
+                decay *= recipe.norm_decay
+            elif name.endswith("bias"):
+                decay *= recipe.bias_decay
+            groups.setdefault((decay, recipe.layer_decay ** _stage(name)), []).append(p)
+    return [dict(params=params, weight_decay=decay, scale=scale) for (decay, scale), params in groups.items()]
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    """SGD or AdamW. On CUDA fused: it looks at the scale of fp16's gradients on the device, where others wait for it."""
+    groups = parameter_groups(model, recipe)
+    fused = dict(fused=True) if all(p.is_cuda for g in groups for p in g["params"]) else {}
+    if recipe.optimizer == "SGD":
+        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, **fused)
+    return torch.optim.AdamW(groups, lr=lr, **fused)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]

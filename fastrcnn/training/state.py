@@ -1,0 +1,102 @@
+"""What a run has: the model made ready, its losses as one module, and the state that is saved."""
+
+import dataclasses
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastrcnn.layers.sync_batch_norm import synchronise_norms
+from fastrcnn.models.base_detector import BaseDetector
+from fastrcnn.training import checkpoint
+from fastrcnn.training.recipe import Recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
+
+
+def seed_of(*numbers: int) -> int:
+    """One number of 63 bits from several."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Losses(nn.Module):
+    """A detector's losses of a batch, as one module that can be made parallel."""
+
+    def __init__(self, model: BaseDetector):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[dict], sizes=None) -> dict[str, Tensor]:
+        """images, and targets with labels from 0 and boxes in their pixels, on the model's device; sizes: see `prepare`."""
+        batch, frame = self.model.prepare(images, sizes)
+        return self.model.losses(batch, frame._replace(factors=None), frame.scale(targets))
+
+
+@dataclass
+class State:
+    """What a run has beside its recipe: everything that a checkpoint holds."""
+
+    model: nn.Module
+    mean: nn.Module | None  # the weights' moving average
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0  # of the optimizer
+    epoch: int = 0
+    batch: int = 0  # of the epoch, that have been taken
+    sums: dict = field(default_factory=dict)  # of the epoch's losses so far, and how many batches
+    rows: list = field(default_factory=list)  # of the epochs that are done
+    best: float = -math.inf
+    stale: int = 0  # epochs since the best
+    skipped: dict = field(default_factory=dict)
+
+    @property
+    def result(self) -> nn.Module:
+        return self.model if self.mean is None else self.mean
+
+    def content(self, identity: dict) -> dict:
+        parts = ("model", "mean", "optimizer", "scaler")
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in parts}
+        tensors = {k: getattr(self, k).state_dict() for k in parts if getattr(self, k) is not None}
+        return dict(identity=identity, random=checkpoint.random_state(), **tensors, **plain)
+
+    def take(self, content: dict) -> None:
+        for name, value in content.items():
+            if name in ("model", "mean", "optimizer", "scaler"):
+                getattr(self, name).load_state_dict(value)
+            elif name not in ("identity", "random"):
+                setattr(self, name, value)
+        checkpoint.set_random_state(content["random"])
+
+
+def adapt(model: BaseDetector, recipe: Recipe) -> None:
+    """What a recipe says of the model itself, in place."""
+    body = model.backbone
+    if recipe.frozen_stages is not None and hasattr(body, "frozen_stages"):
+        body.requires_grad_(True)
+        body.frozen_stages = recipe.frozen_stages
+        body.train()
+    if recipe.sync_bn:
+        body.norm_eval = False
+        if hasattr(body, "train_norms"):
+            body.train_norms(True)
+        synchronise_norms(model)
+    if recipe.with_cp:
+        for m in body.modules():
+            if hasattr(m, "with_cp"):
+                m.with_cp = True
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if recipe.compile:
+        for part in filter(None, (body, model.neck)):
+            part.compile()
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

@@ -1,0 +1,88 @@
+"""What a run looks at beside its training loss: its data before the first step, held-out pictures after each epoch, and the
+report at the end."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastrcnn.data import read_through
+from fastrcnn.data.batches import batches, steps_per_epoch
+from fastrcnn.evaluation import evaluate, evaluate_proposals, match_classes, training_report
+from fastrcnn.evaluation.coco import require_hotcoco
+from fastrcnn.models.sampling import seeded
+from fastrcnn.training import distributed
+from fastrcnn.training.pictures import on_device
+
+# A recipe's AP; of an RPN, whose objects have no classes, its recall.
+SCORE = {True: "AP", False: "AR@1000"}
+
+
+def check_data(model, dataset, val, drop_empty: bool, world: int, say: Callable[[str], None]) -> None:
+    """Raises ValueError for what would end a run later, before its first step, and says how much there is."""
+    if hasattr(dataset, "objects"):
+        count, classes = int(dataset.objects.sum()), len(dataset.class_names)
+        if model.reads_labels and classes > model.num_classes:
+            raise ValueError(f"dataset: {classes} classes, the model has {model.num_classes}")
+    else:
+        counts = read_through(dataset)
+        count = sum(counts.values())
+        unknown = [label for label in counts if not 0 <= label < model.num_classes] if model.reads_labels else ()
+        if unknown:
+            raise ValueError(f"dataset: expected labels in 0..{model.num_classes - 1}, got {sorted(unknown)}")
+    if not count:
+        raise ValueError(f"dataset: no object is annotated on its {len(dataset)} images, or all were left out")
+    steps_per_epoch(dataset, 1, world, drop_empty)
+    say(f"{len(dataset)} images, {count} objects")
+    if val is not None:
+        require_hotcoco()
+        if hasattr(val, "truth"):
+            val.truth(range(len(val)))
+            if model.reads_labels and model.class_names:
+                match_classes(model.class_names, val.class_names)
+
+
+@torch.no_grad()
+def validation_loss(losses: nn.Module, val, batch_size: int, workers: int, rank: int, world: int) -> float:
+    """The mean training loss of held-out pictures, without a change to them, norms at their running statistics; the draw of
+    samples is the same each time. Every process looks at its share."""
+    model = losses.model
+    was_training = model.training
+    model.train()
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.eval()
+    device, loss, count = next(model.parameters()).device, None, 0
+    normalizer = getattr(getattr(model, "bbox_head", None), "loss_normalizer", None)
+    kept = None if normalizer is None else normalizer.clone()
+    try:
+        size = batch_size if len(val) >= world * batch_size else 1
+        if len(val) < world:  # too few for a share each
+            return math.nan
+        for images, targets, indices in batches(val, size, seed=0, epoch=0, rank=rank, world=world, workers=workers):
+            with seeded(indices):
+                found = losses(*on_device(model, images, targets, device))
+            loss = sum(found.values()).double() * len(images) + (0.0 if loss is None else loss)
+            count += len(images)
+        total = torch.stack([loss, torch.tensor(float(count), dtype=torch.float64, device=device)])
+        total = distributed.mean_of_all(total, world)
+        return (total[0] / total[1]).item()
+    finally:
+        if kept is not None:
+            normalizer.copy_(kept)
+        model.train(was_training)
+
+
+def measured(model, val) -> dict[str, float]:
+    """COCO's numbers in percent; of an RPN its recall."""
+    return (evaluate if model.reads_labels else evaluate_proposals)(model, val)
+
+
+def report(out: Path, say: Callable[[str], None]) -> None:
+    """curves.png and report.html; a failure to draw ends no run."""
+    try:
+        training_report(out)
+    except Exception as error:
+        say(f"no report: {error or type(error).__name__}")

@@ -1,0 +1,192 @@
+"""training/checkpoint.py: what a run that ends before its time leaves, and how it goes on."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from training_stubs import PLAIN, Scripted, cells, pictures, tiny
+
+from fastrcnn.data import open_dataset
+from fastrcnn.training import checkpoint, get_recipe, loop, train
+from fastrcnn.training.state import Losses
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return open_dataset(cells(tmp_path_factory.mktemp("cells")))
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """A look at the losses, and so a state, every other step; no charts."""
+    monkeypatch.setattr(loop, "LOOK", 2)
+    monkeypatch.setattr(loop, "report", lambda *a: None)
+
+
+# This sampler draws from torch's own generator, which a state must bring back.
+SAMPLER = dict(train_cfg=dict(rcnn=dict(sampler=dict(type="InstanceBalancedPosSampler", num=16, pos_fraction=0.5))))
+STEPS = 9  # 3 epochs of 3
+
+
+def run(data, out=None, resume=False, workers=0, **changes):
+    recipe = get_recipe("finetune", epochs=3, batch_size=2, **changes)
+    return train(tiny(**SAMPLER), data, recipe, out, resume, seed=3, workers=workers, save_every=0.0, log=quiet)
+
+
+def rows_of(out):
+    keys = ("step", "loss", "lr", "grad_norm")
+    return [{k: json.loads(line)[k] for k in keys} for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+class Killed(BaseException):
+    """Nothing of ours catches it: as far as the disk is concerned, kill -9."""
+
+
+def killed_at(monkeypatch, step: int):
+    forward, steps = Losses.forward, []
+
+    def dying(self, *args):
+        steps.append(1)
+        if len(steps) == step + 1:
+            raise Killed
+        return forward(self, *args)
+
+    monkeypatch.setattr(Losses, "forward", dying)
+
+
+@pytest.mark.parametrize("step, optimizer", [(2, "SGD"), (5, "SGD"), (7, "AdamW")])
+def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, step, optimizer):
+    changes = dict(optimizer=optimizer, lr=0.02 if optimizer == "SGD" else 0.001)
+    whole = run(data, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        killed_at(patch, step)
+        with pytest.raises(Killed):
+            run(data, tmp_path / "cut", **changes)
+    assert len(rows_of(tmp_path / "cut")) < STEPS
+    torch.rand(7), random.random(), np.random.rand()  # another process would not have drawn as much, either
+    again = run(data, tmp_path / "cut", resume=True, **changes)
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole") and len(rows_of(tmp_path / "cut")) == STEPS
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    assert (tmp_path / "cut" / "results.csv").read_bytes() == (tmp_path / "whole" / "results.csv").read_bytes()
+
+
+def test_workers_change_nothing(data, tmp_path):
+    run(data, tmp_path / "alone")
+    run(data, tmp_path / "helped", workers=2)
+    assert rows_of(tmp_path / "alone") == rows_of(tmp_path / "helped")
+
+
+@pytest.mark.parametrize("number, error", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_saves_before_it_ends_the_run(data, tmp_path, monkeypatch, number, error):
+    forward, steps, before = Losses.forward, [], signal.getsignal(signal.SIGTERM)
+
+    def interrupted(self, *args):
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), number)
+        return forward(self, *args)
+
+    monkeypatch.setattr(Losses, "forward", interrupted)
+    with pytest.raises(error) as raised:
+        run(data, tmp_path)
+    assert error is KeyboardInterrupt or raised.value.code == 128 + number
+    assert checkpoint.state_files(tmp_path)[-1].name == "step_000000005.pt" and len(steps) == 5
+    assert (tmp_path / "last.safetensors").exists() and signal.getsignal(signal.SIGTERM) is before
+    run(data, tmp_path, resume=True)
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(STEPS))
+
+
+def test_a_run_resumes_only_as_it_began(data, tmp_path):
+    run(data, tmp_path)
+    with pytest.raises(ValueError, match="holds a run: resume it"):
+        run(data, tmp_path)
+    with pytest.raises(ValueError, match=r"momentum 0\.9, now 0\.5"):
+        run(data, tmp_path, resume=True, momentum=0.5)
+    files = {p: p.stat().st_mtime_ns for p in checkpoint.state_files(tmp_path)}
+    run(data, tmp_path, resume=True)  # nothing is left to do
+    assert files == {p: p.stat().st_mtime_ns for p in checkpoint.state_files(tmp_path)}
+    assert len(rows_of(tmp_path)) == STEPS
+
+
+def test_the_newest_states_stay_and_a_damaged_one_is_passed_over(tmp_path):
+    for step in (1, 2, 10):
+        checkpoint.save_state(tmp_path, dict(step=step, value=torch.tensor(step)), keep=2)
+    assert [p.name for p in checkpoint.state_files(tmp_path)] == ["step_000000002.pt", "step_000000010.pt"]
+    assert checkpoint.load_state(tmp_path, quiet)["value"] == 10
+    newest, lines = checkpoint.state_files(tmp_path)[-1], []
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert checkpoint.load_state(tmp_path, lines.append)["value"] == 2
+    assert "step_000000010.pt: cannot be read" in lines[0]
+    newest.write_bytes(b"")
+    assert checkpoint.load_state(tmp_path, quiet)["value"] == 2
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, order = tmp_path / "a.json", []
+    path.write_text("old")
+
+    def half(file):
+        file.write(b"ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError):
+        checkpoint.write_whole(path, half)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    monkeypatch.setattr(os, "fsync", lambda fd: order.append(path.read_text()))
+    checkpoint.write_whole(path, lambda file: file.write(b"new"))
+    assert order == ["old", "new"]  # on the disk before it takes the name, and then the name
+
+
+def test_a_full_disk_ends_no_run(data, tmp_path, monkeypatch):
+    lines, save = [], checkpoint.save_state
+
+    def full(out, content, keep):
+        if 2 <= content["step"] < STEPS:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(out, content, keep)
+
+    monkeypatch.setattr(checkpoint, "save_state", full)
+    recipe = get_recipe("finetune", epochs=3, batch_size=2)
+    train(tiny(), data, recipe, tmp_path, save_every=0.0, log=lines.append)
+    assert sum("No space left on device); training goes on" in line for line in lines) == 1
+    assert [p.name for p in checkpoint.state_files(tmp_path)] == ["step_000000009.pt"]
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    code = f"""
+import sys, time
+from pathlib import Path
+from fastrcnn.training.checkpoint import locked
+with locked(Path({str(tmp_path)!r})):
+    print("has it", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"has it\n"
+            with pytest.raises(OSError, match=rf"another process \({other.pid}\) trains in this folder"):
+                train(Scripted(), pictures(), PLAIN, tmp_path, log=quiet)
+        finally:
+            other.kill()  # the lock goes with it
+    with checkpoint.locked(tmp_path):
+        pass
+
+
+def test_generators_come_back():
+    state = checkpoint.random_state()
+    draws = [(torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist(), np.random.randn())]
+    checkpoint.set_random_state(state)
+    draws.append((torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist(), np.random.randn()))
+    assert draws[0] == draws[1]
