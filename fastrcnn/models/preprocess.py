@@ -12,15 +12,16 @@ from fastrcnn.ops import preprocess
 def resized_size(height: int, width: int, min_size: int, max_size: int, resize: str) -> tuple[int, int]:
     """(height, width) with the short side at min_size unless the long side would exceed max_size; at least a pixel each,
     where the peers fail on a picture too thin."""
-    scale = min(min_size / min(height, width), max_size / max(height, width))
+    short, long = torch.sym_min(height, width), torch.sym_max(height, width)
+    scale = torch.sym_min(min_size / short, max_size / long)
     new, add = (height * scale, width * scale), 0.0 if resize == "interpolate" else 0.5
     if resize == "pillow":  # Detectron2 fixes the short side first and shrinks both when the long one is too large
-        scale = min_size / min(height, width)
+        scale = min_size / short
         new = (min_size, scale * width) if height < width else (scale * height, min_size)
         if max(new) > max_size:
             scale = max_size / max(new)
             new = tuple(v * scale for v in new)
-    return max(1, int(new[0] + add)), max(1, int(new[1] + add))
+    return torch.sym_max(1, torch.sym_int(new[0] + add)), torch.sym_max(1, torch.sym_int(new[1] + add))
 
 
 class DataPreprocessor(nn.Module):
@@ -68,8 +69,10 @@ class DataPreprocessor(nn.Module):
         new = sizes or [resized_size(*size, self.min_size, self.max_size, p.resize) for size in old]
         padded = [(max(sides) + step - 1) // step * step for sides in zip(*new)]
         batch = preprocess(images, new, padded, self.mean, self.std, p.resize, self.bgr, dtype)
-        # Sizes and factors travel in one copy that nobody waits for, and are divided where they arrive.
-        both = torch.tensor([[*now, *before] for now, before in zip(new, old)], dtype=torch.int64)
-        both = both.to(batch.device, non_blocking=True)
+        rows = [(*now, *before) for now, before in zip(new, old)]
+        if all(before == old[0] for before in old):  # no copy from the host, which a CUDA graph would not repeat
+            both = torch.stack([torch.full((len(rows),), n, device=batch.device) for n in rows[0]], 1)
+        else:  # one that nobody waits for
+            both = torch.tensor(rows, pin_memory=batch.device.type == "cuda").to(batch.device, non_blocking=True)
         factors = both[:, :2].flip(1).float() / both[:, 2:].flip(1).float()
         return batch, both[:, :2].contiguous(), factors
