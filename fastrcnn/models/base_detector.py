@@ -190,8 +190,8 @@ class BaseDetector(nn.Module):
         sizes: Sequence[tuple[int, int]] | None = None,
         least: tuple[int, int] = (1, 1),
     ) -> tuple[Tensor, Frame]:
-        """(batch [B, C, H, W], its geometry) of images [C, H, W] (3 are RGB), float in 0..1 or uint8, of any sizes; sizes, least: as
-        `DataPreprocessor` takes them."""
+        """(batch [B, C, H, W], its geometry) of images [C, H, W] (3 are RGB), float in 0..1 or uint8, of any sizes; sizes,
+        least: as `DataPreprocessor` takes them."""
         batch, sizes, factors = self.data_preprocessor(images, self.dtype, sizes, least)
         return batch, Frame(sizes, tuple(batch.shape[2:]), factors)
 
