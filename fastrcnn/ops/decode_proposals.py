@@ -51,7 +51,7 @@ def _op_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _dtype(cls_logits)
     if batch_shape:
-        strides = [batch_shape[1 - k] // x.shape[3 - k] for x in cls_logits for k in range(2)]
+        strides = [batch_shape[1 - k] // max(x.shape[3 - k], 1) for x in cls_logits for k in range(2)]
     sizes = image_sizes.to(dtype)
     batch, device = len(sizes), sizes.device
     boxes, scores, levels = [], [], []
