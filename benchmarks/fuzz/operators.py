@@ -134,6 +134,18 @@ def make(name: str, number: int) -> dict:
         return soft(s, n)
     if name == "batched_soft_nms":
         return dict(soft(s, n), idxs=s.ids(n), max_output=s.choice(None, s.pick.randint(0, 9)))
+    if name == "soft_nms_padded":
+        rules = {k: v for k, v in soft(s, n).items() if k not in ("boxes", "scores")}
+        return dict(
+            rules,
+            boxes=s.boxes(batch, n),
+            scores=s.scores(batch, n),
+            groups=s.choice(None, s.ids(batch, n)),
+            max_output=s.choice(0, 3, n),
+            counts=s.choice(None, s.ids(batch, most=n + 3)),
+        )
+    if name == "select_candidates":
+        return dict(scores=s.scores(batch, n), threshold=s.number(0.3), max_candidates=s.choice(0, 3, n, n + 5))
     if name == "roi_align":
         return dict(
             input=s.map(batch, channels, height, width),
@@ -175,7 +187,7 @@ def make(name: str, number: int) -> dict:
             cls_logits=logits,
             bbox_deltas=deltas,
             base_anchors=bases,
-            strides=[s.number(8) for _ in levels],
+            **s.choice(dict(strides=[s.number(8) for _ in levels]), dict(strides=None, batch_shape=(s.whole(50), 60))),
             image_sizes=s.choice(sizes, torch.full((batch, 2), 50)),
             nms_pre=s.whole(s.pick.randint(0, 20)),
             min_size=s.number(s.choice(0.0, 3.0)),

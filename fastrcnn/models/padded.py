@@ -50,7 +50,7 @@ class Padded(NamedTuple):
 
     def lists(self, lost: Tensor) -> list[dict[str, Tensor]]:
         """boxes [n, 4], labels [n] and scores [n] of each image: here the host waits, once. Warns of the images that have
-        `lost` [B] something to a limit that is not theirs; a compiled program cannot."""
+        `lost` [B] detections to MOST_CANDIDATES; a compiled program cannot."""
         columns = zip(self.boxes, self.labels, self.scores, self._numbers(lost))
         return [dict(boxes=b[:n], labels=k[:n], scores=s[:n]) for b, k, s, n in columns]
 

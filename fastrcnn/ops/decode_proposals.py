@@ -51,7 +51,7 @@ def _op_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _dtype(cls_logits)
     if batch_shape:
-        strides = [batch_shape[1 - k] // x.shape[3 - k] for x in cls_logits for k in range(2)]
+        strides = [batch_shape[1 - k] // max(x.shape[3 - k], 1) for x in cls_logits for k in range(2)]
     sizes = image_sizes.to(dtype)
     batch, device = len(sizes), sizes.device
     boxes, scores, levels = [], [], []
@@ -86,7 +86,7 @@ def _op_reference(
 def _fake(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, *rules):
     batch = image_sizes.shape[0]
     sizes = [x.shape[1] * x.shape[2] * x.shape[3] for x in cls_logits]
-    total = sum(min(nms_pre, n) if nms_pre > 0 else n for n in sizes)
+    total = sum(torch.sym_min(nms_pre, n) if nms_pre > 0 else n for n in sizes)
     out = image_sizes.new_empty(batch, total, 4, dtype=_dtype(cls_logits))
     levels = image_sizes.new_empty(batch, total, dtype=torch.int64)
     return out, out.new_empty(batch, total), levels, image_sizes.new_empty(batch, dtype=torch.int64)
