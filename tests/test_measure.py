@@ -65,6 +65,11 @@ def test_settings_out_of_range_are_named(case, settings, message):
         measure(case[0], case[3], **settings)
 
 
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_first_picture(case):
+    with pytest.raises(OSError, match="is no folder"):
+        evaluate(Fixed([], NAMES), case[0], out=case[0].path)
+
+
 def same(one: Predictions, other: Predictions) -> bool:
     columns = ("pictures", "images", "boxes", "scores", "labels")
     return all(np.array_equal(getattr(one, key), getattr(other, key)) for key in columns)

@@ -138,7 +138,7 @@ def test_charts_of_many_classes_and_of_none():
     matrix = np.diag(np.arange(82))
     matrix[3, 70] = matrix[80, 7] = 9  # two confusions among eighty classes
     few, many = (
-        plots.confusion(np.zeros((2, 2), int), ["$\\frac{"]),
+        plots.confusion(np.zeros((2, 2), int), ["$\\frac{$"]),
         plots.confusion(matrix, [f"class {i}" for i in range(81)]),
     )
     assert pixels(few).shape[1] < 700 < pixels(many).shape[1] < 1500
