@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def child(folder: Path, out: Path) -> int:
         loop.LOOK = 2
         train(tiny(), data, out=out, resume=True, val=data, epochs=5, batch_size=2, save_every=0.0, workers=1)
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
