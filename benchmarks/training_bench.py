@@ -14,6 +14,7 @@ from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import sampling
 from fastrcnn.training.state import Losses
 from fastrcnn.weights import infer_model, load_weights
+from fastrcnn.zoo.complexity import complexity
 
 CLASSES = 3
 
@@ -45,7 +46,8 @@ class Side:
         self.optimizer.step()
 
 
-def sides(device: str, min_size: int, batch: int, height: int, width: int) -> tuple[Side, Side]:
+def sides(device: str, min_size: int, batch: int, height: int, width: int) -> tuple[Side, Side, int]:
+    """(ours, torchvision's, FLOP of a picture's forward pass)."""
     torch.manual_seed(0)
     sizes = dict(min_size=min_size, max_size=2 * min_size)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=3)
@@ -59,7 +61,8 @@ def sides(device: str, min_size: int, batch: int, height: int, width: int) -> tu
     floats = [image.float() / 255 for image in images]
     shifted = [dict(boxes=t["boxes"], labels=t["labels"] + 1) for t in targets]
     losses = Losses(ours)
-    return (Side(ours, lambda: losses(images, targets, frames, (1, 1))), Side(rival, lambda: rival(floats, shifted)))
+    sides = Side(ours, lambda: losses(images, targets, frames, (1, 1))), Side(rival, lambda: rival(floats, shifted))
+    return *sides, complexity(ours, *frames[0])["flops"]
 
 
 def difference(ours: Side, rival: Side) -> float:
@@ -84,13 +87,25 @@ def main() -> None:
     rates, rows = Rates(args.device), []
     cases = [(64, 1, 64, 96)] if args.quick else [(320, 2, 320, 427), (320, 4, 480, 640)]
     for min_size, batch, height, width in cases:
-        ours, rival = sides(args.device, min_size, batch, height, width)
+        ours, rival, flops = sides(args.device, min_size, batch, height, width)
         error = check("losses", difference(ours, rival), 2e-3)
         shape = f"r18_fpn {min_size} px, {batch} pictures of {width}x{height}"
         for name in ("loss", "gradients", "step"):
             times = paired(getattr(ours, name), getattr(rival, name), args.device, args.quick)
-            rows.append(row(f"training {name}", shape, torch.float32, args.device, times[0], "torchvision", times[1],
-                            rates.floor_ms(0, 0), error))  # fmt: skip
+            floor = rates.floor_ms(0, batch * flops * (1 if name == "loss" else 3))  # a gradient is two more passes
+            rows.append(
+                row(
+                    f"training {name}",
+                    shape,
+                    torch.float32,
+                    args.device,
+                    times[0],
+                    "torchvision",
+                    times[1],
+                    floor,
+                    error,
+                )
+            )
     report(rows, args)
 
 

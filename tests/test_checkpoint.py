@@ -166,26 +166,32 @@ def test_a_full_disk_ends_no_run(data, tmp_path, monkeypatch):
 
 def test_a_folder_belongs_to_one_process(tmp_path):
     code = f"""
-import sys, time
+import os, sys, time
 from pathlib import Path
 from fastrcnn.training.checkpoint import locked
 with locked(Path({str(tmp_path)!r})):
+    if not os.fork():  # a worker, who does not die with it
+        time.sleep(60)
     print("has it", flush=True)
     time.sleep(60)
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as other:
         try:
             assert other.stdout.readline() == b"has it\n"
             with pytest.raises(OSError, match=rf"another process \({other.pid}\) trains in this folder"):
                 train(Scripted(), pictures(), PLAIN, tmp_path, log=quiet)
         finally:
             other.kill()  # the lock goes with it
-    (tmp_path / "states").mkdir(exist_ok=True)
-    left = [tmp_path / ".last.safetensors.1.part", tmp_path / "states" / ".step_000000001.pt.1.part"]
-    for part in left:
-        part.write_text("half")
-    with checkpoint.locked(tmp_path):
-        assert not any(part.exists() for part in left)  # what a killed process had begun
+            other.wait()
+        try:
+            (tmp_path / "states").mkdir(exist_ok=True)
+            left = [tmp_path / ".last.safetensors.1.part", tmp_path / "states" / ".step_000000001.pt.1.part"]
+            for part in left:
+                part.write_text("half")
+            with checkpoint.locked(tmp_path):
+                assert not any(part.exists() for part in left)  # what a killed process had begun
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_generators_come_back():
