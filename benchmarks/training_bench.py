@@ -9,6 +9,7 @@ from timing import Rates, arguments, check, paired, report, require_kernel, row
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import sampling
@@ -51,8 +52,13 @@ def sides(device: str, min_size: int, batch: int, height: int, width: int) -> tu
     torch.manual_seed(0)
     sizes = dict(min_size=min_size, max_size=2 * min_size)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=3)
-    rival = FasterRCNN(backbone, CLASSES + 1, **sizes).to(device).train()
-    ours = load_weights(infer_model(rival.state_dict(), **sizes), rival.state_dict(), norm_eps=1e-5).to(device).train()
+    width_of_head = 1024 if min_size > 64 else 64
+    heads = dict(
+        box_head=TwoMLPHead(256 * 49, width_of_head), box_predictor=FastRCNNPredictor(width_of_head, CLASSES + 1)
+    )
+    rival = FasterRCNN(backbone, **heads, **sizes).to(device).train()
+    ours = infer_model(rival.state_dict(), **sizes, roi_head=dict(bbox_head=dict(fc_out_channels=width_of_head)))
+    ours = load_weights(ours, rival.state_dict(), norm_eps=1e-5).to(device).train()
     images, targets = pictures(batch, height, width)
     images = [image.to(device) for image in images]
     targets = [{k: v.to(device) for k, v in target.items()} for target in targets]

@@ -82,6 +82,25 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, step, opt
     assert (tmp_path / "cut" / "results.csv").read_bytes() == (tmp_path / "whole" / "results.csv").read_bytes()
 
 
+def test_a_run_killed_while_it_measures_goes_on_there(data, tmp_path, monkeypatch):
+    scores, steps = [], []
+    monkeypatch.setattr(loop, "measured", lambda *a: scores.append(1) or dict(AP=float(len(scores))))
+    recipe = get_recipe("finetune", steps=2, batch_size=2)  # ends within an epoch
+
+    def begin(resume):
+        return train(tiny(), data, recipe, tmp_path, resume, val=data, log=quiet)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validation_loss", lambda *a: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            begin(False)
+    forward = Losses.forward
+    monkeypatch.setattr(Losses, "forward", lambda self, *a: steps.append(self.training) or forward(self, *a))
+    begin(True)
+    assert len(rows_of(tmp_path)) == 2 and len(scores) == 1 and len(steps) == 3  # of the validation loss alone
+    assert (tmp_path / "results.csv").read_text().count("\n") == 2
+
+
 def test_workers_change_nothing(data, tmp_path):
     run(data, tmp_path / "alone")
     run(data, tmp_path / "helped", workers=2)
