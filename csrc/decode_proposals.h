@@ -69,10 +69,11 @@ struct __attribute__((visibility("hidden"))) ProposalInputs {
 inline ProposalInputs make_proposal_inputs(const std::vector<Tensor>& cls_logits,
                                            const std::vector<Tensor>& bbox_deltas,
                                            const std::vector<Tensor>& base_anchors, const std::vector<double>& strides,
-                                           const Tensor& image_sizes, int64_t nms_pre, bool convert) {
+                                           const Tensor& image_sizes, int64_t nms_pre,
+                                           const std::vector<int64_t>& batch_shape, bool convert) {
   const size_t levels = cls_logits.size();
   CHECK_ARGUMENT(levels > 0 && bbox_deltas.size() == levels && base_anchors.size() == levels &&
-                     strides.size() == 2 * levels,
+                     strides.size() == (batch_shape.empty() ? 2 * levels : 0) && batch_shape.size() % 2 == 0,
                  "cls_logits, bbox_deltas, base_anchors and strides must have one entry a level");
   const int64_t batch = cls_logits[0].size(0);
   CHECK_SHAPE(image_sizes, batch, 2);
@@ -80,7 +81,8 @@ inline ProposalInputs make_proposal_inputs(const std::vector<Tensor>& cls_logits
   const auto same = [own](const Tensor& t) { return t.scalar_type() == own; };
   convert = convert || !std::all_of(cls_logits.begin(), cls_logits.end(), same) ||
             !std::all_of(bbox_deltas.begin(), bbox_deltas.end(), same);
-  ProposalInputs in{dtype, convert ? dtype : own, {}, {}, {}, strides, {0}, contiguous_as(image_sizes, dtype)};
+  ProposalInputs in{dtype, convert ? dtype : own, {}, {}, {}, strides, {0},
+                    contiguous_as(image_sizes, dtype)};
   const auto cast = [&in](const Tensor& t) {
     return t.scalar_type() == in.map_dtype ? t : torch::stable::to(t, in.map_dtype);
   };
@@ -90,6 +92,8 @@ inline ProposalInputs make_proposal_inputs(const std::vector<Tensor>& cls_logits
     CHECK_SHAPE(bbox_deltas[i], batch, 4 * a, h, w);
     CHECK_SHAPE(base_anchors[i], a, 4);
     CHECK_ARGUMENT(n < int64_t{1} << 31, "cls_logits: a level must have fewer than 2^31 anchors");
+    for (size_t k = batch_shape.size(); k > 0; --k)  // width / w, then height / h
+      in.strides.push_back(static_cast<double>(batch_shape[k - 1] / std::max<int64_t>(k == 2 ? w : h, 1)));
     in.logits.push_back(cast(cls_logits[i]));
     in.deltas.push_back(cast(bbox_deltas[i]));
     in.bases.push_back(contiguous_as(base_anchors[i], dtype));

@@ -20,10 +20,11 @@ RECIPE = dataclasses.replace(get_recipe(), sync_bn=True, warmup=0, photometric=F
 
 
 def run(folder: Path, out: Path, batch_size: int) -> None:
-    """Trains on seven pictures, the last batch of which is smaller, and one of which has no object."""
+    """Trains on seven pictures, the last batch of which is smaller, and one of which has no object; in float64, in which a
+    hundred RoIs do not change places over the last bit."""
     data = open_dataset(folder / "all.json")
     model = train(
-        tiny(**HEAD), data, RECIPE, out, val=data, epochs=2, batch_size=batch_size, lr=0.05, log=lambda line: None
+        tiny(**HEAD).double(), data, RECIPE, out, val=data, epochs=2, batch_size=batch_size, lr=0.05, log=lambda line: None
     )
     torch.save(model.state_dict(), out / f"weights_{distributed_rank()}.pt")
 

@@ -150,6 +150,35 @@ CASES = {
         dict(boxes=0, scores=0, idxs=0),
         wrong=(({"idxs": ids(19)}, ValueError, "idxs"), ({"max_output": -1}, ValueError, "max_output")),
     ),
+    "soft_nms_padded": Case(
+        lambda n: dict(
+            boxes=random_boxes(2 * n, 150, 150).view(2, n, 4),
+            scores=spread_scores(2, n),
+            groups=ids(2 * n).view(2, n),
+            method="gaussian",
+            max_output=6,
+            counts=torch.tensor([10, 7]),
+        ),
+        ("boxes", "scores"),
+        dict(boxes=1, scores=1, groups=1),
+        wrong=(
+            ({"scores": torch.zeros(2, 19)}, ValueError, "scores"),
+            ({"groups": ids(38).view(2, 19)}, ValueError, "groups"),
+            ({"counts": ids(3)}, ValueError, "counts"),
+            ({"max_output": -1}, ValueError, "max_output"),
+        ),
+    ),
+    "select_candidates": Case(
+        lambda n: dict(scores=spread_scores(2, n), threshold=0.3, max_candidates=8),
+        ("scores",),
+        dict(scores=1),
+        wrong=(
+            ({"scores": torch.zeros(20)}, ValueError, "scores"),
+            ({"scores": ids(20).view(2, 10)}, TypeError, "scores"),
+            ({"threshold": float("nan")}, ValueError, "threshold"),
+            ({"max_candidates": -1}, ValueError, "max_candidates"),
+        ),
+    ),
     "roi_align": Case(
         lambda n: dict(input=random(2, 8, 16, 16), rois=rois(n), output_size=3, spatial_scale=0.25, sampling_ratio=2),
         ("input",),

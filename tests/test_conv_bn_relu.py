@@ -14,6 +14,7 @@ from conftest import assert_within_twice
 from fastrcnn.ops import conv_bn_relu, conv_bn_relu_reference
 
 op_module = importlib.import_module("fastrcnn.ops.conv_bn_relu")
+OF_CUDA = importlib.import_module("fastrcnn.ops.conv_cuda")._cuda
 
 # name: (kernel size, arguments)
 SHAPES = {
@@ -295,8 +296,7 @@ def cuda_kernel(monkeypatch):
     def call(*tensors, eps=1e-5, **kwargs):
         for mock in imitated.values():
             mock.reset_mock()
-        rest = (dict(stride=1, padding=0, dilation=1, groups=1, residual=None, relu=True) | kwargs).values()
-        out = op_module._checked(op_module._cuda, *tensors, eps, *rest)
+        out = op_module._checked(OF_CUDA, *tensors, eps, **kwargs)
         return out, [name for name, mock in imitated.items() if mock.called]
 
     return call

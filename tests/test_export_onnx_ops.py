@@ -72,7 +72,7 @@ def test_multilevel_roi_align():
 
     def function(*inputs):
         *maps, rois = inputs
-        several = (ops.multilevel_roi_align(maps, rois, (7, 5), [4, 8, 16], a, b, 8, p) for a, b, p in rules)
+        several = (ops.multilevel_roi_align(maps, rois, (7, 5), [4, 8, 16], b, a, 8, p) for a, b, p in rules)
         return *several, ops.roi_align(maps[1], rois, 3, 1 / 8)
 
     def inputs(batch: int, h: int, w: int, n: int, seed: int):

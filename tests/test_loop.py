@@ -95,9 +95,9 @@ def test_a_loss_that_is_not_finite_stops_training(value):
 def test_a_diverged_run_names_its_pictures_and_keeps_the_good_state(data, tmp_path, monkeypatch):
     forward, steps = Losses.forward, []
 
-    def diverging(self, images, targets, sizes=None):
+    def diverging(self, *batch):
         steps.append(1)
-        return {k: v * (math.nan if len(steps) == 8 else 1) for k, v in forward(self, images, targets, sizes).items()}
+        return {k: v * (math.nan if len(steps) == 8 else 1) for k, v in forward(self, *batch).items()}
 
     monkeypatch.setattr(Losses, "forward", diverging)
     monkeypatch.setattr("fastrcnn.training.loop.report", lambda *a: None)
@@ -183,6 +183,23 @@ def test_what_a_recipe_says_of_the_model(data):
     assert "backbone.layer2.0.conv1.weight" not in same
     assert model.neck.fpn_convs[0].conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(block.with_cp for block in model.backbone.layer2)
+
+
+def test_a_picture_that_is_lost_on_the_way_ends_no_run(tmp_path):
+    data, lines = open_dataset(cells(tmp_path)), []
+    out = tmp_path / "run"
+
+    def say(line):
+        lines.append(line)
+        if line.startswith("epoch 1/2"):
+            (tmp_path / "images" / "2.png").unlink()
+
+    train(tiny(), data, out=out, val=data, epochs=2, batch_size=2, log=say)
+    assert any(line.startswith("left out:") and "2.png" in line for line in lines)
+    assert any(line.startswith("AP could not be measured") and "2.png" in line for line in lines)
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert rows[0]["AP"] != "" and rows[1]["AP"] == "" and float(rows[1]["val_loss"]) > 0
+    assert json.loads((out / "metrics.json").read_text())["skipped"] == 1
 
 
 def test_early_stopping_keeps_the_best(data, tmp_path, monkeypatch):

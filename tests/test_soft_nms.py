@@ -7,7 +7,14 @@ import torch
 from conftest import random_boxes
 from operator_cases import spread_scores
 
-from fastrcnn.ops import batched_soft_nms, batched_soft_nms_reference, nms, soft_nms, soft_nms_reference
+from fastrcnn.ops import (
+    batched_soft_nms,
+    batched_soft_nms_reference,
+    nms,
+    soft_nms,
+    soft_nms_padded,
+    soft_nms_reference,
+)
 
 METHODS = ["naive", "linear", "gaussian"]
 NAN, INF = float("nan"), float("inf")
@@ -208,3 +215,23 @@ def test_input_is_left_as_it_was(device):
     soft_nms(boxes, scores)
     assert torch.equal(boxes, copies[0])
     assert torch.equal(scores, copies[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_padded_batch_is_its_images(device, need_kernel, method, dtype):
+    """Against the operator without padding, whose rounds have a reference of their own above."""
+    need_kernel("soft_nms_padded", device, dtype)
+    boxes = random_boxes(4 * 90, width=200, height=200).view(4, 90, 4).to(device, dtype)
+    scores = spread_scores(4, 90).to(device, dtype)
+    scores[1, ::7] = NAN
+    groups, counts = (torch.arange(90) % 3).expand(4, 90).to(device), torch.tensor([90, 60, 0, 1], device=device)
+    for most, ids in ((20, groups), (200, groups), (200, None), (0, groups)):
+        rules = dict(iou_threshold=0.3, sigma=0.4, min_score=0.05, method=method, max_output=most)
+        decayed, indices, kept = soft_nms_padded(boxes, scores, ids, counts=counts, **rules)
+        for i, n in enumerate(counts.tolist()):
+            own = boxes[i, :n], scores[i, :n], groups[i, :n] * (ids is not None)
+            dets, expected = batched_soft_nms(*own, **rules)
+            k = len(expected)
+            assert int(kept[i]) == k and indices[i].tolist() == [*expected.tolist(), *[-1] * (most - k)]
+            assert torch.equal(decayed[i, :k], dets[:, 4]) and not decayed[i, k:].any()

@@ -11,6 +11,8 @@ from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.models import faster_rcnn
 from fastrcnn.models.build import merge
 from fastrcnn.models.frame import Frame
+from fastrcnn.models.preprocess import DataPreprocessor
+from fastrcnn.models.profiles import get_profile
 from fastrcnn.training import Recipe
 
 CLASSES = ["red", "white", "platelet"]
@@ -29,11 +31,12 @@ class Scripted(nn.Module):
     def __init__(self, values=()):
         super().__init__()
         self.backbone, self.neck = nn.Identity(), None
+        self.data_preprocessor = DataPreprocessor(get_profile("mmdet"), 8, 8)
         self.weight = nn.Parameter(torch.zeros(1, 1, dtype=torch.float64))
         self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         self.values, self.trace = values, []
 
-    def prepare(self, images, sizes=None):
+    def prepare(self, images, sizes, least):
         return torch.stack(images), Frame(torch.zeros(len(images), 2), (8, 8), torch.ones(len(images), 2))
 
     def losses(self, batch, frame, targets):

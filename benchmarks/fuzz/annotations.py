@@ -1,9 +1,10 @@
-"""Damaged annotation files against CocoDataset: each is read as it is written, or refused with a ValueError that names it.
+"""Damaged annotation files of COCO's, Pascal VOC's and YOLO's: each is read as it is written, or refused with a ValueError
+that names it; without `strict`, what is dropped is counted.
 
     python benchmarks/fuzz/annotations.py --seconds 60 --seed 0
 
 Every batch of files runs in a process of its own, so that a crash or a hang is a finding like any other. A finding is
-printed with its number; --only NUMBER makes that file again, and keeps it as annotations_NUMBER.json. Exit status 1 with
+printed with its number; --only NUMBER makes those files again, and keeps them in annotations_NUMBER/. Exit status 1 with
 findings.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,51 +94,149 @@ def damaged(number: int, seed: int) -> tuple[bytes, str]:
     return data, kinds[0] if kinds else "no damage"
 
 
-def check(path: Path, data: bytes) -> str:
-    """ "read" or "refused"; raises AssertionError, or whatever the loader raises and must not."""
+TEXTS = [
+    "",
+    "x",
+    "-1",
+    "0",
+    "1.5",
+    "1e400",
+    "nan",
+    "-inf",
+    "9" * 400,
+    "\0",
+    "\x1b[31m",
+    "&b;",
+    "<b/>",
+    "é" * 300,
+    "'",
+    "[",
+]
+
+BYTES = [b"", b"\0", b"<a>" * 200, b"[" * 200, b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"\n  - ", b": "]
+
+
+def voc(rng: random.Random) -> dict[str, str]:
+    """Some annotation files, some of whose values are not as they should be."""
+    wrong = rng.choice([0, 0.01, 0.1])
+    value = lambda v: rng.choice(TEXTS) if rng.random() < wrong else v  # noqa: E731
+    files = {}
+    for name in "abc"[: rng.randint(1, 3)]:
+        rows = "".join(
+            f"<object><name>{value('cat')}</name><difficult>{value(rng.randint(0, 1))}</difficult><bndbox>"
+            + "".join(f"<{k}>{value(rng.randint(1, 70))}</{k}>" for k in ("xmin", "ymin")) + "".join(
+            f"<{k}>{value(rng.randint(60, 90))}</{k}>" for k in ("xmax", "ymax")) + "</bndbox></object>\n"
+            for _ in range(rng.randint(0, 3)))  # fmt: skip
+        size = f"<size><width>{value(90)}</width><height>{value(80)}</height></size>"
+        files[f"{name}.xml"] = f"<annotation><filename>{value(name + '.png')}</filename>{size}{rows}</annotation>"
+    return files
+
+
+def yolo(rng: random.Random) -> dict[str, str]:
+    wrong = rng.choice([0, 0.01, 0.1])
+    value = lambda v: rng.choice(TEXTS) if rng.random() < wrong else str(v)  # noqa: E731
+    files = {}
+    for name in "abc"[: rng.randint(1, 3)]:
+        rows = []
+        for _ in range(rng.randint(0, 4)):
+            numbers = rng.choice([4, 4, 4, 6, 8, 5])
+            rows.append([value(rng.randint(0, 2)), *(value(round(rng.random(), 3)) for _ in range(numbers))])
+        files[f"labels/{name}.txt"] = "".join(" ".join(row) + "\n" for row in rows)
+    if rng.random() < 0.5:
+        names = rng.choice(["[cat, dog, fox]", "\n- cat\n- 'dog'\n- fox", "\n  0: cat\n  1: dog\n  2: fox"])
+        files["data.yaml"] = f"path: {value('.')}\ntrain: {value('images')}\nnc: {value(3)}\nnames: {names}\n"
+    return files
+
+
+def damaged_files(number: int, seed: int) -> tuple[dict[str, bytes], str]:
+    """Files by name, and what was done to them."""
+    rng = random.Random(f"{seed}/{number}")
+    which = ("coco", "voc", "yolo")[number % 3]
+    if which == "coco":
+        data, kind = damaged(number, seed)
+        return {"a.json": data}, f"coco, {kind}"
+    files, kind = (voc if which == "voc" else yolo)(rng), "values"
+    files = {name: text.encode("utf-8", "replace") for name, text in files.items()}
+    if rng.random() < 0.5:
+        name, kind = rng.choice(sorted(files)), "bytes changed or cut"
+        raw = bytearray(files[name])
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(raw) + 1)
+            raw[at : at + rng.choice([0, 1, 1, 9])] = rng.choice([*BYTES, rng.randbytes(1)])
+        files[name] = bytes(raw[: rng.randrange(len(raw) + 1)] if rng.random() < 0.3 else raw)
+    return files, f"{which}, {kind}"
+
+
+def check(folder: Path, files: dict[str, bytes]) -> str:
+    """ "read" or "refused"; raises AssertionError, or whatever a reader raises and must not."""
+    from fastrcnn.data import open_dataset
+
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    path = folder / "a.json" if "a.json" in files else folder
+    results = []
+    for strict in (True, False):
+        start = time.perf_counter()
+        try:
+            dataset = open_dataset(path, strict=strict)
+        except ValueError as error:
+            text = str(error)
+            assert str(folder) in text and text.isprintable() and len(text) < 1000, f"not a message: {text[:200]!r}"
+            results.append("refused")
+            continue
+        finally:
+            assert time.perf_counter() - start < 5, "slow"
+        results.append("read")
+        whole(dataset)
+        if strict and path.suffix:
+            as_written(dataset, json.loads(files["a.json"]))
+        assert not strict or not dataset.findings.dropped
+    assert results != ["read", "refused"], "read when strict alone"
+    return "read" if results[0] == "read" else f"refused, {results[1]} without strict"
+
+
+def whole(dataset) -> None:
+    """Every box is one, and none is lost without a count."""
     import torch
 
-    from fastrcnn.data import CocoDataset
-
-    path.write_bytes(data)
-    start = time.perf_counter()
-    try:
-        dataset = CocoDataset(path)
-    except ValueError as error:
-        text = str(error)
-        assert str(path) in text and text.isprintable() and len(text) < 1000, f"not a message: {text[:200]!r}"
-        return "refused"
-    finally:
-        assert time.perf_counter() - start < 5, "slow"
-    written = json.loads(data)
-    assert [a["bbox"] for a in dataset.annotations] == [[float(v) for v in a["bbox"]] for a in written["annotations"]]
-    assert [str(a["image_id"]) for a in dataset.annotations] == [f"{a['image_id']}".removesuffix(".0")
-                                                                 for a in written["annotations"]]  # fmt: skip
-    assert len(set(dataset.class_names)) == len(set(dataset.category_ids)) == len(written["categories"])
     kept = 0
-    for image, target in zip(dataset.images, dataset.targets, strict=True):
+    for index, target in enumerate(dataset.targets):
         boxes = torch.cat([target["boxes"], target["ignore_boxes"]])
-        sides = torch.tensor([image["width"], image["height"]] * 2, dtype=torch.float32)
+        sides = torch.tensor(dataset.sizes[index].tolist()[::-1] * 2, dtype=torch.float32)
         assert boxes.isfinite().all() and (boxes >= 0).all() and (boxes <= sides).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all() and len(target["boxes"]) == len(target["labels"])
         assert ((target["labels"] >= 0) & (target["labels"] < len(dataset.class_names))).all()
         kept += len(boxes)
-    lost = sum(n for reason, n in dataset.left_out.items() if reason != "cut at the edge")
-    assert kept + lost == len(written["annotations"]), "annotations lost without a count"
-    if any(not a["iscrowd"] for a in dataset.annotations):
-        assert len(dataset.truth(range(len(dataset))).labels) == len(written["annotations"])
-    return "read"
+    lost = sum(dataset.left_out[reason] for reason in ("less than a pixel wide or high", "outside the picture"))
+    assert kept + lost == len(dataset.rows(range(len(dataset)))), "annotations lost without a count"
+    assert len(set(dataset.class_names)) == len(set(dataset.category_ids)) == len(dataset.class_names)
+    assert all(str(finding) for finding in dataset.findings)
+
+
+def as_written(dataset, written: dict) -> None:
+    rows = dataset.rows(range(len(dataset)))
+    assert len(rows) == len(written["annotations"])
+    place = {str(dataset.targets[i]["image_id"]): i for i in range(len(dataset))}
+    order = sorted(written["annotations"], key=lambda a: place[f"{a['image_id']}".removesuffix(".0")])
+    assert [row["bbox"] for row in rows] == [[float(v) for v in a["bbox"]] for a in order]
+    assert len(dataset.class_names) == len(written["categories"])
 
 
 def work(first: int, count: int, seed: int, folder: Path) -> None:
     """One batch, in its own process: a line a file."""
     for number in range(first, first + count):
-        data, kind = damaged(number, seed)
+        files, kind = damaged_files(number, seed)
         print(number, flush=True)
+        place = folder / str(number)
+        (place / "images").mkdir(parents=True)
+        for picture in ("a.png", "b.png", "c.png"):
+            (place / "images" / picture).hardlink_to(folder / "picture.png")
         try:
-            result = check(folder / "a.json", data)
+            result = check(place, files)
         except Exception as error:
             result = f"{type(error).__name__}: {str(error)[:200]}"
+        shutil.rmtree(place)
         print(json.dumps([kind, result]), flush=True)
 
 
@@ -148,11 +248,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)  # the first number: a process of ours
     args = parser.parse_args()
     if args.only is not None:
-        data, kind = damaged(args.only, args.seed)
-        print(kind, check(Path(f"annotations_{args.only}.json"), data))
+        files, kind = damaged_files(args.only, args.seed)
+        (folder := Path(f"annotations_{args.only}")).mkdir(exist_ok=True)
+        print(kind, check(folder, files))
         return
     with tempfile.TemporaryDirectory() as folder:
         if args.batch is not None:
+            from PIL import Image
+
+            Image.new("RGB", (90, 80)).save(Path(folder) / "picture.png")
             return work(args.batch, BATCH, args.seed, Path(folder))
         first, tried, findings, end = 0, Counter(), 0, time.time() + args.seconds
         while time.time() < end:
@@ -164,8 +268,8 @@ def main() -> None:
                 lines, ended = (late.stdout or b"").decode().splitlines(), f"no answer in {PATIENCE_S} s"
             for number, line in zip(lines[::2], [*lines[1::2], None]):
                 kind, result = json.loads(line) if line else ("crash", ended)
-                tried[f"{kind}: {result}" if result in ("read", "refused") else "FINDINGS"] += 1
-                if result not in ("read", "refused"):
+                tried[f"{kind}: {result}" if result.startswith(("read", "refused")) else "FINDINGS"] += 1
+                if not result.startswith(("read", "refused")):
                     findings += 1
                     print(f"{number} ({kind}): {result}")
             first += BATCH

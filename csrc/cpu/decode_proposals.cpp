@@ -118,9 +118,10 @@ Outputs run(const ProposalInputs& in, const ProposalRules<T>& rules) {
 Outputs decode_proposals(std::vector<Tensor> cls_logits, std::vector<Tensor> bbox_deltas,
                          std::vector<Tensor> base_anchors, std::vector<double> strides, const Tensor& image_sizes,
                          int64_t nms_pre, std::vector<double> means, std::vector<double> stds, double wh_ratio_clip,
-                         bool symmetric_clip, double min_size, bool topk_on_logits, bool return_logits) {
+                         bool symmetric_clip, double min_size, bool topk_on_logits, bool return_logits,
+                         std::vector<int64_t> batch_shape) {
   const ProposalInputs in =
-      make_proposal_inputs(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, /*convert=*/true);
+      make_proposal_inputs(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, batch_shape, /*convert=*/true);
   const auto run_as = [&](auto t) {
     using T = decltype(t);
     return run<T>(in, make_proposal_rules<T>(means, stds, wh_ratio_clip, symmetric_clip, min_size, topk_on_logits,

@@ -15,13 +15,13 @@ constexpr int kNarrowGroups = 5;
 // run(Tile(), packed) of the tile with that number; float32 has no accumulators for the largest.
 template <class F, class Run>
 void with_tile(int64_t tile, bool packed, Run run) {
-  if (!packed) return run(Tile<128, 64, 2, 2, 3>(), std::false_type());
-  if (tile == 1) return run(Tile<128, 64, 2, 2, 3>(), std::true_type());
-  if (tile == 2) return run(Tile<64, 64, 2, 2, 4>(), std::true_type());
-  if (tile == 3) return run(Tile<128, 32, 4, 1, 3>(), std::true_type());
+  if (!packed) return run(Tile<F, 128, 64, 2, 2, 3>(), std::false_type());
+  if (tile == 1) return run(Tile<F, 128, 64, 2, 2, 3>(), std::true_type());
+  if (tile == 2) return run(Tile<F, 64, 64, 2, 2, 4>(), std::true_type());
+  if (tile == 3) return run(Tile<F, 128, 32, 4, 1, 3>(), std::true_type());
   if constexpr (!std::is_same_v<F, float>) {
-    if (tile == 0) return run(Tile<128, 128, 2, 2, 3>(), std::true_type());
-    if (tile == 4) return run(Tile<64, 128, 2, 2, 3>(), std::true_type());
+    if (tile == 0) return run(Tile<F, 128, 128, 2, 2, 3>(), std::true_type());
+    if (tile == 4) return run(Tile<F, 64, 128, 2, 2, 3>(), std::true_type());
   }
   refuse("tile must be one that the dtype has, got ", tile);
 }
@@ -36,8 +36,7 @@ bool lies_on_chunks(const void* p) { return reinterpret_cast<uintptr_t>(p) % kCh
 
 Conv make_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& residual, const std::vector<int64_t>& stride,
-               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups, bool upsample,
-               bool relu) {
+               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups, bool upsample_residual, bool relu) {
   CHECK_ARGUMENT(input.dim() == 4 && weight.dim() == 4, "input and weight must have 4 dimensions");
   CHECK_ARGUMENT(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride must have 2 numbers");
   CHECK_ARGUMENT(groups > 0 && weight.size(0) % groups == 0 && weight.size(1) * groups == input.size(1),
@@ -52,6 +51,8 @@ Conv make_conv(const Tensor& input, const Tensor& weight, const std::optional<Te
     CHECK_ARGUMENT(reach < (1 << 29) && size < (1 << 29) && size > reach, "padding must fit the map, got ", padding[i]);
     out[i] = static_cast<int>((size - reach - 1) / stride[i] + 1);
   }
+  CHECK_ARGUMENT(std::max(weight.size(2), weight.size(3)) <= kMostPositions, "weight must have kernels of at most ",
+                 kMostPositions, " x ", kMostPositions);
   Conv p{};
   p.input = input.const_data_ptr(), p.weight = weight.const_data_ptr();
   p.pixels = input.size(0) * out[0] * out[1];
@@ -70,16 +71,18 @@ Conv make_conv(const Tensor& input, const Tensor& weight, const std::optional<Te
   p.packed_input = p.group_channels % pack == 0 && lies_on_chunks(p.input) && lies_on_chunks(p.weight);
   p.packed_output = p.group_outputs % pack == 0;
   if (bias) {
-    CHECK_SHAPE(*bias, p.outputs);
-    CHECK_ARGUMENT(bias->scalar_type() == ScalarType::Float, "bias must be float32");
-    p.bias = bias->const_data_ptr<float>();
+    check_shape(*bias, "bias", "O", p.outputs);
+    p.wide_bias = bias->scalar_type() == ScalarType::Float;
+    CHECK_ARGUMENT(p.wide_bias || bias->scalar_type() == input.scalar_type(), "bias must be float32 or as input is");
+    CHECK_ARGUMENT(bias->is_contiguous(), "bias must be contiguous");
+    p.bias = bias->const_data_ptr();
   }
   if (residual) {
     CHECK_ARGUMENT(residual->scalar_type() == input.scalar_type(), "residual must have the dtype of input");
-    const int h = upsample ? (out[0] + 1) / 2 : out[0], w = upsample ? (out[1] + 1) / 2 : out[1];
-    CHECK_SHAPE(*residual, input.size(0), p.outputs, h, w);
+    const int h = upsample_residual ? (out[0] + 1) / 2 : out[0], w = upsample_residual ? (out[1] + 1) / 2 : out[1];
+    check_shape(*residual, "residual", "B, O, H', W'", input.size(0), p.outputs, h, w);
     check_channels_last(*residual, "residual");
-    if (upsample) p.residual_h = h, p.residual_w = w;
+    if (upsample_residual) p.residual_h = h, p.residual_w = w;
     p.residual = residual->const_data_ptr();
     p.packed_output = p.packed_output && lies_on_chunks(p.residual);
   }
@@ -106,7 +109,7 @@ void launch_gemm(Conv p, int64_t tile, const Tensor& out) {
   });
 }
 
-constexpr int kSpan = 16, kMostShared = 99 << 10, kEnoughBlocks = 2048;
+constexpr int kSpan = 16, kMostShared = 99 << 10, kEnoughBlocks = 1056;
 
 template <class F>
 void launch_groups(const Conv& p, int64_t images, const Tensor& out) {
@@ -126,9 +129,9 @@ void launch_groups(const Conv& p, int64_t images, const Tensor& out) {
 
 Tensor conv_tile(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                  std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                 bool upsample, bool relu, int64_t tile) {
+                 bool upsample_residual, bool relu, int64_t tile) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Conv p = make_conv(input, weight, bias, residual, stride, padding, dilation, groups, upsample, relu);
+  Conv p = make_conv(input, weight, bias, residual, stride, padding, dilation, groups, upsample_residual, relu);
   Tensor out = empty_like_device(input, {input.size(0), p.outputs, p.out_height, p.out_width}, input.scalar_type(),
                                  MemoryFormat::ChannelsLast);
   if (out.numel() == 0) return out;

@@ -10,7 +10,7 @@ namespace fastrcnn {
 
 constexpr int kTileH = 8, kTileW = 16;
 template <class F>
-using GroupTile = Tile<kTileH * kTileW, kRowDepth<F>, 4, 1, 1>;
+using GroupTile = Tile<F, kTileH * kTileW, kRowDepth<F>, 4, 1, 1>;
 
 struct Patch {
   int height, width;             // of the map under a tile, in pixels
@@ -63,8 +63,7 @@ __device__ __forceinline__ void load_patch(const Conv& p, const Patch& patch, un
     const bool inside = first < p.channels && static_cast<unsigned>(y + py) < static_cast<unsigned>(p.height) &&
                         static_cast<unsigned>(x + px) < static_cast<unsigned>(p.width);
     const int64_t offset = ((image * p.height + y + py) * p.width + x + px) * p.channels + first;
-    copy_async<kChunkBytes>(memory + chunk_offset(i, chunk), static_cast<const F*>(p.input) + (inside ? offset : 0),
-                            !inside);
+    copy_async(memory + chunk_offset(i, chunk), static_cast<const F*>(p.input) + offset, !inside);
     for (px += kStep; px >= patch.width; px -= patch.width) ++py;
   }
 }
@@ -88,25 +87,57 @@ __device__ __forceinline__ void multiply_patch(const Conv& p, const Patch& patch
                    row_of_a(lane) * p.stride_w + s * p.dilation_w;
 #pragma unroll
       for (int step = 0; step < kRowDepth<F> / kStepDepth<F>; ++step) {
-        unsigned a[T::kFragmentsM][4];
+        Operand<F, 4> a[T::kFragmentsM];
 #pragma unroll
         for (int m = 0; m < T::kFragmentsM; ++m)
-          load_matrices(a[m], memory + chunk_offset(pixel[m], 2 * step + chunk_of_a(lane)));
-        constexpr int kColumns = kSpan;  // as many outputs as channels
-        const int first = step / kSpanSteps * kColumns, of_span = step % kSpanSteps;
+          load_a(a[m], memory + chunk_offset(pixel[m], 2 * step + chunk_of_a(lane)));
+        const int first = step / kSpanSteps * kSpan, chunk = step % kSpanSteps * 2;  // a span has as many outputs
 #pragma unroll
-        for (int n = 0; n < kColumns; n += 16) {
-          unsigned b[2][2];
-          load_columns(b[0], b[1], column + (first + n) * patch.weight_pitch * kChunkBytes + 2 * of_span * kChunkBytes);
+        for (int n = first; n < first + kSpan; n += 16) {
+          Operand<F, 2> b[2];
+          load_b(b[0], b[1], column + (n * patch.weight_pitch + chunk) * kChunkBytes);
 #pragma unroll
-          for (int m = 0; m < T::kFragmentsM; ++m) {
-            float(&two)[1][2][4] = *reinterpret_cast<float(*)[1][2][4]>(&sums[m][(first + n) / 8]);
-            const unsigned one[1][4] = {{a[m][0], a[m][1], a[m][2], a[m][3]}};
-            multiply_step<F>(two, one, b);
-          }
+          for (int i = 0; i < 2 * T::kFragmentsM; ++i) sums[i / 2][n / 8 + i % 2].add_product(a[i / 2], b[i % 2]);
         }
       }
     }
+}
+
+// One sum, number by number.
+template <class F, int kSpan>
+__attribute__((noinline)) __device__ float plain_sum(const Conv& p, const Patch& patch, const unsigned char* weight,
+                                                     const unsigned char* memory, int y, int x, int output) {
+  const int width = p.group_channels, channel = output / width * width;
+  const F* const row = reinterpret_cast<const F*>(weight) + output * patch.weight_pitch * kPack<F> + channel % kSpan;
+  float sum = 0.f;
+  for (int r = 0; r < p.kernel_h; ++r)
+    for (int s = 0; s < p.kernel_w; ++s)
+      for (int k = channel; k < channel + width; ++k) {
+        const int pixel = (y * p.stride_h + r * p.dilation_h) * patch.width + x * p.stride_w + s * p.dilation_w;
+        const F* const chunk = reinterpret_cast<const F*>(memory + chunk_offset(pixel, k / kPack<F>));
+        sum += static_cast<float>(chunk[k % kPack<F>]) *
+               static_cast<float>(row[(r * p.kernel_w + s) * kSpan + k - channel]);
+      }
+  return sum;
+}
+
+// Infinity and NaN times the zeros outside their group are NaN: where a sum is not finite, the block's are made anew.
+template <class F, int kSpan>
+__device__ __forceinline__ void mend_sums(const Conv& p, const Patch& patch, const unsigned char* weight,
+                                          const unsigned char* memory, typename GroupTile<F>::Sums& sums) {
+  using T = GroupTile<F>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float probe = 0.f;
+#pragma unroll
+  for (int i = 0; i < T::kFragmentsM * T::kFragmentsN * 4; ++i)
+    probe += sums[i / 4 / T::kFragmentsN][i / 4 % T::kFragmentsN].total(i % 4) * 0.f;
+  if (!__syncthreads_or(probe != 0.f)) return;
+#pragma unroll
+  for (int i = 0; i < T::kFragmentsM * T::kFragmentsN * 4; ++i) {
+    const int m = i / 4 / T::kFragmentsN, n = i / 4 % T::kFragmentsN;
+    sums[m][n].set(i % 4, plain_sum<F, kSpan>(p, patch, weight, memory, warp * T::kFragmentsM + m,
+                                              i % 4 / 2 * 8 + lane / 4, n * 8 + lane % 4 * 2 + i % 2));
+  }
 }
 
 // Grid: (blocks that share the tiles, 128 bytes of channels).
@@ -128,6 +159,7 @@ groups_kernel(const __grid_constant__ Conv p, const __grid_constant__ Patch patc
       __syncthreads();
       typename GroupTile<F>::Sums sums = {};
       multiply_patch<F, kSpan>(p, patch, memory, map, sums);
+      mend_sums<F, kSpan>(p, patch, memory, map, sums);
       const auto place = [&](int row) -> Place {
         const int out_y = y + row / kTileW, out_x = x + row % kTileW;
         if (out_y >= p.out_height || out_x >= p.out_width) return {-1, 0};

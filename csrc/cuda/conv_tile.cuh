@@ -12,7 +12,7 @@ namespace fastrcnn {
 
 struct Conv {
   const void *input, *weight, *residual;  // residual: null, or of the output's or half its height and width
-  const float* bias;                      // [O] or null
+  const void* bias;                       // [O], float32 or in the input's dtype, or null
   void* out;
   int64_t pixels;  // B H' W'
   int height, width, channels, group_channels;
@@ -21,7 +21,7 @@ struct Conv {
   int depth;              // kernel_h kernel_w group_channels
   int column_tiles;       // of a group's outputs
   int residual_h, residual_w;  // 0 where the residual lies as the output does
-  bool relu;
+  bool relu, wide_bias;
   bool packed_input, packed_output;  // 16 bytes never leave a group's channels, and lie on 16 bytes
 };
 
@@ -36,68 +36,85 @@ constexpr int kPack = kChunkBytes / sizeof(F);
 template <class F>
 constexpr int kRowDepth = kRowBytes / sizeof(F);
 
-template <int M, int N, int WarpsM, int WarpsN, int Stages>
+// float32 is three products of TF32 ("3xTF32"): x = high + low but for its last bit, and low low is too small to count.
+template <class F>
+constexpr bool kSplit = std::is_same_v<F, float>;
+template <class F, int W>
+struct Operand {
+  unsigned high[W], low[kSplit<F> ? W : 1];
+
+  __device__ __forceinline__ void split() {
+    if constexpr (kSplit<F>) {
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        const float x = __uint_as_float(high[i]);
+        high[i] = round_to_tf32(x);
+        low[i] = __float_as_uint(x - __uint_as_float(high[i]));
+      }
+    }
+  }
+};
+// The card cuts its sums instead of rounding them: a step's high product is added outside (Ootomo and Yokota 2022).
+template <class F>
+struct Sum {
+  float high[4], low[kSplit<F> ? 4 : 1];
+
+  __device__ __forceinline__ void add_product(const Operand<F, 4>& a, const Operand<F, 2>& b) {
+    if constexpr (kSplit<F>) {
+      float step[4] = {};
+      multiply_add<F>(low, a.low, b.high);
+      multiply_add<F>(low, a.high, b.low);
+      multiply_add<F>(step, a.high, b.high);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) high[i] += step[i];
+    } else {
+      multiply_add<F>(high, a.high, b.high);
+    }
+  }
+  // Infinity has no low part; what it and NaN give is in the high one.
+  __device__ __forceinline__ float total(int i) const {
+    if constexpr (kSplit<F>) return high[i] + (fabs(low[i]) <= FLT_MAX ? low[i] : 0.f);
+    return high[i];
+  }
+  __device__ __forceinline__ void set(int i, float sum) {
+    high[i] = sum;
+    if constexpr (kSplit<F>) low[i] = 0.f;
+  }
+};
+
+template <class F, int M, int N, int WarpsM, int WarpsN, int Stages>
 struct Tile {
   static constexpr int kM = M, kN = N, kWarpsN = WarpsN, kStages = Stages, kThreads = 32 * WarpsM * WarpsN;
   static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN, kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
-  static constexpr int kPitch = N + 8;  // floats of a staged row: a fragment's rows then lie in different banks
+  // Sums on their way to memory: rows of kPitch floats. Half precision leaves in packs of 8, whose first and second halves
+  // lie apart, so that neighbouring packs' halves are neighbours; rows and halves are off by 8 and 4 banks for the fragments.
+  static constexpr int kPitch = N + 8, kHalf = kPack<F> == 8 ? N / 2 + 4 : 4;
+  HOST_DEVICE static int staged(int row, int column) {
+    const int in_row = kPack<F> == 8 ? column / 4 % 2 * kHalf + column / 8 * 4 + column % 4 : column;
+    return row * kPitch + in_row;
+  }
   static constexpr int kStagedBytes = M * kPitch * 4, kEpilogueBytes = kStagedBytes + M * 16;
   static constexpr int kStageBytes = (M + N) * kRowBytes;
-  using Sums = float[kFragmentsM][kFragmentsN][4];
+  using Sums = Sum<F>[kFragmentsM][kFragmentsN];
 };
 
-// x as the sum of two TF32, but for the last bits of a float.
-__device__ __forceinline__ void split_tf32(unsigned bits, unsigned& high, unsigned& low) {
-  const float x = __uint_as_float(bits);
-  float rounded = round_to_tf32(x);
-  if (fabs(rounded) > FLT_MAX) rounded = __uint_as_float(bits & 0xffffe000u);  // up to infinity from below it
-  high = __float_as_uint(rounded);
-  low = __float_as_uint(round_to_tf32(x - rounded));
-}
-
-// sums += a b. float32 is three products of TF32 halves ("3xTF32"); the card cuts its sums instead of rounding them, so a
-// step's is added outside (Ootomo and Yokota 2022). Infinity and NaN are left to the product of the high halves.
-template <class F, int M, int N>
-__device__ __forceinline__ void multiply_step(float (&sums)[M][N][4], const unsigned (&a)[M][4],
-                                              const unsigned (&b)[N][2]) {
-  if constexpr (!std::is_same_v<F, float>) {
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int n = 0; n < N; ++n) multiply_add<F>(sums[m][n], a[m], b[n]);
-  } else {
-    unsigned a_high[M][4], a_low[M][4], b_high[N][2], b_low[N][2];
-#pragma unroll
-    for (int i = 0; i < M * 4; ++i) split_tf32(a[i / 4][i % 4], a_high[i / 4][i % 4], a_low[i / 4][i % 4]);
-#pragma unroll
-    for (int i = 0; i < N * 2; ++i) split_tf32(b[i / 2][i % 2], b_high[i / 2][i % 2], b_low[i / 2][i % 2]);
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        float step[4] = {};
-        multiply_add<float>(step, a_low[m], b_high[n]);
-        multiply_add<float>(step, a_high[m], b_low[n]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) step[i] = fabs(step[i]) <= FLT_MAX ? step[i] : 0.f;
-        multiply_add<float>(step, a_high[m], b_high[n]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[m][n][i] += step[i];
-      }
-  }
-}
-
-// Sixteen rows of a tile from chunk `chunk` on, one step deep, as multiply_add takes them for a; `row` is the first.
+// The lanes' places in 16 rows of a tile as multiply_add takes them for a, and in 16 columns as it takes them for two b.
 __device__ __forceinline__ int row_of_a(int lane) { return lane % 16; }
 __device__ __forceinline__ int chunk_of_a(int lane) { return lane / 16; }
-// Sixteen columns, as it takes them for two b.
 __device__ __forceinline__ int row_of_b(int lane) { return lane % 8 + lane / 16 * 8; }
 __device__ __forceinline__ int chunk_of_b(int lane) { return lane / 8 % 2; }
-__device__ __forceinline__ void load_columns(unsigned (&first)[2], unsigned (&second)[2], const void* row) {
+template <class F>
+__device__ __forceinline__ void load_a(Operand<F, 4>& a, const void* row) {
+  load_matrices(a.high, row);
+  a.split();
+}
+template <class F>
+__device__ __forceinline__ void load_b(Operand<F, 2>& first, Operand<F, 2>& second, const void* row) {
   unsigned both[4];
   load_matrices(both, row);
-  first[0] = both[0], first[1] = both[1], second[0] = both[2], second[1] = both[3];
+  first.high[0] = both[0], first.high[1] = both[1], second.high[0] = both[2], second.high[1] = both[3];
+  first.split(), second.split();
 }
 
 // Pixels of the output and the residual; out < 0: the row has none.
@@ -110,6 +127,12 @@ __device__ __forceinline__ Place place_of(const Conv& p, int64_t image, int y, i
   return {pixel, (image * p.residual_h + y / 2) * p.residual_w + x / 2};
 }
 
+template <class F>
+__device__ __forceinline__ float bias_of(const Conv& p, int output) {
+  if (p.bias == nullptr) return 0.f;
+  if (p.wide_bias) return static_cast<const float*>(p.bias)[output];
+  return static_cast<float>(static_cast<const F*>(p.bias)[output]);
+}
 template <class F>
 __device__ __forceinline__ float finish(const Conv& p, float sum, float bias, F residual) {
   const float y = sum + bias + static_cast<float>(residual);
@@ -135,8 +158,8 @@ __device__ __forceinline__ void store_tile(const Conv& p, const typename T::Sums
       for (int half = 0; half < 2; ++half) {
         const int row = warp / T::kWarpsN * T::kWarpM + m * 16 + half * 8 + lane / 4;
         const int column = warp % T::kWarpsN * T::kWarpN + n * 8 + lane % 4 * 2;
-        *reinterpret_cast<float2*>(staged + row * T::kPitch + column) =
-            make_float2(sums[m][n][2 * half], sums[m][n][2 * half + 1]);
+        *reinterpret_cast<float2*>(staged + T::staged(row, column)) =
+            make_float2(sums[m][n].total(2 * half), sums[m][n].total(2 * half + 1));
       }
   for (int row = threadIdx.x; row < T::kM; row += T::kThreads) places[row] = place(row);
   __syncthreads();
@@ -144,12 +167,12 @@ __device__ __forceinline__ void store_tile(const Conv& p, const typename T::Sums
   const int column = threadIdx.x % kPacks * V, count = min(end - channel - column, V);
   float bias[V];
 #pragma unroll
-  for (int v = 0; v < V; ++v) bias[v] = p.bias != nullptr && v < count ? __ldg(p.bias + channel + column + v) : 0.f;
+  for (int v = 0; v < V; ++v) bias[v] = v < count ? bias_of<F>(p, channel + column + v) : 0.f;
 #pragma unroll 1
   for (int row = threadIdx.x / kPacks; row < T::kM && count > 0; row += T::kThreads / kPacks) {
     const Place at = places[row];
     if (at.out < 0) continue;
-    const float* const sum = staged + row * T::kPitch + column;
+    const float* const sum = staged + T::staged(row, column);
     F* const to = static_cast<F*>(p.out) + at.out * p.outputs + channel + column;
     const F* const from = static_cast<const F*>(p.residual) + at.residual * p.outputs + channel + column;
     F values[V] = {};
@@ -158,11 +181,15 @@ __device__ __forceinline__ void store_tile(const Conv& p, const typename T::Sums
       if (p.residual != nullptr) raw = __ldg(reinterpret_cast<const int4*>(from));
       memcpy(values, &raw, sizeof(raw));
 #pragma unroll
-      for (int v = 0; v < V; ++v) values[v] = static_cast<F>(finish(p, sum[v], bias[v], values[v]));
+      for (int v = 0; v < V; ++v) values[v] = static_cast<F>(finish(p, sum[v / 4 * T::kHalf + v % 4], bias[v], values[v]));
       memcpy(&raw, values, sizeof(raw));
       *reinterpret_cast<int4*>(to) = raw;
     } else {
-      for (int v = 0; v < count; ++v) to[v] = static_cast<F>(finish(p, sum[v], bias[v], p.residual ? from[v] : F(0)));
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (v >= count) break;
+        to[v] = static_cast<F>(finish(p, sum[v / 4 * T::kHalf + v % 4], bias[v], p.residual ? from[v] : F(0)));
+      }
     }
   }
   __syncthreads();

@@ -60,25 +60,18 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
 #undef FASTRCNN_MMA
 }
 
-// To the nearest TF32, ties away from zero.
-__device__ __forceinline__ float round_to_tf32(float x) {
+// The bits of the nearest TF32, ties away from zero; the low 13, which a TF32 has not, are zero.
+__device__ __forceinline__ unsigned round_to_tf32(float x) {
   unsigned rounded = 0;
   FASTRCNN_PTX("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
-  return __uint_as_float(rounded);
+  return rounded & 0xffffe000u;
 }
 
-// kBytes of global memory to shared memory, or as many zeros, at some time until the thread waits for the copy's group.
-template <int kBytes>
+// 16 bytes of global memory to shared memory, or 16 zeros (`from` is then not read), at some time until the thread waits
+// for the copy's group.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool zeros) {
-  if constexpr (kBytes == 16) {
-    FASTRCNN_PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(zeros ? 0 : 16)
-                 : "memory");
-  } else {
-    static_assert(kBytes == 4 || kBytes == 8);
-    FASTRCNN_PTX("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(zeros ? 0 : kBytes), "n"(kBytes)
-                 : "memory");
-  }
+  FASTRCNN_PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(zeros ? 0 : 16)
+               : "memory");
 }
 // The thread's copies since the last commit are a group.
 __device__ __forceinline__ void commit_copies() { FASTRCNN_PTX("cp.async.commit_group;" ::: "memory"); }
@@ -96,12 +89,8 @@ template <class F>
 void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   emulated::multiply_add<F>(c, a, b);
 }
-inline float round_to_tf32(float x) { return emulated::round_to_tf32(x); }
-template <int kBytes>
-void copy_async(void* to, const void* from, bool zeros) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  emulated::copy_async(to, from, kBytes, zeros);
-}
+inline unsigned round_to_tf32(float x) { return emulated::round_to_tf32(x); }
+inline void copy_async(void* to, const void* from, bool zeros) { emulated::copy_async(to, from, 16, zeros); }
 inline void commit_copies() { emulated::commit_copies(); }
 template <int kPending>
 void wait_for_copies() {

@@ -21,6 +21,7 @@ struct Problem {
   const Box<T>* boxes;    // [N]
   const T* scores;        // [N]
   const int64_t* groups;  // [N] or null
+  const int64_t* valid;   // how many of the N take part, or null: all
   int* members;           // [N] place by group -> row
   int64_t* sorted_group;  // [N]
   AlignedBox<T>* box;        // [N] by place
@@ -46,7 +47,8 @@ struct PlaceByGroup {
     p.members[place] = i;
     p.sorted_group[place] = p.groups == nullptr ? 0 : p.groups[i];
     p.box[place] = {p.boxes[i]};
-    p.score[place] = score == score ? score : -std::numeric_limits<T>::infinity();  // a NaN score never wins
+    const bool races = score == score && (p.valid == nullptr || i < *p.valid);  // a NaN score never wins
+    p.score[place] = races ? score : -std::numeric_limits<T>::infinity();
     p.taken[place] = -1;
   }
 };
@@ -151,31 +153,48 @@ struct Write {
 };
 
 template <class T>
-int run(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, SoftRules<T> rules,
-        Tensor& dets, Tensor& indices) {
-  const int n = static_cast<int>(boxes.size(0));
-  if (n == 0) return 0;
-  const cudaStream_t stream = current_stream(boxes);
-  const auto buffer = [&](int64_t numbers, ScalarType dtype) { return empty_like_device(boxes, {numbers}, dtype); };
-  Tensor members = buffer(n, ScalarType::Int), taken = buffer(n, ScalarType::Int), count = buffer(1, ScalarType::Int);
-  Tensor sorted_group = buffer(n, ScalarType::Long), box = buffer(int64_t{4} * n, boxes.scalar_type());
-  Tensor score = buffer(n, boxes.scalar_type()), taken_score = buffer(n, boxes.scalar_type());
-  const Problem<T> p{n, rules, reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>()), scores.const_data_ptr<T>(),
-                     groups ? groups->const_data_ptr<int64_t>() : nullptr, members.mutable_data_ptr<int>(),
-                     sorted_group.mutable_data_ptr<int64_t>(), reinterpret_cast<AlignedBox<T>*>(box.mutable_data_ptr<T>()),
-                     score.mutable_data_ptr<T>(), taken.mutable_data_ptr<int>(), taken_score.mutable_data_ptr<T>(),
-                     count.mutable_data_ptr<int>()};
-  STD_CUDA_CHECK(cudaMemsetAsync(p.count, 0, sizeof(int), stream));
-  sort_lists(1, n, boxes, ByGroup<T>{p}, PlaceByGroup<T>{p});
+struct WritePadded {
+  Problem<T> p;
+  int64_t most;
+  T* decayed;
+  int64_t* indices;
+  __device__ void operator()(int, int place, int i) const {
+    const int row = p.taken[i];
+    if (row < 0 || place >= most) return;
+    decayed[place] = p.taken_score[i];
+    indices[place] = row;
+  }
+};
+__global__ void limit_kernel(int batch, const int* counts, int64_t most, int64_t* num_kept) {
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (i < batch) num_kept[i] = counts[i] < most ? counts[i] : most;
+}
+
+// Of p's first five, n > 0: what is taken goes to writer(p) in order, and its number to `count`, which is zero before.
+template <class T, class Writer>
+void run(Problem<T> p, const Tensor& like, int* count, Writer writer) {
+  const int64_t n = p.n;
+  const auto buffer = [&](int64_t numbers, ScalarType dtype) { return empty_like_device(like, {numbers}, dtype); };
+  const ScalarType dtype = coordinate_type(like);
+  Tensor members = buffer(n, ScalarType::Int), taken = buffer(n, ScalarType::Int);
+  Tensor sorted_group = buffer(n, ScalarType::Long), box = buffer(4 * n, dtype);
+  Tensor score = buffer(n, dtype), taken_score = buffer(n, dtype);
+  p.members = members.mutable_data_ptr<int>(), p.sorted_group = sorted_group.mutable_data_ptr<int64_t>();
+  p.box = reinterpret_cast<AlignedBox<T>*>(box.mutable_data_ptr<T>()), p.score = score.mutable_data_ptr<T>();
+  p.taken = taken.mutable_data_ptr<int>(), p.taken_score = taken_score.mutable_data_ptr<T>(), p.count = count;
+  sort_lists(1, p.n, like, ByGroup<T>{p}, PlaceByGroup<T>{p});
   constexpr int64_t kElement = sizeof(AlignedBox<T>) + sizeof(T);
   const int fits = static_cast<int>(std::min<int64_t>(n, kCopyBytes / kElement));
-  const int blocks = groups ? std::min(n, kMostBlocks) : 1;
-  soft_nms_kernel<T><<<blocks, kThreads, fits * kElement, stream>>>(p, fits);
+  const int blocks = p.groups != nullptr ? std::min(p.n, kMostBlocks) : 1;
+  soft_nms_kernel<T><<<blocks, kThreads, fits * kElement, current_stream(like)>>>(p, fits);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  sort_lists(1, n, boxes, ByTakenScore<T>{p}, Write<T>{p, dets.mutable_data_ptr<T>(), indices.mutable_data_ptr<int64_t>()});
-  int found = 0;  // the answer's size: the host has to wait for it
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int32(count.get(), &found));  // through pinned memory
-  return found;
+  sort_lists(1, p.n, like, ByTakenScore<T>{p}, writer(p));
+}
+
+template <class T>
+Problem<T> problem(int64_t n, const SoftRules<T>& rules, const T* boxes, const T* scores, const int64_t* groups) {
+  CHECK_ARGUMENT(n < int64_t{1} << 31, "boxes: more than 2^31 rows");
+  return {static_cast<int>(n), rules, reinterpret_cast<const Box<T>*>(boxes), scores, groups};
 }
 
 std::tuple<Tensor, Tensor> any(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> groups,
@@ -183,12 +202,24 @@ std::tuple<Tensor, Tensor> any(const Tensor& boxes, const Tensor& scores, std::o
                                int64_t max_output) {
   const torch::stable::accelerator::DeviceGuard guard(boxes.get_device_index());
   const int64_t n = boxes.size(0);
-  CHECK_ARGUMENT(n < int64_t{1} << 31, "boxes: more than 2^31 rows");
   return soft_nms_in(boxes, scores, groups, iou_threshold, sigma, min_score, method,
                      [&](const Tensor& b, const Tensor& s, const std::optional<Tensor>& g, auto rules) {
+                       using T = decltype(rules.sigma);
                        Tensor dets = empty_like_device(b, {n, 5}, b.scalar_type());
                        Tensor indices = empty_like_device(b, {n}, ScalarType::Long);
-                       const int64_t k = std::min<int64_t>(run(b, s, g, rules, dets, indices), max_output);
+                       int found = 0;
+                       if (n > 0) {
+                         Tensor count = empty_like_device(b, {1}, ScalarType::Int);
+                         STD_CUDA_CHECK(cudaMemsetAsync(count.mutable_data_ptr<int>(), 0, sizeof(int), current_stream(b)));
+                         run(problem<T>(n, rules, b.const_data_ptr<T>(), s.const_data_ptr<T>(),
+                                        g ? g->const_data_ptr<int64_t>() : nullptr),
+                             b, count.mutable_data_ptr<int>(), [&](const Problem<T>& p) {
+                               return Write<T>{p, dets.mutable_data_ptr<T>(), indices.mutable_data_ptr<int64_t>()};
+                             });
+                         // The answer's size: the host has to wait for it, through pinned memory.
+                         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int32(count.get(), &found));
+                       }
+                       const int64_t k = std::min<int64_t>(found, max_output);
                        return std::tuple(torch::stable::narrow(dets, 0, 0, k), torch::stable::narrow(indices, 0, 0, k));
                      });
 }
@@ -204,11 +235,47 @@ std::tuple<Tensor, Tensor> batched_soft_nms(const Tensor& boxes, const Tensor& s
   return any(boxes, scores, idxs, iou_threshold, sigma, min_score, method, max_output.value_or(boxes.size(0)));
 }
 
+// Image after image: a block has a group, and an image has many.
+template <class T>
+void run_padded(const PaddedBoxes& in, const SoftRules<T>& rules, int64_t most, T* decayed, int64_t* indices,
+                int64_t* num_kept) {
+  const int64_t batch = in.scores.size(0), n = in.scores.size(1);
+  if (batch == 0) return;
+  const cudaStream_t stream = current_stream(in.boxes);
+  Tensor counts = empty_like_device(in.boxes, {batch}, ScalarType::Int);
+  int* count = counts.mutable_data_ptr<int>();
+  STD_CUDA_CHECK(cudaMemsetAsync(count, 0, batch * sizeof(int), stream));
+  STD_CUDA_CHECK(cudaMemsetAsync(decayed, 0, batch * most * sizeof(T), stream));
+  STD_CUDA_CHECK(cudaMemsetAsync(indices, 0xff, batch * most * sizeof(int64_t), stream));  // -1
+  const int64_t *groups = in.group_ids(), *valid = in.count_ids();
+  for (int64_t i = 0; i < batch && n > 0; ++i) {
+    Problem<T> p = problem<T>(n, rules, in.boxes.const_data_ptr<T>() + i * n * 4, in.scores.const_data_ptr<T>() + i * n,
+                              groups ? groups + i * n : nullptr);
+    p.valid = valid ? valid + i : nullptr;
+    run(p, in.boxes, count + i, [&](const Problem<T>& whole) {
+      return WritePadded<T>{whole, most, decayed + i * most, indices + i * most};
+    });
+  }
+  limit_kernel<<<static_cast<int>((batch + kThreads - 1) / kThreads), kThreads, 0, stream>>>(static_cast<int>(batch),
+                                                                                             count, most, num_kept);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::tuple<Tensor, Tensor, Tensor> soft_nms_padded(const Tensor& boxes, const Tensor& scores,
+                                                   std::optional<Tensor> groups, double iou_threshold, double sigma,
+                                                   double min_score, std::string method, int64_t max_output,
+                                                   std::optional<Tensor> counts) {
+  const torch::stable::accelerator::DeviceGuard guard(boxes.get_device_index());
+  return soft_nms_padded_in(boxes, scores, groups, iou_threshold, sigma, min_score, method, max_output, counts,
+                            [&](const PaddedBoxes& in, auto rules, auto*... out) { run_padded(in, rules, max_output, out...); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastrcnn, CUDA, m) {
   m.impl("soft_nms", TORCH_BOX(&soft_nms));
   m.impl("batched_soft_nms", TORCH_BOX(&batched_soft_nms));
+  m.impl("soft_nms_padded", TORCH_BOX(&soft_nms_padded));
 }
 
 }  // namespace fastrcnn

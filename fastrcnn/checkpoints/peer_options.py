@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-Colour = tuple[float, float, float]
+Colour = tuple[float, ...]  # one for each channel
 EXTRA_STATE = (
     "_extra_state"  # a detector's profile and options as the bytes of a text, among the keys of its state dict
 )
@@ -12,7 +12,7 @@ OURS = (EXTRA_STATE, ".loss_normalizer")  # ends of keys that no peer's model ha
 
 
 def _colour(value) -> Colour:
-    if not isinstance(value, list | tuple) or len(value) != 3:
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= 256:
         raise ValueError
     return tuple(map(_number, value))
 

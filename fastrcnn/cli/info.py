@@ -2,16 +2,24 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from fastrcnn.cli.common import console
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    plan: Annotated[Path | None, typer.Option(help="a plan saved by fastrcnn.ops.conv_plan: show that instead")] = None,
+) -> None:
     """Versions, devices, and what answers each operator: a compiled kernel or the reference, and why."""
+    if plan is not None:
+        show_plan(plan, as_json)
+        return
     import torch
 
     import fastrcnn
@@ -48,3 +56,20 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable"
     for name, reason in facts["reasons"].items():
         if reason:
             console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
+
+
+def show_plan(path: Path, as_json: bool) -> None:
+    """Which convolution answers each kind of call on CUDA, and how long each took when it was measured."""
+    from fastrcnn.ops.conv_plan import load_plan
+
+    try:
+        plan = load_plan(path)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--plan") from None
+    if as_json:
+        print(json.dumps(plan))
+        return
+    table = Table("convolution", "fastest", "milliseconds")
+    for kind, times in plan.items():
+        table.add_row(escape(kind), escape(min(times, key=times.get)), escape(", ".join(f"{k} {v:.4g}" for k, v in times.items())))
+    console.print(table)

@@ -50,7 +50,10 @@ def train(
     fastrcnn train photos/ --val more/ --weights coco --out runs/mine
     """
 
+    from fastrcnn.cli.data import print_findings
     from fastrcnn.data import open_dataset
+    from fastrcnn.data.check import check_dataset
+    from fastrcnn.data.detect_format import detect_format
     from fastrcnn.evaluation import match_classes
     from fastrcnn.evaluation.coco import require_hotcoco
     from fastrcnn.inference.detector import as_device
@@ -66,13 +69,14 @@ def train(
         check_out(out, resume or os.environ.get("RANK", "0") != "0")
         chosen = own_device(as_device(device))
         size = None if batch in (None, "auto") else _whole("batch", batch)
-        held_out = None
+        held_out, split = None, None
+        if val is None and {"train", "val"} <= set(detect_format(data).splits):  # a folder that has both
+            val, split = data, "val"
         if val is not None:
             require_hotcoco()
-        dataset = open_dataset(data, images)
-        if val is not None:
-            held_out = open_dataset(val, images)
+            held_out = open_dataset(val, images, split)
             held_out.truth(range(len(held_out)))
+        dataset = open_dataset(data, images)
         seed_everything(seed)  # of the weights that start afresh
         sizes = {k: v for k, v in dict(min_size=min_size, max_size=max_size).items() if v is not None}
         net = model_to_train(model, weights, dataset.class_names, **sizes)
@@ -87,10 +91,15 @@ def train(
             say(f"batch auto: {size} pictures a step")
     except (ValueError, OSError, ImportError) as error:
         fail(error)
-    if dataset.left_out:
-        counts = ", ".join(f"{n} {reason}" for reason, n in dataset.left_out.items())
-        say(f"{data}: left out or cut: {counts}")
     try:
+        if not resume and os.environ.get("RANK", "0") == "0":  # every picture is looked at once
+            seen: dict = {}
+            findings = check_dataset(dataset, "train", seen)
+            if held_out is not None:
+                check_dataset(held_out, "val", seen, findings)
+            if findings:
+                say(f"{data}: what was found (fastrcnn data check says more); what is dropped is left out")
+                print_findings(findings)
         run(
             net, dataset, plan, out, resume, held_out, batch_size=size, lr=lr, seed=seed, workers=workers,
             deterministic=deterministic, drop_empty=drop_empty, patience=patience, tensorboard=tensorboard, log=say,

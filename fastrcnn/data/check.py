@@ -117,10 +117,10 @@ def _read_all(dataset: DetectionDataset, indices: Iterable[int]) -> Iterator[tup
 
     def read(index: int) -> tuple[tuple | None, bytes | None]:
         path, where = dataset.picture(index), dataset.where(index)
-        if not path.is_file():
+        if not os.path.isfile(path):
             return ("missing picture", *where, f"there is no {path}"), None
         try:
-            image = read_image(path)
+            image = read_image(path, None)
         except ImageError as error:
             return ("unreadable picture", *where, error), None
         try:

@@ -62,9 +62,9 @@ def _kept(ids, names: Texts, findings: Findings, path: Path) -> np.ndarray:
 
 
 def _is_placeholder(row: dict, others: Sequence[dict]) -> bool:
-    """The super category that Roboflow lists beside its classes, and the background of LabelMe's scripts."""
-    background = row["id"] == 0 and row["name"].strip("_ ").lower() == "background"
-    return background or (bool(others) and all(other["supercategory"] == row["name"] for other in others))
+    """The super category that Roboflow lists beside its classes, and the 0 that others keep for what is no object."""
+    nothing = row["id"] == 0 and row["name"].strip("_ ").lower() in ("background", "none", "null", "placeholder", "n/a")
+    return nothing or (bool(others) and all(other["supercategory"] == row["name"] for other in others))
 
 
 def _classes(rows: list[dict], used: set[int], findings: Findings, path: Path) -> list[dict]:
@@ -74,7 +74,7 @@ def _classes(rows: list[dict], used: set[int], findings: Findings, path: Path) -
         others = [other for k, other in enumerate(rows) if k != i]
         if row["id"] not in used and others and _is_placeholder(row, others):
             findings.note("placeholder category", path, entry("categories", i, row["id"]),
-                          f"{short(row['name'])} stands over the others and has no object: left out")  # fmt: skip
+                          f"{short(row['name'])} is no class of its own and has no object: left out")  # fmt: skip
         elif not any(other["id"] == row["id"] and other["name"] == row["name"] for other in kept):
             kept.append(row)
         elif findings.strict:

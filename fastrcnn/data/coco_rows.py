@@ -241,7 +241,10 @@ class Columns:
                 _plain_annotations,
                 _annotation,
                 annotation_columns,
-                lambda: [Ids(), *(Grown(np.int64), Grown(np.float64, 4), Grown(np.float64), Grown(bool), Grown(np.int64))],
+                lambda: [
+                    Ids(),
+                    *(Grown(np.int64), Grown(np.float64, 4), Grown(np.float64), Grown(bool), Grown(np.int64)),
+                ],
             ),
             "categories": (lambda rows: None, _category, lambda rows: [rows], lambda: [Grown(object)]),
         }[part]

@@ -34,7 +34,7 @@ def _placed(part: Part, folder: Path, taken: set[str], done: Counter) -> list[tu
             if name.rpartition(".")[0] not in taken:
                 break
             name = f"{stem}_{k}{suffix}"
-        if not source.is_file():
+        if not os.path.isfile(source):
             done["pictures that are missing"] += 1
             continue
         taken.add(name.rpartition(".")[0])

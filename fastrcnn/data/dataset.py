@@ -1,6 +1,7 @@
 """Pictures and their boxes, whatever format they were written in: one dataset over one table of arrays."""
 
 import os
+import unicodedata
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,16 @@ THIN, OUTSIDE, CUT = "less than a pixel wide or high", "outside the picture", "c
 PIECE = 1 << 20
 
 
-def _other_names(name: str) -> list[str]:
-    """How the picture of a `file_name` may be called on this machine: as it is written, with the slashes of Windows or
-    the escapes of an address undone, behind the query of a labelling server, without its folders."""
+def _other_names(name: str) -> Iterator[str]:
+    """How the picture of a `file_name` may be called on this machine: as it is written, with the slashes of Windows or the
+    escapes of an address undone, behind the query of a labelling server, without its folders; with the other letters for
+    the suffix, and for accents."""
     plain = urllib.parse.unquote(name).rpartition("?d=")[2]
     names = [name, name.replace("\\", "/"), plain.replace("\\", "/")]
-    return list(dict.fromkeys([*names, *(part.rpartition("/")[2] for part in names)]))
+    for found in dict.fromkeys([*names, *(part.rpartition("/")[2] for part in names)]):
+        stem, suffix = os.path.splitext(found)
+        yield from (found, stem + suffix.lower(), stem + suffix.upper())
+        yield from (unicodedata.normalize(form, found) for form in ("NFC", "NFD"))
 
 
 class _Each(Sequence):
@@ -43,8 +48,8 @@ class _Each(Sequence):
 
 
 class DetectionDataset(Dataset):
-    """(image uint8 [C, H, W], target) pairs, to train on; `truth` is what the files say as they say it, to measure
-    against.
+    """(image uint8 [C, H, W], target) pairs, to train on, RGB unless `channels` says otherwise; `truth` is what the
+    files say as they say it, to measure against.
 
     target: boxes [N, 4] float32 xyxy pixels, labels [N] int64 counted from 0 in the order of the category ids,
     ignore_boxes [R, 4] (iscrowd, ignore, difficult), image_id. Boxes are cut at the picture's edge; what is then not a
@@ -57,6 +62,7 @@ class DetectionDataset(Dataset):
     def __init__(self, table: Table, transforms=None):
         self.table, self.path, self.transforms, self.findings = table, table.path, transforms, table.findings
         self.class_names, self.category_ids = table.class_names, table.category_ids
+        self.channels: int | None = 3  # of the pictures, as the model wants them: see `read_image`
         self.image_ids = table.image_ids
         self.folder = self._folder()
         self._fill_sizes()
@@ -66,7 +72,7 @@ class DetectionDataset(Dataset):
     def _folder(self) -> Path:
         """The one of the table's folders in which the most of a few pictures lie."""
         some = [self.table.names[i] for i in range(0, len(self), max(1, len(self) // 8))]
-        found = [sum(_is_file(folder / name) for name in some) for folder in self.table.folders]
+        found = [sum(os.path.isfile(folder / name) for name in some) for folder in self.table.folders]
         return self.table.folders[found.index(max(found))]
 
     def _fill_sizes(self) -> None:
@@ -113,10 +119,10 @@ class DetectionDataset(Dataset):
         """Where the picture of an image lies; where none of its names is a file, the first of them."""
         name = self.table.names[index]
         first = self.folder / name
-        if _is_file(first):
+        if os.path.isfile(first):
             return first
         folders = dict.fromkeys([self.folder, *self.table.folders])
-        return next((f / n for n in _other_names(name) for f in folders if _is_file(f / n)), first)
+        return next((f / n for n in dict.fromkeys(_other_names(name)) for f in folders if os.path.isfile(f / n)), first)
 
     def where(self, index: int) -> tuple[str, str]:
         """The file, and the entry in it, that speak of an image."""
@@ -173,6 +179,19 @@ class DetectionDataset(Dataset):
         columns = table.labels[rows].astype(np.int64), table.boxes[rows], table.areas[rows], table.crowd[rows]
         return Truth(np.repeat(indices, counts), *columns)
 
+    def relabel(self, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
+        """Counts the classes as another dataset does (the one that is trained on, say), by their names. Raises ValueError
+        for a class with objects that the other does not have."""
+        place = {name: i for i, name in enumerate(class_names)}
+        used = set(np.unique(self.table.labels).tolist())
+        if unknown := [name for i, name in enumerate(self.class_names) if i in used and name not in place]:
+            raise ValueError(
+                f"{self.path}: the classes {', '.join(unknown[:10])} are none of {', '.join(class_names[:10])}"
+            )
+        moved = np.array([place.get(name, -1) for name in self.class_names], np.int32)
+        self.table.labels = moved[self.table.labels]
+        self.class_names, self.category_ids = list(class_names), list(category_ids)
+
     def check_size(self, index: int, image: Tensor) -> None:
         """Raises ValueError for a picture [C, H, W] of another size than the file says: the boxes are not its own."""
         height, width = image.shape[-2:]
@@ -186,13 +205,6 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         index = range(len(self))[index]
-        image, target = read_image(self.picture(index)), self.target(index)
+        image, target = read_image(self.picture(index), self.channels), self.target(index)
         self.check_size(index, image)
         return (image, target) if self.transforms is None else apply(self.transforms, image, target)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return os.path.isfile(path)
-    except ValueError:  # a name that the system cannot hold
-        return False

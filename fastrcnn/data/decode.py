@@ -31,6 +31,10 @@ TURNS = {2: (False, [2]), 3: (False, [1, 2]), 4: (False, [1]), 5: (True, []), 6:
 BYTES_A_PIXEL = 4  # of a file, at most
 
 
+class OtherChannelsError(ValueError):
+    """A picture that is whole, with other channels than were asked for."""
+
+
 def max_pixels() -> float:
     """How many pixels a picture may have, 89 million where nobody says otherwise: Pillow's own limit,
     `PIL.Image.MAX_IMAGE_PIXELS` (None: no limit), or what the environment variable FASTRCNN_MAX_PIXELS says.
@@ -51,18 +55,25 @@ def max_bytes() -> float:
     return BYTES_A_PIXEL * max_pixels()
 
 
-def decode(data: bytes) -> Tensor:
+def decode(data: bytes, channels: int | None = 3) -> Tensor:
     """uint8 [3, H, W] RGB of the bytes of a picture, the first of several, turned as its EXIF orientation says; an
-    alpha channel is dropped. Raises ValueError with the reason where they cannot be read."""
+    alpha channel is dropped. Of other channels, see `read_image`. Raises ValueError with the reason where they cannot
+    be read."""
     if not data:
         raise ValueError("the file is empty")
-    return _opened(io.BytesIO(data), lambda image: _pixels(image, data))
+    if data.startswith(b"\x93NUMPY"):
+        return planes_of(_array(data), channels)
+    return _opened(io.BytesIO(data), lambda image: _pixels(image, data, channels))
 
 
 def size_of(file, turned: bool = True) -> tuple[int, int]:
     """(height, width) of what `decode` would give of an open binary file, or, not turned, as it is stored; only the
     head is read, and the file then closed. Raises ValueError likewise."""
     with file:
+        if file.read(6) == b"\x93NUMPY":
+            file.seek(0)
+            return _array(file.read()).shape[:2]
+        file.seek(0)
         return _opened(file, lambda image: image.size if turned and _turn(image)[0] else image.size[::-1])
 
 
@@ -75,6 +86,8 @@ def _opened(file, look):
         with Image.open(file, formats=tuple(SUFFIXES)) as image:
             check_size(image)
             return look(image)
+    except OtherChannelsError:
+        raise
     except UnidentifiedImageError:
         raise ValueError(f"not an image, or a damaged one (expected {', '.join(SUFFIXES)})") from None
     except Image.DecompressionBombError as error:
@@ -85,7 +98,9 @@ def _opened(file, look):
         raise ValueError(f"damaged image ({' '.join(str(error).split()) or type(error).__name__})") from None
 
 
-def _pixels(image, data: bytes) -> Tensor:
+def _pixels(image, data: bytes, channels: int | None) -> Tensor:
+    if channels != 3:
+        return pixels_of(image, channels)
     pixels = _jpeg(data) if image.format in ("JPEG", "MPO") else None
     return pixels_of(image) if pixels is None else _turned(pixels, image)
 
@@ -116,17 +131,98 @@ def _jpeg(data: bytes) -> Tensor | None:
         return None
 
 
-def pixels_of(image) -> Tensor:
+def _array(data: bytes) -> np.ndarray:
+    """The array of a .npy file, as long as it says and without objects."""
+    try:
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = header(file)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+            raise ValueError("its length is not that of its shape")
+        if len(shape) > 1 and shape[0] * shape[1] > max_pixels():
+            raise ValueError(f"{shape} is more than {max_pixels():,} pixels")
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy raises many kinds for damaged files
+        raise ValueError(f"damaged array ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+def planes_of(array: np.ndarray, channels: int | None) -> Tensor:
+    """[C, H, W] of an array [H, W, C], or [H, W] of one channel: uint8 as it is, else float32: uint16 as parts of
+    65535, floats in 0..1. Of three channels `bytes_of`. Raises TypeError or ValueError saying what came."""
+    if channels == 3:
+        return bytes_of(array)
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.ndim != 3 or 0 in array.shape or (channels is not None and array.shape[2] != channels):
+        raise ValueError(f"expected {channels} channels, got an array {list(array.shape)}")
+    return in_range(torch.from_numpy(np.ascontiguousarray(_native(array)).transpose(2, 0, 1)))
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "uf" or array.dtype.itemsize > 8 or (array.dtype.kind == "u" and array.itemsize > 2):
+        raise TypeError(f"expected uint8, uint16 or floats in 0..1, got {array.dtype}")
+    if array.dtype == np.uint8:
+        return array
+    return array.astype(np.float32) / np.float32(65535 if array.dtype.kind == "u" else 1)
+
+
+def in_range(pixels: Tensor) -> Tensor:
+    """The same, where it is uint8 or floats in 0..1; else raises ValueError."""
+    if pixels.is_floating_point():
+        low, high = (v.item() for v in pixels.aminmax())
+        if not (low >= 0 and high <= 1):  # NaN is neither
+            raise ValueError(f"expected floats in 0..1, got {low:.4g} to {high:.4g}")
+    return pixels
+
+
+CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3, "LA": 2, "RGBA": 4, "CMYK": 4, "I": 1, "F": 1}
+
+
+def _planes(image, channels: int | None) -> Tensor:
+    """A PIL image with so many channels (None: its own): grey of any, LA as 2, RGBA and CMYK as 4, and the frames of a
+    file of grey ones. 16 bits a value are kept, as floats."""
+    frames, own = getattr(image, "n_frames", 1), CHANNELS.get(image.mode, 1)
+    if channels not in (None, 1) and frames == channels and own == 1:
+        found = []
+        for k in range(frames):
+            image.seek(k)
+            check_size(image)
+            found.append(_planes(image, 1))
+        if any(frame.shape != found[0].shape or frame.dtype != found[0].dtype for frame in found):
+            raise ValueError("its frames are of several sizes or types")
+        return torch.cat(found)
+    wanted = own if channels is None else channels
+    if wanted == 1 and (image.mode == "I" or image.mode.startswith("I;16") or image.mode == "F"):
+        array = _sixteen(image) if image.mode == "I" else np.asarray(image)
+    elif wanted == 1:
+        array = np.array(image.convert("L"))
+    elif wanted == 3:
+        array = np.array(image.convert("RGB"))
+    elif wanted == own:
+        array = np.array(image)
+    else:
+        raise OtherChannelsError(f"expected {wanted} channels, got {own} (mode {image.mode}, frames: {frames})")
+    return _turned(planes_of(array, None), image)
+
+
+def _sixteen(image) -> np.ndarray:
+    """16 bits in Pillow's 32."""
+    array = np.array(image)
+    if array.min() < 0 or array.max() > 0xFFFF or 0 < array.max() <= 0xFF:
+        raise ValueError(f"expected 16-bit values in mode I, got {array.min()} to {array.max()}: "
+                         "convert the picture to mode L or I;16")  # fmt: skip
+    return array.astype(np.uint16)
+
+
+def pixels_of(image, channels: int | None = 3) -> Tensor:
     """uint8 [3, H, W] RGB of a PIL image, turned as its EXIF orientation says. 16 bits a value keep their high byte,
     floats are 0..1. Raises ValueError where the values are not in such a range, and whatever Pillow raises while it
     decodes."""
     check_size(image)
-    if image.mode == "I":  # 16 bits in Pillow's 32
-        array = np.array(image)
-        if array.min() < 0 or array.max() > 0xFFFF or 0 < array.max() <= 0xFF:
-            raise ValueError(f"expected 16-bit values in mode I, got {array.min()} to {array.max()}: "
-                             "convert the picture to mode L or I;16")  # fmt: skip
-        array = array.astype(np.uint16)
+    if channels != 3:
+        return _planes(image, channels)
+    if image.mode == "I":
+        array = _sixteen(image)
     elif image.mode.startswith("I;16") or image.mode == "F":
         array = np.asarray(image)
     elif image.mode in ("1", "L", "LA"):

@@ -47,7 +47,7 @@ def detect_format(path: str | Path) -> Found:
     if path.is_dir():
         for name, find in FORMATS.items():
             if splits := find(path):
-                return Found(name, splits)
+                return Found(name, {split: splits[split] for split in (*SPLITS, None) if split in splits})
         expected = (
             "a COCO file (_annotations.coco.json, annotations/*.json), XML files of Pascal VOC's, "
             "or pictures with text files of YOLO's"

@@ -33,7 +33,13 @@ def files_under(root: Path) -> Iterator[str]:
 
 
 def is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return os.path.splitext(name)[1].lower() in (*IMAGE_SUFFIXES, ".npy")
+
+
+def without_caches(pictures: list[str]) -> list[str]:
+    """The same without the arrays that lie beside a picture of their name: ultralytics keeps decoded pictures so."""
+    others = {name.rpartition(".")[0] for name in pictures if not name.lower().endswith(".npy")}
+    return [name for name in pictures if not (name.lower().endswith(".npy") and name.rpartition(".")[0] in others)]
 
 
 def read_text(path: Path) -> str:

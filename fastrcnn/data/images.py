@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrcnn.data.decode import SUFFIXES, bytes_of, decode, max_bytes, pixels_of, size_of
+from fastrcnn.data.decode import SUFFIXES, decode, in_range, max_bytes, pixels_of, planes_of, size_of
 from fastrcnn.data.fetch import is_address, open_regular, read_bytes
 
 IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
@@ -18,14 +18,18 @@ class ImageError(ValueError):
     """An image that cannot be read; the message names it and says why."""
 
 
-def read_image(source: str | os.PathLike) -> Tensor:
+def read_image(source: str | os.PathLike, channels: int | None = 3) -> Tensor:
     """uint8 [3, H, W] RGB from a file or an http(s) address, turned as its EXIF orientation says; an alpha channel is
     dropped.
+
+    Of other `channels` (None: as many as there are) [C, H, W], uint8, or float32 in 0..1 where the file has 16 bits a
+    value or floats: 1 is grey, 2 grey with alpha, 4 RGBA or CMYK, others the grey frames of a TIFF; an array [H, W, C]
+    in a .npy file has any.
 
     Raises ImageError, also for what is no regular file, for more pixels than `fastrcnn.data.decode.max_pixels`, and
     for an address whose answer takes longer than 30 s.
     """
-    return _read(source, lambda name: read_bytes(name, max_bytes()), decode)
+    return _read(source, lambda name: read_bytes(name, max_bytes()), lambda data: decode(data, channels))
 
 
 def read_size(path: str | os.PathLike) -> tuple[int, int]:
@@ -47,30 +51,31 @@ def _read(source: str | os.PathLike, fetch, look):
         raise ImageError(f"{name}: cannot be read ({reason})") from None
     try:
         return look(found)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ImageError(f"{name}: {error}") from None
 
 
-def as_image(source, name: str = "image") -> Tensor:
+def as_image(source, name: str = "image", channels: int = 3) -> Tensor:
     """uint8 [3, H, W] RGB from a path, an address, a PIL image, an array or a tensor.
 
     Arrays are [H, W, 3] in the order red, green, blue (cv2's are the other way round: `array[..., ::-1]`), [H, W, 4]
     (the alpha channel is dropped) or [H, W] (grey); tensors [3, H, W], [4, H, W] or [1, H, W]. Values are uint8,
-    uint16 (of which the high byte counts) or float in 0..1. A PIL image is turned as its EXIF orientation says, like
+    uint16 (of which the high byte counts) or float in 0..1. Of other `channels` than three: arrays [H, W, C], tensors
+    [C, H, W], files as in `read_image`, and every bit counts. A PIL image is turned as its EXIF orientation says, like
     the same file. Raises ImageError, TypeError or ValueError naming what came.
     """
     if isinstance(source, str | os.PathLike):
-        return read_image(source)
+        return read_image(source, channels)
     try:
         if hasattr(source, "convert") and hasattr(source, "getexif"):  # a PIL image, without importing PIL
             try:
-                return pixels_of(source)
+                return pixels_of(source, channels)
             except Exception as error:  # one that is decoded only now may be damaged in many ways
                 raise ImageError(" ".join(str(error).split()) or type(error).__name__) from None
         if isinstance(source, np.ndarray):
-            return bytes_of(source)
+            return planes_of(source, channels)
         if isinstance(source, Tensor):
-            return _from_tensor(source)
+            return _from_tensor(source, channels)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
     raise TypeError(
@@ -78,9 +83,17 @@ def as_image(source, name: str = "image") -> Tensor:
     )
 
 
-def _from_tensor(tensor: Tensor) -> Tensor:
+def _from_tensor(tensor: Tensor, channels: int) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise TypeError("expected a dense tensor with values")
+    if channels != 3:
+        if tensor.dim() != 3 or tensor.shape[0] != channels or 0 in tensor.shape:
+            raise ValueError(f"expected a tensor [{channels}, H, W], got {list(tensor.shape)}")
+        if tensor.dtype == torch.uint16:
+            return tensor.detach().float() / 65535
+        if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+            raise TypeError(f"expected uint8, uint16 or floats in 0..1, got {tensor.dtype}")
+        return in_range(tensor.detach())
     if tensor.dim() != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
         raise ValueError(f"expected a tensor [3, H, W], [4, H, W] or [1, H, W], got {list(tensor.shape)}")
     tensor = tensor.detach()[:3]

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastrcnn.data.data_yaml import read_data_yaml
 from fastrcnn.data.findings import Findings, short
-from fastrcnn.data.folders import entries, files_under, is_picture, read_text, split_of
+from fastrcnn.data.folders import entries, files_under, is_picture, read_text, split_of, without_caches
 from fastrcnn.data.images import read_size
 from fastrcnn.data.table import Table, Texts, as_bytes
 
@@ -53,7 +53,7 @@ def _resolved(path: Path, base: Path, value: str) -> Path | None:
     while inner.startswith("../"):
         inner = inner[3:]
     places = [base / value, path.parent / value, path.parent / inner, base / inner]
-    return next((p for p in places if p.exists()), None)
+    return next((p for p in places if os.path.exists(p)), None)  # False also for what is no name
 
 
 def find_yaml(path: Path) -> dict[str | None, Yolo]:
@@ -109,13 +109,13 @@ def find_yolo(folder: Path) -> dict[str | None, Yolo]:
 
 def _pictures(source: Path) -> list[str]:
     """The paths of the pictures of a folder, or of a list of them."""
-    if source.is_dir():
-        return [f"{source}/{name}" for name in files_under(source) if is_picture(name)]
+    if os.path.isdir(source):
+        return [f"{source}/{name}" for name in without_caches([n for n in files_under(source) if is_picture(n)])]
     listed = []
     for line in entries(source):
         places = [source.parent / line, source.parent / "images" / Path(line).name, source.parent.parent / line,
                   source.parent / line.partition("/")[2]]  # fmt: skip
-        listed.append(str(next((p for p in places if p.is_file()), places[0])))
+        listed.append(str(next((p for p in places if os.path.isfile(p)), places[0])))
     return listed
 
 

@@ -18,8 +18,9 @@ CASES = ((1, 480, 640), (2, 600, 451), (1, 333, 500))  # images, height, width
 
 
 class Difference(NamedTuple):
-    """What a comparison found: objects compared, the largest differences of boxes in pixels and of scores."""
+    """What a comparison found: pictures and objects compared, the largest differences of boxes in pixels and of scores."""
 
+    images: int
     objects: int
     pixels: float
     score: float
@@ -50,7 +51,7 @@ def difference(found: dict, expected: dict, floor: float, most: int, rounded: bo
     either side of these two limits need no partner. Raises ValueError naming the first object that lacks one.
     """
     pixels, score = ROUNDED if rounded else (PIXELS, SCORE)
-    result = Difference(0, 0.0, 0.0)
+    result = Difference(1, 0, 0.0, 0.0)
     for these, those, what in ((expected, found, "lacks"), (found, expected, "has besides")):
         scores = these["scores"]
         if bool((scores[1:] > scores[:-1] + SCORE).any()):
@@ -64,7 +65,7 @@ def difference(found: dict, expected: dict, floor: float, most: int, rounded: bo
             box = [round(x, 2) for x in these["boxes"][k].tolist()]
             raise ValueError(f"it {what} label {int(these['labels'][k])} with score {scores[k]:.4f} at {box}")
         if needed.any():
-            result = Difference(int(needed.sum()), float(nearest[needed].max()), float(apart[needed].max()))
+            result = Difference(1, int(needed.sum()), float(nearest[needed].max()), float(apart[needed].max()))
     return result
 
 
@@ -82,7 +83,7 @@ def compare(
     run: images uint8 [B, 3, H, W] -> boxes [B, D, 4], scores [B, D], labels [B, D], counts [B]. Raises ValueError where
     they do not find the same.
     """
-    model, result = detector.model, Difference(0, 0.0, 0.0)
+    model, result = detector.model, Difference(0, 0, 0.0, 0.0)
     floor = score_threshold(model)
     for case in cases:
         images = pictures(*case)
@@ -99,5 +100,6 @@ def compare(
                 height, width = case[1:]
                 said = f"picture {i} of {case[0]}, {width} x {height} pixels: {error}"
                 raise ValueError(f"the exported program differs from the model: {said}") from None
-            result = Difference(result.objects + new.objects, max(result.pixels, new.pixels), max(result.score, new.score))
+            sums = result.images + 1, result.objects + new.objects
+            result = Difference(*sums, max(result.pixels, new.pixels), max(result.score, new.score))
     return result

@@ -73,9 +73,7 @@ def session(path: Path):
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-def write(
-    detector: Detector, path: Path, folder: Path, precision: str, raw: bool, dynamic: bool
-) -> Difference:
+def write(detector: Detector, path: Path, folder: Path, precision: str, raw: bool, dynamic: bool) -> Difference:
     import onnx
 
     part = folder / path.name

@@ -90,7 +90,13 @@ def conv_bn_relu(
 
 
 def decode_boxes(
-    anchors, deltas, max_shape, means: Sequence[float], stds: Sequence[float], wh_ratio_clip: float, symmetric_clip: bool
+    anchors,
+    deltas,
+    max_shape,
+    means: Sequence[float],
+    stds: Sequence[float],
+    wh_ratio_clip: float,
+    symmetric_clip: bool,
 ):
     anchors = op.Unsqueeze(_float(anchors), _ints(2))  # [B, N, 1, 4]
     moves = op.Reshape(_float(deltas), _ints(0, 0, -1, 4))
@@ -135,11 +141,11 @@ def decode_proposals(
         columns.append((boxes, scores if return_logits else sigmoid(scores), levels))
     boxes, scores, levels = (op.Concat(*parts, axis=1) for parts in zip(*columns))
     size = op.Sub(_columns(boxes, 2, 4), _columns(boxes, 0, 2))
-    valid = op.ReduceMin(op.Cast(op.Greater(size, _floats([min_size])), to=INT64), _ints(-1), keepdims=0)
-    counts = op.ReduceSum(valid, _ints(1), keepdims=0)
+    valid = op.ReduceMin(_float(op.Greater(size, _floats([min_size]))), _ints(-1), keepdims=0)
+    counts = op.Cast(op.ReduceSum(valid, _ints(1), keepdims=0), to=INT64)
     first, order = op.TopK(valid, _size(valid, 1), axis=1)  # the valid ones come to the front, in their order
-    boxes = op.Mul(_rows(boxes, order), _float(op.Unsqueeze(first, _ints(-1))))
-    scores = op.Mul(op.GatherElements(scores, order, axis=1), _float(first))
+    boxes = op.Mul(_rows(boxes, order), op.Unsqueeze(first, _ints(-1)))
+    scores = op.Mul(op.GatherElements(scores, order, axis=1), first)
     levels = op.Where(op.Cast(first, to=BOOL), op.GatherElements(levels, order, axis=1), _ints(-1))
     return boxes, scores, levels, counts
 
@@ -190,9 +196,7 @@ def multilevel_roi_align(
     return total
 
 
-def roi_align(
-    input, rois, pooled_h: int, pooled_w: int, spatial_scale: float, sampling_ratio: int, aligned: bool
-):
+def roi_align(input, rois, pooled_h: int, pooled_w: int, spatial_scale: float, sampling_ratio: int, aligned: bool):
     return multilevel_roi_align([input], rois, pooled_h, pooled_w, [spatial_scale], sampling_ratio, aligned, ANY_LEVEL)
 
 
@@ -236,6 +240,14 @@ def select_candidates(scores, threshold: float, max_candidates):
     return values, indices, op.Min(found, most), found
 
 
+def sort(x, stable: bool, dim: int, descending: bool):
+    """The stable one, largest first, of numbers that a float32 holds."""
+    if not descending:
+        raise ValueError("sort: ONNX's TopK keeps the order of equal values when it puts the largest first")
+    values, indices = op.TopK(_float(x), _size(x, dim), axis=dim)
+    return op.CastLike(values, x), indices
+
+
 def shift(x, bits: int):
     """x >> bits of integers that are not negative: ONNX shifts unsigned ones alone, and its division cuts off."""
     return op.Div(x, op.CastLike(_ints(1 << bits), x))
@@ -246,7 +258,7 @@ TRANSLATIONS: dict[torch._ops.OpOverload, Callable] = {
     for function in (
         conv_bn_relu, decode_boxes, decode_proposals, multilevel_roi_align, nms_padded, roi_align, select_candidates,
     )
-} | {torch.ops.aten.__rshift__.Scalar: shift}  # fmt: skip
+} | {torch.ops.aten.__rshift__.Scalar: shift, torch.ops.aten.sort.stable: sort}  # fmt: skip
 
 
 def to_onnx(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]):

@@ -25,9 +25,7 @@ def compiled(path: Path):
     return openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
-def write(
-    detector: Detector, path: Path, folder: Path, precision: str, raw: bool, dynamic: bool
-) -> Difference:
+def write(detector: Detector, path: Path, folder: Path, precision: str, raw: bool, dynamic: bool) -> Difference:
     import onnx as onnx_package
     import openvino
 

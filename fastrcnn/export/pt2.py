@@ -49,7 +49,7 @@ def write(detector: Detector, path: Path, folder: Path, precision: str, raw: boo
     for m in model.modules():
         if type(m) is torch.nn.Conv2d:
             m.to(memory_format=torch.channels_last)
-    whole = program(model, raw, dynamic).run_decompositions(FORMS)
+    whole = program(model, raw, dynamic)
     options = {"aot_inductor.metadata": metadata(detector, precision, raw)}
     part = folder / path.name
     torch._inductor.aoti_compile_and_package(whole, package_path=str(part), inductor_configs=options)

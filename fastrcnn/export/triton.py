@@ -37,9 +37,7 @@ def config(name: str, texts: dict[str, str], precision: str, raw: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(
-    detector: Detector, path: Path, folder: Path, precision: str, raw: bool, dynamic: bool
-) -> Difference:
+def write(detector: Detector, path: Path, folder: Path, precision: str, raw: bool, dynamic: bool) -> Difference:
     if not dynamic:
         raise ValueError("dynamic: Triton joins images into batches of any size, expected dynamic=True")
     version, part = path / "1", folder / "config.pbtxt"

@@ -95,10 +95,13 @@ class Detections:
     def draw(self, image) -> Tensor:
         """The picture uint8 [3, H, W] with boxes, names and scores, the best object on top.
 
-        image: whatever `Detector` takes: path, PIL image, array or tensor.
+        image: path, PIL image, array or tensor; of a tensor [C, H, W] with other channels than 1, 3 or 4 the first is
+        shown.
         """
         from PIL import Image, ImageDraw, ImageFont
 
+        if isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] not in (1, 3, 4):
+            image = image[:1]
         picture = Image.fromarray(as_image(image).permute(1, 2, 0).cpu().numpy())
         pen = ImageDraw.Draw(picture)
         unit = max(picture.size) / 640  # line and letter sizes grow with the picture

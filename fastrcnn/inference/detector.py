@@ -75,13 +75,13 @@ def as_device(device: str | torch.device) -> torch.device:
 class _Picture(NamedTuple):
     index: int
     name: str  # for messages
-    image: Tensor | Exception  # uint8 [3, H, W], or why it cannot be read
+    image: Tensor | Exception  # uint8 [C, H, W], or why it cannot be read
 
 
-def _read(index: int, source) -> _Picture:
+def _read(index: int, source, channels: int) -> _Picture:
     name = os.fsdecode(source) if isinstance(source, str | os.PathLike) else f"images[{index}]"
     try:
-        return _Picture(index, name, as_image(source, name))
+        return _Picture(index, name, as_image(source, name, channels))
     except Exception as error:  # whatever is wrong with one image, the others are looked at
         return _Picture(index, name, error)
 
@@ -166,7 +166,7 @@ class Detector:
         """Objects of each image, in order. images: one or a list of paths, addresses, PIL images, arrays [H, W, 3] and
         tensors [3, H, W], both with the colours in the order red, green, blue (turn cv2's arrays: `array[..., ::-1]`);
         uint8, or floats in 0..1. PIL images are turned as their EXIF orientation says, as files are; an alpha channel
-        is dropped.
+        is dropped. A model of other channels than three takes them as `fastrcnn.data.as_image` reads them.
 
         Raises ImageError for an image that cannot be read, before any is looked at, and for one that the model fails on,
         with what it said as the cause; `stream` goes on instead.
@@ -174,7 +174,7 @@ class Detector:
         single = not isinstance(images, Iterable) or isinstance(images, str) or hasattr(images, "shape")
         read = []
         for index, image in enumerate([images] if single else images):
-            read.append(_read(index, image))
+            read.append(_read(index, image, self.channels))
             if isinstance(read[-1].image, Exception):
                 raise read[-1].image
         results: list = [None] * len(read)
@@ -199,13 +199,17 @@ class Detector:
             raise ValueError(f"batch_size: expected a whole number above 0, got {batch_size!r}")
         return batch_size
 
-    @staticmethod
-    def _read_ahead(images: Iterable, batch_size: int) -> Iterator[_Picture]:
+    @property
+    def channels(self) -> int:
+        """Of the images that the model takes; 3 are RGB."""
+        return self.model.data_preprocessor.in_channels
+
+    def _read_ahead(self, images: Iterable, batch_size: int) -> Iterator[_Picture]:
         pending: deque[Future[_Picture]] = deque()
         pool = ThreadPoolExecutor(READERS)
         try:
             for index, image in enumerate(images):
-                pending.append(pool.submit(_read, index, image))
+                pending.append(pool.submit(_read, index, image, self.channels))
                 if len(pending) > READERS + batch_size:
                     yield pending.popleft().result()
             while pending:

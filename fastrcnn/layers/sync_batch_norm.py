@@ -29,7 +29,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        values, flat = x.numel() // x.shape[1], x.float()
+        values, flat = x.numel() // x.shape[1], x if x.dtype == torch.float64 else x.float()
         if values:
             var, mean = torch.var_mean(flat, (0, 2, 3), correction=0)
         else:

@@ -55,8 +55,9 @@ class BaseDetector(nn.Module):
     ):
         super().__init__()
         self.profile = get_profile(profile)
-        self.data_preprocessor = DataPreprocessor(self.profile, min_size, max_size, **(data_preprocessor or {}))
         self.backbone = build(backbone, BACKBONES, "backbone")
+        pixels = {"in_channels": getattr(self.backbone, "in_channels", 3), **(data_preprocessor or {})}
+        self.data_preprocessor = DataPreprocessor(self.profile, min_size, max_size, **pixels)
         self.neck = None if neck is None else build(neck, {"FPN": FPN}, "neck")
         self.class_names: list[str] | None = None
         self.category_ids: list[int] | None = None  # by label, of the annotations that it was trained on
@@ -129,7 +130,7 @@ class BaseDetector(nn.Module):
         pad = built.options.pad_size_divisor
         if self.neck is None:  # Detectron2 pads to a multiple of 32 for a pyramid alone
             pad = 1 if p.name == "detectron2" else 32
-        return PeerOptions(p.mean, p.std, not p.bgr, pad, style, built.options.norm_eps)
+        return PeerOptions(*self.data_preprocessor.colours(p), not p.bgr, pad, style, built.options.norm_eps)
 
     def set_peer_options(self, options: PeerOptions) -> None:
         """Takes over what a checkpoint says; what it does not say becomes the profile's again."""
@@ -183,10 +184,15 @@ class BaseDetector(nn.Module):
         feats = self.backbone(batch.to(self.dtype))
         return feats if self.neck is None else self.neck(feats)
 
-    def prepare(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> tuple[Tensor, Frame]:
-        """(batch [B, 3, H, W], its geometry) of images [3, H, W] RGB, float in 0..1 or uint8, of any sizes; sizes: (height,
-        width) to resize each to, in place of the model's own rule."""
-        batch, sizes, factors = self.data_preprocessor(images, self.dtype, sizes)
+    def prepare(
+        self,
+        images: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        least: tuple[int, int] = (1, 1),
+    ) -> tuple[Tensor, Frame]:
+        """(batch [B, C, H, W], its geometry) of images [C, H, W] (3 are RGB), float in 0..1 or uint8, of any sizes; sizes, least: as
+        `DataPreprocessor` takes them."""
+        batch, sizes, factors = self.data_preprocessor(images, self.dtype, sizes, least)
         return batch, Frame(sizes, tuple(batch.shape[2:]), factors)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from fastrcnn.models.profiles import Profile, get_profile
 
 def flat_levels(maps: Sequence[Tensor], columns: int) -> Tensor:
     """Maps [B, A * columns, H, W] of all levels as [B, sum of H * W * A, columns], in the order of the anchors."""
-    return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, columns) for x in maps], 1)
+    return torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, columns) for x in maps], 1)
 
 
 def init_normal(module: nn.Module) -> None:
@@ -60,18 +60,25 @@ class DenseHead(nn.Module):
 
     def base_anchors(self, device: torch.device) -> list[Tensor]:
         """Base anchors [A, 4] a level, in float32 whatever the weights are, copied to each device once."""
-        if device not in self._base_by_device:
-            base = self.anchor_generator.base_anchors(self.profile.round_anchors)
-            self._base_by_device[device] = [b.to(device) for b in base]
-        return self._base_by_device[device]
+        base = self._base_by_device.get(device)
+        if base is None:
+            base = [b.to(device) for b in self.anchor_generator.base_anchors(self.profile.round_anchors)]
+            if not torch.compiler.is_compiling():  # what a compiler sees are no tensors to keep
+                self._base_by_device[device] = base
+        return base
 
     def grid_shape(self, frame: Frame) -> Sequence[int] | None:
         return frame.padded if self.profile.strides_from_grid else None
 
     def anchors(self, maps: Sequence[Tensor], frame: Frame) -> list[Tensor]:
         """All anchors [H * W * A, 4] of each level, for the head's output maps."""
-        sizes = [x.shape[2:] for x in maps]
-        return self.anchor_generator.grid(sizes, self.profile.round_anchors, self.grid_shape(frame), maps[0].device)
+        device = maps[0].device
+        return self.anchor_generator.grid(
+            [x.shape[2:] for x in maps],
+            batch_shape=self.grid_shape(frame),
+            device=device,
+            bases=self.base_anchors(device),
+        )
 
     @torch.no_grad()
     def assigned(self, maps: Sequence[Tensor], frame: Frame, targets: list[dict]) -> tuple[Tensor, Tensor, Tensor]:

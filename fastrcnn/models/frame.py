@@ -38,6 +38,6 @@ class Frame(NamedTuple):
 
 def _pairs(name: str, what: str, value, batch: Tensor, dtype: torch.dtype | None) -> Tensor:
     pairs = torch.as_tensor(value, dtype=dtype, device=batch.device)
-    if pairs.shape != (len(batch), 2):
+    if pairs.shape != (batch.shape[0], 2):
         raise ValueError(f"{name}: expected [{len(batch)}, 2] {what}, got {list(pairs.shape)}")
     return pairs

@@ -228,7 +228,7 @@ class ResNet(nn.Module):
         self.pretrained = pretrained_source(pretrained, init_cfg)
         block, num_blocks = self.arch_settings[depth]
         self.depth, self.out_indices, self.deep_stem = depth, tuple(out_indices), deep_stem
-        self.style = style
+        self.style, self.in_channels = style, in_channels
         self.frozen_stages, self.norm_eval, self.zero_init_residual = frozen_stages, norm_eval, zero_init_residual
         inplanes = stem_channels or base_channels
         self._make_stem(in_channels, inplanes, conv_cfg, norm_cfg)

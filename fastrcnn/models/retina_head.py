@@ -142,7 +142,7 @@ class RetinaHead(DenseHead):
             over = over | (number.clamp(max=wanted) > most)
             index = index.clamp(min=0)
             row = index // self.num_classes
-            moves = coordinates(take_boxes(delta.permute(0, 2, 3, 1).reshape(len(delta), -1, 4), row))
+            moves = coordinates(take_boxes(delta.permute(0, 2, 3, 1).reshape(delta.shape[0], -1, 4), row))
             boxes = self.bbox_coder.decode(anchors.to(moves.dtype)[row], moves, limits)
             levels.append(Padded(boxes, scores, index % self.num_classes, counts))
         least = cfg["min_bbox_size"] if self.profile.dense_drops_small else -1

@@ -35,7 +35,7 @@ TRAIN_CFG = dict(
 
 def padded_rois(boxes: Tensor, counts: Tensor) -> Tensor:
     """boxes [B, P, 4] -> RoIs [B P, 5]; what is beyond an image's first counts[b] is no image's, index -1: not pooled."""
-    image = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
+    image = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)[:, None]
     return torch.cat([torch.where(first_rows(boxes, counts), image, -1.0)[..., None], boxes], -1).flatten(0, 1)
 
 

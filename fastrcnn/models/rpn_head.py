@@ -117,12 +117,13 @@ class RPNHead(DenseHead):
         p, factors = self.profile, frame.factors
         # Where boxes are scaled back before NMS, min_bbox_size counts the original's pixels.
         early = factors is not None and p.rescale_before_nms
-        strides = self.anchor_generator.level_strides([x.shape[2:] for x in logits], self.grid_shape(frame))
+        shape = self.grid_shape(frame)
+        strides = self.anchor_generator.strides if shape is None else None
         base = self.base_anchors(logits[0].device)
         boxes, scores, levels, counts = decode_proposals(
             logits, deltas, base, strides, frame.sizes, cfg["nms_pre"], self.bbox_coder.means, self.bbox_coder.stds,
             symmetric_clip=p.symmetric_clip, topk_on=p.rpn_topk_on, score=p.rpn_nms_on,
-            min_size=p.rpn_min_size if early else max(p.rpn_min_size, cfg["min_bbox_size"]),
+            min_size=p.rpn_min_size if early else max(p.rpn_min_size, cfg["min_bbox_size"]), batch_shape=shape,
         )  # fmt: skip
         factor = None if factors is None else (1.0 / factors).repeat(1, 2)[:, None]
         if early:

@@ -2,22 +2,23 @@
 
 y = relu(conv(x, w * s) + (bn_bias - bn_mean * s) + residual),   s = bn_weight / sqrt(bn_var + eps)
 
-The normalisation is folded into the weight: only the convolution touches the feature map. The kernels are oneDNN's (CPU)
-and cuDNN's (CUDA) fused convolutions, channels-last, reached through torch's own operators. Without bn_weight, bn_mean and
-bn_var nothing is normalised and bn_bias is the convolution's own: the folded form that a deployed model keeps.
+The normalisation is folded into the weight: only the convolution touches the feature map, channels-last. On a CPU it is
+oneDNN's fused convolution through torch's own operators; conv_cuda.py has CUDA's. Without bn_weight, bn_mean and bn_var
+nothing is normalised and bn_bias is the convolution's own: the folded form that a deployed model keeps.
 """
 
 import inspect
-import math
 from collections import namedtuple
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastrcnn._extension import TAKES
 from fastrcnn.ops._bind import bind
 from fastrcnn.ops._checks import check_flag, check_int, check_number, check_pair, check_same_device, check_tensor
+from fastrcnn.ops.conv_tile import half_size, out_size, upsampled
 
 HALF = {torch.float16: ("fp16", -1024), torch.bfloat16: ("bf16", -128)}  # oneDNN's name; -infinity's bits as an int16
 
@@ -26,12 +27,14 @@ def _checked(
     op, input: Tensor, weight: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, bn_mean: Tensor | None,
     bn_var: Tensor | None, eps: float = 1e-5, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1, groups: int = 1, residual: Tensor | None = None, relu: bool = True,
+    upsample_residual: bool = False,
 ) -> Tensor:  # fmt: skip
     """[B, O, H', W'] in the dtype of `input`, channels-last. Differentiable in everything but the flags.
 
     input [B, C, H, W] and weight [O, C / groups, kh, kw] of one dtype; bn_* [O] (float32 beside a half-precision weight
     is best) or None as the module's docstring says; residual [B, O, H', W'] is added before the ReLU, which keeps NaN.
-    Raises TypeError or ValueError naming the argument.
+    With upsample_residual it is [B, O, ceil(H' / 2), ceil(W' / 2)], read by nearest neighbour (pixel i is its i // 2): a
+    feature pyramid's lateral in one pass. Raises TypeError or ValueError naming the argument.
     """
     check_tensor("input", input, "B, C, H, W")
     check_tensor("weight", weight, "O, C / groups, kh, kw")
@@ -50,29 +53,42 @@ def _checked(
         if value is not None:
             check_tensor(name, value, "O", last=weight.shape[0])
     where = check_pair("stride", stride, 1), check_pair("padding", padding, 0), check_pair("dilation", dilation, 1)
-    shape = _out_shape(input, weight, *where)
+    shape = out_shape(input, weight, *where)
     if min(shape[2:]) < 1 or min(input.shape[2:]) < 1:
         raise ValueError(f"input: {list(input.shape)} is smaller than the kernel {list(weight.shape[2:])}")
     if any(p > d * k for k, p, d in zip(weight.shape[2:], *where[1:])) and shape[2] * shape[3] >= 2**31:
         raise ValueError(f"padding: expected maps of fewer than 2**31 pixels with it, got {padding}: {shape[2:]}")
+    upsample_residual = check_flag("upsample_residual", upsample_residual)
     if residual is not None:
+        if upsample_residual:
+            shape[2:] = map(half_size, shape[2:])
         check_tensor("residual", residual, "B, O, H', W'")
         if residual.dtype != input.dtype:
             raise TypeError(f"residual: expected the dtype {input.dtype} of input, got {residual.dtype}")
         if list(residual.shape) != shape:
-            raise ValueError(f"residual: expected the output's shape {shape}, got {list(residual.shape)}")
+            half = "half " * upsample_residual
+            raise ValueError(f"residual: expected {half}the output's shape {shape}, got {list(residual.shape)}")
+    elif upsample_residual:
+        raise ValueError("upsample_residual: True without a residual")
     check_same_device(input=input, weight=weight, residual=residual, **norm)
     eps, relu = check_number("eps", eps, 0), check_flag("relu", relu)
-    return op(input, weight, *norm.values(), eps, *where, groups, residual, relu)
+    return op(input, weight, *norm.values(), eps, *where, groups, residual, relu, upsample_residual)
 
 
 _, *_PARAMETERS = inspect.signature(_checked).parameters.values()
 Call = namedtuple("Call", [p.name for p in _PARAMETERS])  # the operator's arguments, or their gradients
 
 
-def _out_shape(input, weight, stride, padding, dilation):
+def out_shape(input, weight, stride, padding, dilation):
     axes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return [input.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)]
+    return [input.shape[0], weight.shape[0], *(out_size(*axis) for axis in axes)]
+
+
+def full_residual(call: Call) -> Tensor | None:
+    """[B, O, H', W'], or None."""
+    if not call.upsample_residual:
+        return call.residual
+    return upsampled(call.residual, out_shape(*call[:2], *call[7:10])[2:])
 
 
 def _scale(call: Call) -> Tensor:
@@ -95,7 +111,7 @@ def _narrow(call: Call) -> bool:
     along outputs at most two wide gives wrong bfloat16 on AMX, forward and backward. float64 never goes to oneDNN."""
     axes = zip(call.input.shape[2:], call.weight.shape[2:], call.padding, call.dilation)
     alone = any(p > d * (k - 1) or (p > 0 and d > n) for n, k, p, d in axes)
-    return alone or (call.stride[1] > 1 and _out_shape(*call[:2], *call[7:10])[3] <= 2)
+    return alone or (call.stride[1] > 1 and out_shape(*call[:2], *call[7:10])[3] <= 2)
 
 
 def _reference(*args) -> Tensor:
@@ -108,7 +124,7 @@ def _reference(*args) -> Tensor:
         shift = call.bn_bias - call.bn_mean * scale
         out = (out * scale[:, None, None] + shift[:, None, None]).to(call.input.dtype)
     if call.residual is not None:
-        out = out + call.residual
+        out = out + full_residual(call)
     return (torch.relu(out) if call.relu else out).contiguous(memory_format=torch.channels_last)
 
 
@@ -118,10 +134,10 @@ _reference.__signature__ = inspect.Signature(
     [p.replace(default=p.empty, annotation=_LISTS.get(p.annotation, p.annotation)) for p in _PARAMETERS],
     return_annotation=Tensor,
 )
-_operator = torch.library.custom_op("fastrcnn::conv_bn_relu", _reference, mutates_args=())
+OPERATOR = torch.library.custom_op("fastrcnn::conv_bn_relu", _reference, mutates_args=())
 
 
-def _operands(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+def operands(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a library's fused convolution takes: channels-last input and folded weight, and the bias."""
     folded, bias = _fold(call)
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (call.input, folded))
@@ -137,16 +153,16 @@ def _cpu(*args) -> Tensor:
         # Without AVX-512 float32 is several times faster than torch's half precision.
         wide = (t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for t in args)
         return _cpu(*wide).to(dtype)
-    x, w, bias = _operands(call)
+    x, w, bias = operands(call)
     if not torch.linalg.vector_norm(w).isfinite():  # what is left of it beside zeros is the library's to choose
         return _reference(*args)
     conv = torch.ops.mkldnn._convolution_pointwise
     where = list(call.padding), list(call.stride), list(call.dilation), call.groups
     if call.residual is None or call.groups > 1:  # oneDNN's operator adds inside the convolution for one group only
         out = conv(x, w, bias, *where, "none", [], "")
-        out = out if call.residual is None else out.add_(call.residual)
+        out = out if call.residual is None else out.add_(full_residual(call))
     else:
-        residual = call.residual.contiguous(memory_format=torch.channels_last)
+        residual = full_residual(call).contiguous(memory_format=torch.channels_last)
         out = conv.binary(x, residual, w, bias, *where, "add", None, None, [], "")
     return _relu_(out) if call.relu else out
 
@@ -160,58 +176,18 @@ def _relu_(x: Tensor) -> Tensor:
 
 
 if torch.backends.mkldnn.is_available():  # a torch without oneDNN keeps the reference, and `fastrcnn info` says so
-    _operator.register_kernel("cpu")(_cpu)
+    OPERATOR.register_kernel("cpu")(_cpu)
     TAKES["conv_bn_relu", "cpu"] = lambda dtype: dtype != torch.float64
 
 
-def _cudnn_fused(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, where) -> Tensor | None:
-    """relu(conv(x, w) + bias + residual), or None: for an odd shape cuDNN may have no engine, and says so when asked."""
-    try:
-        if residual is None:
-            return torch.cudnn_convolution_relu(x, w, bias, *where)
-        return torch.cudnn_convolution_add_relu(x, w, residual, 1.0, bias, *where)
-    except RuntimeError as error:
-        if "unable to find an engine" not in str(error):
-            raise
-        return None
-
-
-def _cuda(*args) -> Tensor:
-    call = Call(*args)
-    x, w, bias = _operands(call)
-    where = call[7:11]
-    numel = max(x.numel(), math.prod(_out_shape(x, w, *where[:3])))
-    fused = call.relu and call.groups == 1 and 0 < numel < 2**31 and _cudnn_takes(x)
-    out = _cudnn_fused(x, w, bias, call.residual, where) if fused else None
-    if out is None:
-        out = torch.conv2d(x, w, bias, *where)
-        out = out if call.residual is None else out.add_(call.residual)
-        out = out.relu_() if call.relu else out
-    return out.contiguous(memory_format=torch.channels_last)
-
-
-if torch.backends.cudnn.is_available() and torch.version.cuda:  # on AMD cuDNN's name stands for another library
-    _operator.register_kernel("cuda")(_cuda)
-
-
-def _cudnn_takes(x: Tensor) -> bool:
-    """Not double, and bfloat16 from Ampere on. Of cuDNN's flags the fused operators follow benchmark and TF32 alone."""
-    flags = torch.backends.cudnn
-    if not flags.enabled or flags.deterministic or torch.are_deterministic_algorithms_enabled():
-        return False
-    if x.dtype == torch.bfloat16:
-        return torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return x.dtype in (torch.float32, torch.float16)
-
-
-@_operator.register_fake
+@OPERATOR.register_fake
 def _(*args):
-    return args[0].new_empty(_out_shape(*args[:2], *args[7:10])).contiguous(memory_format=torch.channels_last)
+    return args[0].new_empty(out_shape(*args[:2], *args[7:10])).contiguous(memory_format=torch.channels_last)
 
 
 def _setup_context(ctx, inputs, output):
     call = Call(*inputs)
-    ctx.flags = *call[6:11], None, call.relu  # the residual itself is not needed
+    ctx.flags = *call[6:11], None, call.relu, call.upsample_residual  # the residual itself is not needed
     ctx.save_for_backward(*call[:6], output if call.relu else None)
 
 
@@ -229,6 +205,8 @@ def _gradients(ctx, grad):
     )
     found["input"] = found["input"].to(call.input.dtype) if need.input else None
     found["residual"] = grad if need.residual else None
+    if need.residual and call.upsample_residual:  # of up to four pixels each
+        found["residual"] = F.avg_pool2d(grad, 2, ceil_mode=True, divisor_override=1)
     found["weight"] = folded.to(call.weight.dtype) if need.weight else None
     shift = grad.sum((0, 2, 3), dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
     found["bn_bias"] = shift.to(call.bn_bias.dtype) if need.bn_bias else None
@@ -244,7 +222,7 @@ def _gradients(ctx, grad):
     return tuple(found.values())
 
 
-_operator.register_autograd(_gradients, setup_context=_setup_context)
+OPERATOR.register_autograd(_gradients, setup_context=_setup_context)
 
 conv_bn_relu = bind(_checked, torch.ops.fastrcnn.conv_bn_relu.default, "conv_bn_relu")
 conv_bn_relu_reference = bind(_checked, _reference, "conv_bn_relu_reference")

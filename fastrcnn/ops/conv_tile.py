@@ -1,5 +1,5 @@
-"""The convolution of csrc/cuda/conv_bn_relu.cu: relu(conv(input, weight) + bias + residual), normalisation folded, in a tile of
-the caller's choice. `conv_bn_relu` calls it; a plan (conv_plan.py) says where and in which tile.
+"""relu(conv(input, weight) + bias + residual) as csrc/cuda/conv_bn_relu.cu makes it, in a tile of the caller's choice. The
+normalisation is folded before; conv_cuda.py calls it where a plan (conv_plan.py) says so.
 """
 
 from collections.abc import Sequence
@@ -20,20 +20,25 @@ def out_size(n: int, k: int, stride: int, padding: int, dilation: int) -> int:
 
 
 def half_size(n: int) -> int:
-    """Of a map that is read by nearest neighbour at twice its size: pixel i is i // 2."""
     return (n + 1) // 2
+
+
+def upsampled(x: Tensor, size: Sequence[int]) -> Tensor:
+    """x [B, C, ceil(h / 2), ceil(w / 2)] read by nearest neighbour, [B, C, h, w]: pixel i is i // 2."""
+    return F.interpolate(x, scale_factor=2)[:, :, : size[0], : size[1]]
 
 
 def _reference(
     input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], groups: int, upsample: bool, relu: bool, tile: int,
+    padding: Sequence[int], dilation: Sequence[int], groups: int, upsample_residual: bool, relu: bool, tile: int,
 ) -> Tensor:  # fmt: skip
     """[B, O, H', W'] channels-last. input [B, C, H, W], weight [O, C / groups, kh, kw] and residual of one dtype and
-    channels-last; bias [O] float32; residual [B, O, H', W'], with `upsample` [B, O, ceil(H' / 2), ceil(W' / 2)]."""
+    channels-last; bias [O] of that or float32; residual [B, O, H', W'], or of half_size with upsample_residual."""
     wide = torch.promote_types(input.dtype, torch.float32)
+    bias = None if bias is None else bias.to(wide)
     out = F.conv2d(input.to(wide), weight.to(wide), bias, stride, padding, dilation, groups)
     if residual is not None:
-        out = out + (F.interpolate(residual, out.shape[2:]) if upsample else residual)
+        out = out + (upsampled(residual, out.shape[2:]) if upsample_residual else residual)
     out = torch.relu(out) if relu else out
     return out.to(input.dtype, memory_format=torch.channels_last)
 

@@ -131,9 +131,10 @@ def _decode(
             max_shape = torch.tensor(check_numbers("max_shape", max_shape, 2), dtype=torch.float64, device=a.device)
         if max_shape.dtype not in (*FLOATING, *INTEGERS):
             raise TypeError(f"max_shape: expected a tensor of numbers, got {max_shape.dtype}")
-        if max_shape.shape not in ((2,), (len(a), 2)):
+        rank = max_shape.dim()
+        if rank not in (1, 2) or max_shape.shape[-1] != 2 or (rank == 2 and max_shape.shape[0] != a.shape[0]):
             raise ValueError(f"max_shape: expected (height, width) or [{len(a)}, 2], got shape {list(max_shape.shape)}")
-        max_shape = max_shape.expand(len(a), 2)
+        max_shape = max_shape.expand(a.shape[0], 2)
     check_same_device(anchors=a, deltas=d, max_shape=max_shape)
     out = op(a, d, max_shape, *coder, check_flag("symmetric_clip", symmetric_clip))
     return out if batched else out[0]

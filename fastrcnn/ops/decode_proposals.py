@@ -20,6 +20,7 @@ from fastrcnn.ops._checks import (
     check_flag,
     check_int,
     check_number,
+    check_pair,
     check_positive,
     check_same_device,
     check_tensor,
@@ -46,8 +47,11 @@ def _op_reference(
     min_size: float,
     topk_on_logits: bool,
     return_logits: bool,
+    batch_shape: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _dtype(cls_logits)
+    if batch_shape:
+        strides = [batch_shape[1 - k] // x.shape[3 - k] for x in cls_logits for k in range(2)]
     sizes = image_sizes.to(dtype)
     batch, device = len(sizes), sizes.device
     boxes, scores, levels = [], [], []
@@ -99,7 +103,7 @@ def _check_levels(cls_logits: list, bbox_deltas: list, base_anchors: list, image
         check_tensor(f"bbox_deltas[{i}]", deltas, "B, 4 * A, H, W")
         check_tensor(f"base_anchors[{i}]", base, "A, 4", last=4)
         b, a, h, w = logits.shape
-        if b != len(image_sizes):
+        if b != image_sizes.shape[0]:
             raise ValueError(f"image_sizes: expected [{b}, 2] beside cls_logits[{i}] {list(logits.shape)}, "
                              f"got {list(image_sizes.shape)}")  # fmt: skip
         if deltas.shape != (b, 4 * a, h, w):
@@ -115,7 +119,7 @@ def _decode_proposals(
     cls_logits: Sequence[Tensor],
     bbox_deltas: Sequence[Tensor],
     base_anchors: Sequence[Tensor],
-    strides: Sequence[float | tuple[float, float]],
+    strides: Sequence[float | tuple[float, float]] | None,
     image_sizes: Tensor,
     nms_pre: int,
     means: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
@@ -125,11 +129,13 @@ def _decode_proposals(
     min_size: float = 0.0,
     topk_on: str = "sigmoid",
     score: str = "sigmoid",
+    batch_shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(boxes [B, K, 4] xyxy pixels, scores [B, K], levels [B, K] int64, counts [B] int64), K = sum of min(nms_pre, A*H*W).
 
     Per level: cls_logits [B, A, H, W], bbox_deltas [B, 4 * A, H, W] (any floating dtype and layout), base_anchors [A, 4]
-    xyxy around the origin, strides a number or (x, y) in pixels; image_sizes [B, 2] (height, width) before padding.
+    xyxy around the origin, strides a number or (x, y) in pixels, or None: batch_shape (height, width) // map size, as
+    torchvision has it; image_sizes [B, 2] (height, width) before padding.
     An image's first counts[b] rows are valid, level by level and by descending score; the rest are zeros with level -1:
     just what `nms_padded` takes. nms_pre <= 0 keeps every anchor. `topk_on` ranks by "sigmoid" (MMDetection; ties where
     it saturates) or "logits" (torchvision, Detectron2); `score` is what is returned. Boxes and scores are float32 (float64
@@ -138,15 +144,19 @@ def _decode_proposals(
     """
     cls_logits, bbox_deltas = check_tensors("cls_logits", cls_logits), check_tensors("bbox_deltas", bbox_deltas)
     base_anchors = check_tensors("base_anchors", base_anchors)
-    if not isinstance(strides, (list, tuple)):
+    if (strides is None) == (batch_shape is None):
+        raise TypeError("strides: expected either strides, or None and batch_shape (height, width)")
+    if strides is not None and not isinstance(strides, (list, tuple)):
         raise TypeError(f"strides: expected a number or (x, y) for each level, got {type(strides).__name__}")
-    for name, given in (("bbox_deltas", bbox_deltas), ("base_anchors", base_anchors), ("strides", strides)):
+    lists = ("bbox_deltas", bbox_deltas), ("base_anchors", base_anchors), ("strides", strides)
+    for name, given in lists[: 2 if strides is None else 3]:
         if len(given) != len(cls_logits):
             raise ValueError(f"{name}: expected one entry for each of the {len(cls_logits)} levels of cls_logits, "
                              f"got {len(given)}")  # fmt: skip
     _check_levels(cls_logits, bbox_deltas, base_anchors, image_sizes)
     coder = check_coder(means, stds, wh_ratio_clip)
-    pairs = [s if isinstance(s, (list, tuple)) else (s, s) for s in strides]
+    shape = [] if batch_shape is None else check_pair("batch_shape", batch_shape, 1)
+    pairs = [s if isinstance(s, (list, tuple)) else (s, s) for s in strides or ()]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"strides: expected a number or (x, y) for each level, got {list(strides)}")
     pairs = [check_positive(f"strides[{i}]", v) for i, pair in enumerate(pairs) for v in pair]
@@ -155,7 +165,7 @@ def _decode_proposals(
     flags = [check_choice(name, value, ("sigmoid", "logits")) == "logits" for name, value in choices]
     count = check_int("nms_pre", nms_pre, -ANY_COUNT, ANY_COUNT)
     with torch.no_grad():
-        return op(cls_logits, bbox_deltas, base_anchors, pairs, image_sizes, count, *rules, *flags)
+        return op(cls_logits, bbox_deltas, base_anchors, pairs, image_sizes, count, *rules, *flags, shape)
 
 
 decode_proposals = bind(_decode_proposals, torch.ops.fastrcnn.decode_proposals.default, "decode_proposals")

@@ -122,18 +122,19 @@ def _fake(images, sizes, height, width, mean, std, resize, bgr, dtype):
 declare("preprocess", _op_reference, _fake)
 
 
-def check_images(images: Sequence[Tensor]) -> None:
-    """[3, H, W] each, uint8 or floating point, on one device. Raises TypeError or ValueError naming the image."""
+def check_images(images: Sequence[Tensor], channels: int = 3) -> None:
+    """[C, H, W] each, uint8 or floating point, on one device. Raises TypeError or ValueError naming the image."""
     if not isinstance(images, (list, tuple)):
         raise TypeError(f"images: expected a list of tensors [3, H, W], got {type(images).__name__}")
     if len(images) == 0:
         raise ValueError("images: expected at least one image, got none")
     for i, image in enumerate(images):
         dense = isinstance(image, Tensor) and image.layout == torch.strided
-        if not dense or image.dim() != 3 or image.shape[0] != 3 or not all(1 <= n <= MOST for n in image.shape[1:]):
+        fits = dense and image.dim() == 3 and image.shape[0] == channels
+        if not fits or not all(1 <= n <= MOST for n in image.shape[1:]):
             got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(
-                f"images[{i}]: expected a dense tensor [3, H, W] of 1 to {MOST} rows and columns, got {got}"
+                f"images[{i}]: expected a dense tensor [{channels}, H, W] of 1 to {MOST} rows and columns, got {got}"
             )
         if image.dtype != torch.uint8 and image.dtype not in FLOATING:
             raise TypeError(f"images[{i}]: expected float in 0..1 or uint8, got {image.dtype}")
@@ -160,21 +161,23 @@ def _preprocess(
     bgr: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[B, 3, H', W'] channels-last in `dtype`, zero right of and below each image. Not differentiable.
+    """[B, C, H', W'] channels-last in `dtype`, zero right of and below each image. Not differentiable.
 
-    images: [3, H, W] RGB each, uint8 or float in 0..1, of any sizes and strides (an [H, W, 3] array permuted is read as it
-    lies), on one device; sizes: (height, width) of each after resizing; batch_size: (H', W'); mean, std: three numbers, in
+    images: [C, H, W] each (3: RGB), uint8 or float in 0..1, of any sizes and strides (an [H, W, 3] array permuted is read
+    as it lies), on one device; sizes: (height, width) of each after resizing; batch_size: (H', W'); mean, std: C, in
     the network's channel order and value range (0..1 for "interpolate", else 0..255); resize: "opencv", "interpolate" or
     "pillow"; bgr: the network wants blue first. Raises TypeError or ValueError naming the argument.
     """
-    check_images(images)
+    told = isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std)
+    channels = len(mean) if told else 3
+    check_images(images, channels)
     images = list(images)
     height, width = _check_size("batch_size", batch_size, (MOST, MOST))
     if not isinstance(sizes, (list, tuple)) or len(sizes) != len(images):
         got = len(sizes) if isinstance(sizes, (list, tuple)) else type(sizes).__name__
         raise ValueError(f"sizes: expected a list with (height, width) of each of {len(images)} images, got {got}")
     flat = [n for i, size in enumerate(sizes) for n in _check_size(f"sizes[{i}]", size, (height, width))]
-    numbers = check_numbers("mean", mean, 3), check_numbers("std", std, 3)
+    numbers = check_numbers("mean", mean, channels), check_numbers("std", std, channels)
     rules = check_choice("resize", resize, RULES), check_flag("bgr", bgr)
     if dtype not in FLOATING:
         raise TypeError(f"dtype: expected a floating point type, got {dtype}")
@@ -183,8 +186,17 @@ def _preprocess(
             images[i] = image.float()
         elif image.dtype == torch.float64 and resize != "interpolate":
             images[i] = _to_uint8(image)
+    if channels != 3 and bgr:
+        raise ValueError(f"bgr: expected False for images of {channels} channels, whose order is their own")
     with torch.no_grad():
-        return op(images, flat, height, width, *numbers, *rules, dtype)
+        if channels == 3:
+            return op(images, flat, height, width, *numbers, *rules, dtype)
+        batches = []
+        for first in range(0, channels, 3):  # the kernels take three channels: others go through them three by three
+            three = [min(first + k, channels - 1) for k in range(3)]
+            some = [[values[c] for c in three] for values in numbers]
+            batches.append(op([image[three] for image in images], flat, height, width, *some, *rules, dtype))
+        return torch.cat(batches, 1)[:, :channels].contiguous(memory_format=torch.channels_last)
 
 
 preprocess = bind(_preprocess, torch.ops.fastrcnn.preprocess.default, "preprocess")

@@ -197,12 +197,14 @@ def _soft_nms_padded(
     order and 0 after the last survivor, indices [B, max_output] int64 into N and -1 there, and their counts [B] int64;
     equal scores as in `batched_soft_nms`. Raises TypeError or ValueError naming the argument.
     """
-    rules = _check(boxes, scores, iou_threshold, sigma, min_score, method, "B, N", groups=groups, counts=counts)
     if groups is not None:
         check_tensor("groups", groups, "B, N", floating=False)
-        check_same_length("groups", groups, "boxes", boxes, 2)
     if counts is not None:
         check_tensor("counts", counts, "B", floating=False)
+    rules = _check(boxes, scores, iou_threshold, sigma, min_score, method, "B, N", groups=groups, counts=counts)
+    if groups is not None:
+        check_same_length("groups", groups, "boxes", boxes, 2)
+    if counts is not None:
         check_same_length("counts", counts, "boxes", boxes)
     most = check_int("max_output", max_output, 0)
     with torch.no_grad():

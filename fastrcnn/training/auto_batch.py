@@ -39,7 +39,7 @@ def _peak(model: BaseDetector, recipe: Recipe, count: int, device: torch.device)
     was_training = model.training
     model.train()
     with cast:
-        losses = Losses(model)([image] * count, [target] * count, [side] * count)
+        losses = Losses(model)([image] * count, [target] * count, [side] * count, side)
     sum(losses.values()).backward()
     model.zero_grad(set_to_none=True)
     model.train(was_training)

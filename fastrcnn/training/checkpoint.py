@@ -43,7 +43,8 @@ def locked(out: Path) -> Iterator[None]:
     naming the process that has it."""
     with open(out / ".lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process's own: its workers, who outlive a kill for a moment, do not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
             raise OSError(
@@ -52,6 +53,8 @@ def locked(out: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        for part in (*out.glob(".*.part"), *out.glob(f"{STATES}/.*.part")):  # of a process that was killed as it wrote
+            part.unlink(missing_ok=True)
         yield
 
 

@@ -2,8 +2,10 @@
 the counts of all processes (`models.losses.avg_factor`), so that the step is that of one process on the joined batch."""
 
 import datetime
+import functools
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,6 +35,7 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     finally:
         if started:
+            host_group.cache_clear()
             dist.destroy_process_group()
 
 
@@ -40,6 +43,8 @@ def parallel(losses: nn.Module, world: int) -> nn.Module:
     """`losses` whose gradients, after backward, are the mean of all processes'."""
     if world == 1 or not any(p.requires_grad for p in losses.parameters()):
         return losses
+    # Weights of 1 x 1 are channels-last and not at once; which is no matter.
+    warnings.filterwarnings("ignore", message="Grad strides do not match")
     return DistributedDataParallel(losses, gradient_as_bucket_view=True)
 
 
@@ -49,12 +54,28 @@ def mean_of_all(x: Tensor, world: int) -> Tensor:
     return x / world
 
 
+def largest(sizes: Sequence[tuple[int, int]], world: int) -> tuple[int, int]:
+    """The largest height and width of all processes' pictures: padded alike, they are one batch."""
+    most = [max(sides) for sides in zip(*sizes)]
+    if world > 1:
+        most = torch.tensor(most)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=host_group())
+        most = most.tolist()
+    return tuple(most)
+
+
+@functools.cache
+def host_group():
+    """What processes say to each other about numbers on the host, for which no device is waited."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_backend() != "gloo" else None
+
+
 def gathered(value, world: int) -> list:
     """What every process says, in the order of their ranks."""
     if world == 1:
         return [value]
     found: list = [None] * world
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=host_group())
     return found
 
 

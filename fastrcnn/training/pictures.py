@@ -6,32 +6,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrcnn.data.transforms import flip, large_scale_jitter, photometric
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.preprocess import resized_size
 from fastrcnn.training.recipe import Recipe
 
 
 def training_transforms(recipe: Recipe):
-    """Of torchvision.transforms.v2; None where nothing changes the pictures."""
-    from torchvision.transforms import v2
-
+    """Of torchvision.transforms.v2, for the workers; None where nothing changes the pictures."""
     steps = []
     if recipe.photometric:
-        steps.append(v2.ColorJitter(brightness=0.125, contrast=0.2, saturation=0.2, hue=0.02))
+        steps.append(photometric())
     if recipe.flip:
-        steps.append(v2.RandomHorizontalFlip(recipe.flip))
-    return v2.Compose(steps) if steps else None
-
-
-def picture_sizes(model: BaseDetector, images: Sequence[Tensor], seeds: Sequence[int], recipe: Recipe):
-    """(height, width) that each picture is resized to, by its own seed; None leaves it to the model."""
-    if recipe.lsj is not None:  # the transforms have made them as large as they shall be
-        return [tuple(x.shape[1:]) for x in images]
-    if recipe.multi_scale is None:
+        steps.append(flip(recipe.flip))
+    if recipe.lsj is not None:
+        steps.append(large_scale_jitter(recipe.crop, recipe.lsj))
+    if not steps:
         return None
-    p, sizes = model.data_preprocessor, []
+    from torchvision.transforms import v2
+
+    return v2.Compose(steps)
+
+
+def picture_sizes(
+    model: BaseDetector, images: Sequence[Tensor], seeds: Sequence[int], recipe: Recipe | None
+) -> list[tuple[int, int]]:
+    """(height, width) that each picture is resized to, by its own seed; without a recipe by the model's rule alone."""
+    if recipe is not None and recipe.lsj is not None:  # the transforms have made them as large as they shall be
+        return [tuple(x.shape[1:]) for x in images]
+    p, sizes, scale = model.data_preprocessor, [], 1.0
     for image, seed in zip(images, seeds):
-        scale = random.Random(seed).uniform(*recipe.multi_scale)
+        if recipe is not None and recipe.multi_scale is not None:
+            scale = random.Random(seed).uniform(*recipe.multi_scale)
         most = round(p.max_size * max(1.0, scale))
         sizes.append(resized_size(*image.shape[1:], round(p.min_size * scale), most, p.profile.resize))
     return sizes

@@ -31,9 +31,10 @@ class Losses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Sequence[Tensor], targets: Sequence[dict], sizes=None) -> dict[str, Tensor]:
-        """images, and targets with labels from 0 and boxes in their pixels, on the model's device; sizes: see `prepare`."""
-        batch, frame = self.model.prepare(images, sizes)
+    def forward(self, images: Sequence[Tensor], targets: Sequence[dict], sizes, least) -> dict[str, Tensor]:
+        """images, and targets with labels from 0 and boxes in their pixels, on the model's device; sizes and least: see
+        `prepare`."""
+        batch, frame = self.model.prepare(images, sizes, least)
         return self.model.losses(batch, frame._replace(factors=None), frame.scale(targets))
 
 

@@ -10,11 +10,12 @@ from torch import nn
 
 from fastrcnn.data import read_through
 from fastrcnn.data.batches import batches, steps_per_epoch
-from fastrcnn.evaluation import evaluate, evaluate_proposals, match_classes, training_report
+from fastrcnn.evaluation import as_detector, evaluate_proposals, match_classes, measure, predict, training_report
 from fastrcnn.evaluation.coco import require_hotcoco
+from fastrcnn.evaluation.predict import predict_together
 from fastrcnn.models.sampling import seeded
 from fastrcnn.training import distributed
-from fastrcnn.training.pictures import on_device
+from fastrcnn.training.pictures import on_device, picture_sizes
 
 # A recipe's AP; of an RPN, whose objects have no classes, its recall.
 SCORE = {True: "AP", False: "AR@1000"}
@@ -42,6 +43,7 @@ def check_data(model, dataset, val, drop_empty: bool, world: int, say: Callable[
             val.truth(range(len(val)))
             if model.reads_labels and model.class_names:
                 match_classes(model.class_names, val.class_names)
+        read_through(val)
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ def validation_loss(losses: nn.Module, val, batch_size: int, workers: int, rank:
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.eval()
-    device, loss, count = next(model.parameters()).device, None, 0
+    device, found, counts = next(model.parameters()).device, [], []
     normalizer = getattr(getattr(model, "bbox_head", None), "loss_normalizer", None)
     kept = None if normalizer is None else normalizer.clone()
     try:
@@ -63,21 +65,28 @@ def validation_loss(losses: nn.Module, val, batch_size: int, workers: int, rank:
             return math.nan
         for images, targets, indices in batches(val, size, seed=0, epoch=0, rank=rank, world=world, workers=workers):
             with seeded(indices):
-                found = losses(*on_device(model, images, targets, device))
-            loss = sum(found.values()).double() * len(images) + (0.0 if loss is None else loss)
-            count += len(images)
-        total = torch.stack([loss, torch.tensor(float(count), dtype=torch.float64, device=device)])
-        total = distributed.mean_of_all(total, world)
-        return (total[0] / total[1]).item()
+                sizes = picture_sizes(model, images, indices, None)
+                least = distributed.largest(sizes, world)
+                parts = losses(*on_device(model, images, targets, device), sizes, least)
+            found.append(sum(parts.values()).double())
+            counts.append(len(images))
+        # Of each joined batch the mean over processes is its loss.
+        table = torch.stack([torch.stack(found), torch.tensor(counts, dtype=torch.float64, device=device)])
+        found, counts = distributed.mean_of_all(table, world)
+        return ((found * counts).sum() / counts.sum()).item()
     finally:
         if kept is not None:
             normalizer.copy_(kept)
         model.train(was_training)
 
 
-def measured(model, val) -> dict[str, float]:
-    """COCO's numbers in percent; of an RPN its recall."""
-    return (evaluate if model.reads_labels else evaluate_proposals)(model, val)
+def measured(model, val, world: int) -> dict[str, float]:
+    """COCO's numbers in percent, of which every process finds its share; of an RPN its recall."""
+    if not model.reads_labels:
+        return evaluate_proposals(model, val)
+    detector = as_detector(model)
+    found = predict(detector, val) if world == 1 else predict_together(detector, val, None, distributed.host_group())
+    return measure(val, found)
 
 
 def report(out: Path, say: Callable[[str], None]) -> None:

@@ -89,12 +89,12 @@ def build(
     sanitised: bool = SANITISED,
     edit: Callable[[str], str] = lambda text: text,
 ) -> None:
-    """The library of all sources, or of those stems, each of them as `edit` leaves it. Raises CalledProcessError; what
-    the compiler said is on stderr."""
+    """The library of all sources, or of those stems, each of them and of the headers as `edit` leaves it. Raises
+    CalledProcessError; what the compiler said is on stderr."""
     folder = output.parent / f"{output.stem}_sources"
     folder.mkdir(parents=True, exist_ok=True)
     for header in CSRC.glob("cuda/*.cuh"):
-        (folder / header.name).write_text(translate(header.read_text()))
+        (folder / header.name).write_text(translate(edit(header.read_text())))
     sources = []
     for source in sorted(CSRC.glob("cuda/*.cu")):
         if not names or source.stem in names:

@@ -310,6 +310,12 @@ void wait_for_copies(size_t pending) {
   for (; groups.size() > pending + 1; groups.erase(groups.begin())) perform(groups.front());
 }
 
+std::atomic<uint64_t> conflicts{0};
+void count_conflicts(unsigned n) {
+  if (n > 0) conflicts += n;
+}
+extern "C" uint64_t emulated_cuda_conflicts() { return conflicts.exchange(0); }
+
 void sleep() {
   resident->self->slept = true;
   back_to_scheduler();

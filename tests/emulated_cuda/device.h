@@ -42,6 +42,8 @@ void copy_async(void* to, const void* from, unsigned bytes, bool zeros);
 void commit_copies();
 // Until all of the thread's groups but the last `pending` are done.
 void wait_for_copies(size_t pending);
+// Rows of ldmatrix that wait for another's bank; emulated_cuda_conflicts() gives how many since it was last asked.
+void count_conflicts(unsigned n);
 // Lets others run. A loop that waits for another block must call it: that is how a deadlock is told from work.
 void sleep();
 // Ends the process with a message that names block and thread.

@@ -8,6 +8,12 @@ inline void load_matrices(unsigned (&r)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix from an address that is not a multiple of 16");
   LaneValue mine;
   memcpy(&mine, row, 16);
+  const Given<const void*> addresses(~0u, row);
+  if (lane() % 8 == 0) {  // a matrix is read at once where its rows lie in different groups of four banks
+    unsigned groups = 0;
+    for (int i = 0; i < 8; ++i) groups |= 1u << reinterpret_cast<uintptr_t>(addresses[lane() + i]) / 16 % 8;
+    count_conflicts(8 - std::popcount(groups));
+  }
   const Given<LaneValue> rows(~0u, mine);
   for (int i = 0; i < 4; ++i) {
     unsigned words[4];
@@ -60,9 +66,9 @@ void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2])
   }
 }
 
-inline float round_to_tf32(float x) {
-  if (!std::isfinite(x)) return x;
-  return std::bit_cast<float>((std::bit_cast<unsigned>(x) + 0x1000u) & 0xffffe000u);
+inline unsigned round_to_tf32(float x) {
+  const unsigned bits = std::bit_cast<unsigned>(x);
+  return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
 }
 
 }  // namespace emulated

@@ -1,0 +1,40 @@
+"""fastrcnn export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastrcnn.cli.common import console, fail, open_detector, printable
+
+ENDINGS = dict(pt2=".pt2", onnx=".onnx", openvino=".xml", triton="")
+
+
+def export(
+    weights: Annotated[str, typer.Argument(help="checkpoint of MMDetection, torchvision or Detectron2: file or https "
+                                                "address")],
+    to: Annotated[str, typer.Option(help="pt2 (AOTInductor), onnx, openvino or triton")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="file, or Triton's folder of the model "
+                                                  "[default: named as the weights, here]")] = None,
+    model: Annotated[str | None, typer.Option(help="name from `fastrcnn models` [default: told by the weights]")] = None,
+    precision: Annotated[str, typer.Option(help="fp32; fp16 (onnx, openvino, triton); bf16 (pt2)")] = "fp32",
+    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="leave out objects below this score")] = 0.05,
+    raw: Annotated[bool, typer.Option("--raw", help="take a batch that is resized and normalised already")] = False,
+    dynamic: Annotated[bool, typer.Option(help="any number and size of images, or one of the largest size")] = True,
+) -> None:  # fmt: skip
+    """Write a detector as a file that runs without this package, and compare what it finds before leaving it there."""
+    from fastrcnn.export import export as write
+
+    if to not in ENDINGS:
+        fail(f"--to: expected one of {', '.join(ENDINGS)}, got {to!r}")
+    out = out or Path(Path(weights).stem + ENDINGS[to])
+    detector = open_detector(model, weights, "cpu", "fp32", score)
+    try:
+        found = write(detector, out, to, precision, raw, dynamic)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        fail(error)
+    line = (
+        f"{found.objects} objects in {found.images} pictures, found again within {found.pixels:.2g} px and "
+        f"{found.score:.1g} of score. See {out}"
+    )
+    console.print(printable(line), markup=False, soft_wrap=True)

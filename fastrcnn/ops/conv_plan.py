@@ -1,0 +1,106 @@
+"""Which convolution answers which call on CUDA. Nothing is guessed: the first call of a kind runs the candidates, drops those
+that disagree with the first one (cuDNN's), and times the others; later ones take the fastest.
+
+A kind is a line that names the card, the dtype, the shapes and the epilogue; pixels count to the nearest quarter of a
+doubling, so that pictures of many sizes are few kinds.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# kind -> milliseconds of its candidates, the fastest first
+PLAN: dict[str, dict[str, float]] = {}
+ROUNDS = 5
+
+
+def choose(kind: str, names: Sequence[str], run: Callable[[str], Tensor]) -> str:
+    """The fastest of `names` for this kind by the plan. What is not planned is measured; under stream capture and in
+    deterministic mode nothing is, and names[0] answers."""
+    if kind not in PLAN and len(names) > 1 and _may_measure():
+        PLAN[kind] = _measured(names, run)
+    return next((name for name in PLAN.get(kind, ()) if name in names), names[0])
+
+
+def save_plan(path: str | os.PathLike) -> None:
+    """JSON of what has been measured or loaded; a file that is there is replaced at once or not at all."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        json.dump(PLAN, file, indent=1)
+    os.replace(file.name, path)
+
+
+def load_plan(path: str | os.PathLike) -> dict[str, dict[str, float]]:
+    """Adds a saved plan to this process's, and returns it. Raises ValueError naming the file and what is wrong in it."""
+    try:
+        plan = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a plan: {error}") from None
+    if not isinstance(plan, dict):
+        raise ValueError(f"{path}: expected an object of kinds, got {type(plan).__name__}")
+    for kind, times in plan.items():
+        if not isinstance(times, dict) or not times or not all(map(_is_time, times.values())):
+            raise ValueError(f"{path}: {kind}: expected the milliseconds of each candidate, got {times!r:.80}")
+    PLAN.update((kind, dict(sorted(times.items(), key=lambda item: item[1]))) for kind, times in plan.items())
+    return plan
+
+
+def _is_time(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def kind_of(device: str, dtype: str, weight: Sequence[int], pixels: int, where: Sequence, epilogue: str) -> str:
+    """weight: its shape; pixels: of all images' outputs; where: stride, padding, dilation, groups."""
+    size = round(4 * math.log2(max(pixels, 1))) / 4
+    stride, padding, dilation = map(_short, where[:3])
+    kernel = f"{weight[1] * where[3]}->{weight[0]} {weight[2]}x{weight[3]} /{stride} p{padding} d{dilation} g{where[3]}"
+    return f"{device}, {dtype}, {kernel}, 2^{size:g} pixels{epilogue}"
+
+
+def _short(pair: Sequence[int]) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
+
+
+def _may_measure() -> bool:
+    if torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _measured(names: Sequence[str], run: Callable[[str], Tensor]) -> dict[str, float]:
+    times, right = {}, run(names[0])
+    for name in names:
+        try:
+            agrees = name == names[0] or _agree(run(name), right)
+        except ValueError:  # a shape that this one does not take
+            continue
+        if agrees:
+            times[name] = milliseconds(partial(run, name))
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """To some roundings of the largest number; no NaN does."""
+    roundings = 64 if b.dtype == torch.float32 else 4  # a sum's own, or the result's
+    unit = roundings * torch.finfo(b.dtype).eps * b.abs().amax().float()
+    return bool(((a.float() - b.float()).abs() <= unit).all())
+
+
+def milliseconds(call: Callable[[], Tensor]) -> float:
+    """The fastest of some runs between two events on the current stream."""
+    times = []
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times)

@@ -1,0 +1,218 @@
+"""The room `export`: what it refuses, what it compares, and the forms of one small model."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture, tiny_model
+from test_cli import run
+
+from fastrcnn import Detector, save
+from fastrcnn.export import compare, export, onnx, openvino, pt2, triton
+from fastrcnn.export.program import OUTPUTS
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = ["red", "white", "platelet"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model()
+    model.class_names = CLASSES
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    """(what the command printed, the ONNX file it wrote)."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    folder = tmp_path_factory.mktemp("export")
+    weights = save(model, folder / "tiny.safetensors")
+    return run("export", weights, "--to", "onnx", "--out", folder / "tiny.onnx"), folder / "tiny.onnx"
+
+
+def test_the_command_says_what_it_compared(exported):
+    printed, path = exported
+    objects, pictures, pixels = re.search(r"(\d+) objects in (\d+) pictures.* ([\d.e-]+) px", printed).groups()
+    assert int(objects) > 100 and pictures == "4" and float(pixels) < 0.05 and str(path) in printed
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_onnx_file(exported, model):
+    """Standard operators, the contract's names and types, metadata, and other sizes and batches than it was tried with."""
+    import onnx as package
+
+    proto = package.load(exported[1])
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)]
+    assert {node.domain for node in proto.graph.node} == {""} and not proto.functions
+    assert {"RoiAlign", "NonMaxSuppression", "TopK"} <= {node.op_type for node in proto.graph.node}
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.input, *proto.graph.output)}
+    numbers = package.TensorProto
+    assert kinds == dict(
+        images=numbers.UINT8, boxes=numbers.FLOAT, scores=numbers.FLOAT, labels=numbers.INT64, counts=numbers.INT64
+    )
+    texts = {p.key: p.value for p in proto.metadata_props}
+    assert json.loads(texts["class_names"]) == CLASSES and texts["profile"] == "mmdet"
+    assert json.loads(texts["preprocessing"])["mean"] == [123.675, 116.28, 103.53]
+    session = onnx.session(exported[1])
+    images = torch.stack([picture(150, 210, seed) for seed in range(3)])
+    boxes, scores, labels, counts = session.run(list(OUTPUTS), dict(images=images.numpy()))
+    assert boxes.shape == (3, 100, 4)
+    for i, expected in enumerate(model(list(images))):
+        n = counts[i]
+        torch.testing.assert_close(torch.from_numpy(boxes[i, :n]), expected["boxes"], rtol=0, atol=0.05)
+        torch.testing.assert_close(torch.from_numpy(scores[i, :n]), expected["scores"], rtol=0, atol=1e-3)
+        assert labels[i, :n].tolist() == expected["labels"].tolist()
+        assert not boxes[i, n:].any() and not scores[i, n:].any() and not labels[i, n:].any()
+
+
+def test_openvino(exported, model, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    import onnx as package
+
+    monkeypatch.setattr(onnx, "build", lambda *_: package.load(exported[1]))
+    found = export(model, tmp_path / "tiny.xml", to="openvino")
+    assert found.objects > 100 and sorted(p.name for p in tmp_path.iterdir()) == ["tiny.bin", "tiny.xml"]
+    kept = openvino.compiled(tmp_path / "tiny.xml").get_runtime_model
+    assert "class_names" in (tmp_path / "tiny.xml").read_text() and kept
+
+
+def test_triton(exported, model, tmp_path, monkeypatch):
+    import onnx as package
+
+    monkeypatch.setattr(onnx, "build", lambda *_: package.load(exported[1]))
+    export(model, tmp_path / "repository" / "cells", to="triton")
+    folder = tmp_path / "repository" / "cells"
+    assert (folder / "1" / "model.onnx").read_bytes() == exported[1].read_bytes()
+    config = (folder / "config.pbtxt").read_text()
+    assert 'input { name: "images" data_type: TYPE_UINT8 dims: [3, -1, -1] }' in config
+    assert 'output { name: "counts" data_type: TYPE_INT64 dims: [1] reshape: { shape: [ ] } }' in config
+    assert config.count("{") == config.count("}") and r"[\"red\", \"white\"" in config
+
+
+def test_a_file_that_differs_is_not_left(model, tmp_path, monkeypatch):
+    """Not for a good one, and the file of before stays."""
+    helper = pytest.importorskip("onnx").helper
+    pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
+    kinds = dict(boxes=(1, [4, 100, 4]), scores=(1, [4, 100]), labels=(7, [4, 100]), counts=(7, [4]))
+    nodes, outputs = [], []
+    for name, (kind, shape) in kinds.items():
+        value = helper.make_tensor("v", kind, [1], [0])
+        nodes += [helper.make_node("Constant", [], [f"{name}_shape"], value_ints=shape)]
+        nodes += [helper.make_node("ConstantOfShape", [f"{name}_shape"], [name], value=value)]
+        outputs.append(helper.make_tensor_value_info(name, kind, shape))
+    images = helper.make_tensor_value_info("images", 2, ["b", 3, "h", "w"])
+    graph = helper.make_graph(nodes, "empty", [images], outputs)
+    empty = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    monkeypatch.setattr(onnx, "build", lambda *_: empty)
+    (tmp_path / "tiny.onnx").write_text("of before")
+    with pytest.raises(ValueError, match=r"picture 0 of 1, 640 x 480 pixels: it lacks label \d"):
+        export(model, tmp_path / "tiny.onnx")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["of before"]
+
+
+def found_in(image, model) -> dict:
+    (found,) = model([image])
+    return found
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda f: f["boxes"][3].add_(0.06), "lacks"),
+        (lambda f: f["scores"].sub_(2e-3), "lacks"),
+        (lambda f: f["labels"][0].add_(1), "lacks"),
+        (lambda f: f.update({k: v.flip(0) for k, v in f.items()}), "descending"),
+        (lambda f: f.update({k: v[1:] for k, v in f.items()}), "lacks"),
+        (lambda f: f["boxes"][1].copy_(f["boxes"][0]), "lacks"),
+    ],
+)
+def test_what_counts_as_a_difference(model, change, said):
+    expected = found_in(picture(80, 120), model)
+    same = {k: v.clone() for k, v in expected.items()}
+    assert compare.difference(same, expected, 0.05, 100)[1:] == (99, 0.0, 0.0)  # the last of 100 is excused
+    change(same)
+    with pytest.raises(ValueError, match=said):
+        compare.difference(same, expected, 0.05, 100)
+    if said == "lacks":
+        with pytest.raises(ValueError, match="lacks|has besides"):
+            compare.difference(expected, same, 0.05, 100)
+
+
+def test_limits_excuse_what_the_last_digit_decides():
+    """An object at the score threshold, or at the last place."""
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 20, 40, 40]])
+    both = dict(boxes=boxes, scores=torch.tensor([0.9, 0.0505]), labels=torch.tensor([0, 1]))
+    one = {k: v[:1] for k, v in both.items()}
+    assert compare.difference(one, both, 0.05, 100).objects == 1
+    assert compare.difference(one, both, 0.0, 2).objects == 1
+    with pytest.raises(ValueError, match="lacks label 1"):
+        compare.difference(one, both, 0.0, 100)
+
+
+@pytest.mark.parametrize(
+    "options, error, said",
+    [
+        (dict(to="coreml"), ValueError, "to: expected one of pt2, onnx, openvino, triton, got 'coreml'"),
+        (dict(path="model.pt2"), ValueError, r"path: expected a name that ends in .onnx, got"),
+        (dict(path="model.onnx", to="triton"), ValueError, "path: expected a folder's name"),
+        (dict(precision="bf16"), ValueError, "precision: onnx has fp32, fp16, got 'bf16'"),
+        (dict(path="folder.onnx"), OSError, "is no file"),
+        (dict(path="file/model.onnx"), OSError, "cannot be written"),
+    ],
+)
+def test_what_is_refused(model, tmp_path, options, error, said):
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "file").touch()
+    path = tmp_path / options.pop("path", "model.onnx")
+    with pytest.raises(error, match=said):
+        export(model, path, **options)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_onnx_cannot_say_is_named(tmp_path):
+    soft = tiny_model(test_cfg=dict(rcnn=dict(nms=dict(type="soft_nms", iou_threshold=0.5))))
+    dcn = tiny_model("r50_fpn", backbone=dict(dcn=dict(type="DCNv2"), stage_with_dcn=(False, True, False, False)))
+    for model, said in (
+        (soft, "roi_head test_cfg nms: ONNX has no soft_nms"),
+        (dcn, r"layer2\.0\.conv2: ONNX of opset"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            export(model, tmp_path / "model.onnx")
+
+
+def test_an_absent_package_is_named_with_its_extra(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"onnxscript: pip install 'fastrcnn\[export\]'"):
+        export(model, tmp_path / "model.onnx")
+
+
+def test_the_command_refuses_in_one_sentence(model, tmp_path):
+    weights = save(model, tmp_path / "tiny.safetensors")
+    assert "--to: expected one of" in run("export", weights, "--to", "coreml", status=1)
+    assert "precision: onnx has" in run("export", weights, "--precision", "int8", status=1)
+    assert "no_such" in run("export", tmp_path / "no_such.pth", status=1)
+
+
+def test_precisions_and_thresholds_are_the_detectors(model):
+    assert compare.score_threshold(Detector(model, device="cpu", score_threshold=0.3).model) == 0.3
+    assert compare.score_threshold(tiny_model("rpn_r50_fpn")) == 0.0
+    assert "bf16" in pt2.PRECISIONS and triton.PRECISIONS == onnx.PRECISIONS
+
+
+PROGRAMS_ALONE = {"match_boxes", "nms", "batched_nms", "soft_nms", "batched_soft_nms", "preprocess"}
+
+
+def test_cpp_declares_the_operators_as_python_does():
+    """csrc/operators.cpp has every operator that an exported program calls, with the same schema."""
+    from fastrcnn._extension import operators
+
+    text = (ROOT / "csrc" / "operators.cpp").read_text(encoding="utf-8")
+    calls = re.findall(r"m\.def\(((?:\s*\"[^\"]*\")+)\)", text)
+    declared = ["".join(re.findall(r'"([^"]*)"', call)) for call in calls]
+    wanted = [o for o in operators() if o not in PROGRAMS_ALONE]
+    assert declared == [str(getattr(torch.ops.fastrcnn, o).default._schema).removeprefix("fastrcnn::") for o in wanted]
