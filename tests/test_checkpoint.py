@@ -82,6 +82,25 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, step, opt
     assert (tmp_path / "cut" / "results.csv").read_bytes() == (tmp_path / "whole" / "results.csv").read_bytes()
 
 
+def test_a_run_killed_while_it_measures_goes_on_there(data, tmp_path, monkeypatch):
+    scores, steps = [], []
+    monkeypatch.setattr(loop, "measured", lambda *a: scores.append(1) or dict(AP=float(len(scores))))
+    recipe = get_recipe("finetune", steps=2, batch_size=2)  # ends within an epoch
+
+    def begin(resume):
+        return train(tiny(), data, recipe, tmp_path, resume, val=data, log=quiet)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validation_loss", lambda *a: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            begin(False)
+    forward = Losses.forward
+    monkeypatch.setattr(Losses, "forward", lambda self, *a: steps.append(self.training) or forward(self, *a))
+    begin(True)
+    assert len(rows_of(tmp_path)) == 2 and len(scores) == 1 and len(steps) == 3  # of the validation loss alone
+    assert (tmp_path / "results.csv").read_text().count("\n") == 2
+
+
 def test_workers_change_nothing(data, tmp_path):
     run(data, tmp_path / "alone")
     run(data, tmp_path / "helped", workers=2)
@@ -166,26 +185,32 @@ def test_a_full_disk_ends_no_run(data, tmp_path, monkeypatch):
 
 def test_a_folder_belongs_to_one_process(tmp_path):
     code = f"""
-import sys, time
+import os, sys, time
 from pathlib import Path
 from fastrcnn.training.checkpoint import locked
 with locked(Path({str(tmp_path)!r})):
+    if not os.fork():  # a worker, who does not die with it
+        time.sleep(60)
     print("has it", flush=True)
     time.sleep(60)
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as other:
         try:
             assert other.stdout.readline() == b"has it\n"
             with pytest.raises(OSError, match=rf"another process \({other.pid}\) trains in this folder"):
                 train(Scripted(), pictures(), PLAIN, tmp_path, log=quiet)
         finally:
             other.kill()  # the lock goes with it
-    (tmp_path / "states").mkdir(exist_ok=True)
-    left = [tmp_path / ".last.safetensors.1.part", tmp_path / "states" / ".step_000000001.pt.1.part"]
-    for part in left:
-        part.write_text("half")
-    with checkpoint.locked(tmp_path):
-        assert not any(part.exists() for part in left)  # what a killed process had begun
+            other.wait()
+        try:
+            (tmp_path / "states").mkdir(exist_ok=True)
+            left = [tmp_path / ".last.safetensors.1.part", tmp_path / "states" / ".step_000000001.pt.1.part"]
+            for part in left:
+                part.write_text("half")
+            with checkpoint.locked(tmp_path):
+                assert not any(part.exists() for part in left)  # what a killed process had begun
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_generators_come_back():

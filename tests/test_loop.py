@@ -185,6 +185,23 @@ def test_what_a_recipe_says_of_the_model(data):
     assert all(block.with_cp for block in model.backbone.layer2)
 
 
+def test_a_picture_that_is_lost_on_the_way_ends_no_run(tmp_path):
+    data, lines = open_dataset(cells(tmp_path)), []
+    out = tmp_path / "run"
+
+    def say(line):
+        lines.append(line)
+        if line.startswith("epoch 1/2"):
+            (tmp_path / "images" / "2.png").unlink()
+
+    train(tiny(), data, out=out, val=data, epochs=2, batch_size=2, log=say)
+    assert any(line.startswith("left out:") and "2.png" in line for line in lines)
+    assert any(line.startswith("AP could not be measured") and "2.png" in line for line in lines)
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert rows[0]["AP"] != "" and rows[1]["AP"] == "" and float(rows[1]["val_loss"]) > 0
+    assert json.loads((out / "metrics.json").read_text())["skipped"] == 1
+
+
 def test_early_stopping_keeps_the_best(data, tmp_path, monkeypatch):
     scores = iter([10.0, 30.0, 20.0, 25.0, 90.0])
     monkeypatch.setattr(

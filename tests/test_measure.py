@@ -1,5 +1,6 @@
 """evaluation/measure.py and predict.py: own settings as pycocotools has them, shards, processes."""
 
+import json
 import math
 import subprocess
 import sys
@@ -65,6 +66,11 @@ def test_settings_out_of_range_are_named(case, settings, message):
         measure(case[0], case[3], **settings)
 
 
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_first_picture(case):
+    with pytest.raises(OSError, match="is no folder"):
+        evaluate(Fixed([], NAMES), case[0], out=case[0].path)
+
+
 def same(one: Predictions, other: Predictions) -> bool:
     columns = ("pictures", "images", "boxes", "scores", "labels")
     return all(np.array_equal(getattr(one, key), getattr(other, key)) for key in columns)
@@ -115,10 +121,10 @@ import torch.distributed as dist
 from coco_judge import Fixed, crowded
 from fastrcnn.data import CocoDataset
 from fastrcnn.evaluation import evaluate
-_, rank, store, path = sys.argv
+_, rank, store, path, out = sys.argv
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
 rows, names = crowded(5)[1][int(rank)::2], ["c0", "c3", "c7", "c12"]
-print(evaluate(Fixed(rows, names), CocoDataset(path), group=dist.group.WORLD)["AP"].hex())
+print(evaluate(Fixed(rows, names), CocoDataset(path), group=dist.group.WORLD, out=out)["AP"].hex())
 if rank == "1":
     rows[1] = [[1.0, 2, 3, 4, 0.5, 99]]
 try:
@@ -130,11 +136,12 @@ except ValueError as error:
 
 def test_processes_share_the_pictures_and_all_get_the_numbers(case, tmp_path):
     """Each looks at its own; what goes wrong in one ends all, and none waits for ever."""
-    command = [sys.executable, "-c", PROCESS]
-    started = [subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(case[0].path)], stdout=subprocess.PIPE,
+    paths = tmp_path / "store", case[0].path, tmp_path / "out"
+    started = [subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), *map(str, paths)], stdout=subprocess.PIPE,
                                 text=True, cwd=Path(__file__).parent) for rank in range(2)]  # fmt: skip
     said = [process.communicate(timeout=120)[0].splitlines() for process in started]
     assert said == [[measure(case[0], case[3])["AP"].hex(), "model: expected labels in 0..3, got 99"]] * 2
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == len(case[3])
 
 
 def test_a_model_finds_as_many_objects_as_are_counted():

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -40,8 +41,10 @@ def child(folder: Path, out: Path) -> int:
         os.dup2(os.open(out.parent / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         data = open_dataset(folder / "all.json")
         loop.LOOK = 2
-        train(tiny(), data, out=out, resume=True, val=data, epochs=5, batch_size=2, save_every=0.0, workers=1)
+        train(tiny(), data, out=out, resume=True, val=data, epochs=3, batch_size=2, save_every=0.0, workers=1)
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -107,7 +110,7 @@ def main() -> None:
         while kills < args.kills:
             out = folder / f"cut{runs}" / "run"
             out.parent.mkdir()
-            while not ended(child(folder, out), length * rng.uniform(0.05, 0.6)):
+            while not ended(child(folder, out), length * rng.uniform(0.02, 0.35)):
                 kills += 1
                 places[place(out)] += 1
             runs += 1

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from torch import distributed
+
 from fastrcnn.data import DetectionDataset, read_through
 from fastrcnn.evaluation.coco import AREAS, MAX_DETS, check_settings, judge_dataset, require_hotcoco
 from fastrcnn.evaluation.predict import Predictions, as_detector, class_names_of, opened, predict, predict_together
@@ -37,9 +39,9 @@ def evaluate(
     On a DetectionDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
     matched by name, and every picture is read once before the first is detected in; elsewhere the targets are the truth.
     With `group`, a torch.distributed group of which every process calls this, each looks at a share of the pictures, and
-    all get the numbers of the whole. out, about: as in `write_evaluation`, which is then called; `advance` is called after
-    every picture. Raises what `predict` does, and before that what `match_classes` does, ValueError where no object is
-    annotated, OSError where `out` cannot be written to, and ImportError without hotcoco.
+    all get the numbers of the whole. out, about: as in `write_evaluation`, which is then called, of a group in its first
+    process; `advance` is called after every picture. Raises what `predict` does, and before that what `match_classes` does,
+    ValueError where no object is annotated, OSError where `out` cannot be written to, and ImportError without hotcoco.
     """
     require_hotcoco()
     check_settings(max_dets, areas)
@@ -50,11 +52,12 @@ def evaluate(
     if isinstance(base, DetectionDataset):
         base.truth(places)
         class_names_of(model, dataset)
-        read_through(dataset)
-    if group is None:
-        found = predict(model, dataset, batch_size, advance=advance)
+    if group is not None:
+        found = predict_together(model, dataset, batch_size, group, advance, read_first=True)
     else:
-        found = predict_together(model, dataset, batch_size, group)
-    if out is None:
+        if isinstance(base, DetectionDataset):
+            read_through(dataset)
+        found = predict(model, dataset, batch_size, advance=advance)
+    if out is None or (group is not None and distributed.get_rank(group) != 0):
         return measure(dataset, found, max_dets, areas)
     return write_evaluation(out, dataset, found, max_dets, areas, about)

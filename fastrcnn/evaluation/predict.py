@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import ConcatDataset, Subset
 
-from fastrcnn.data import DetectionDataset, as_image
+from fastrcnn.data import DetectionDataset, as_image, read_through
 from fastrcnn.evaluation.classes import match_classes
 from fastrcnn.inference import Detector
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
@@ -208,14 +208,24 @@ def predict(
     return found
 
 
-def predict_together(model, dataset, batch_size: int | None, group) -> Predictions:
+def predict_together(
+    model,
+    dataset,
+    batch_size: int | None,
+    group,
+    advance: Callable[[], object] = lambda: None,
+    read_first: bool = False,
+) -> Predictions:
     """`predict`, in which every process of a torch.distributed group looks at its share of the pictures, and every one gets
-    what all found. What goes wrong in one process is raised in all of them."""
+    what all found. read_first: each picture of a file is read once before the first is detected in. What goes wrong in one
+    process is raised in all of them."""
     rank, world = distributed.get_rank(group), distributed.get_world_size(group)
     share = Subset(dataset, range(rank, len(dataset), world))
     parts: list = [None] * world
     try:
-        mine = predict(model, share, batch_size)
+        if read_first and isinstance(opened(dataset)[0], DetectionDataset):
+            read_through(share)
+        mine = predict(model, share, batch_size, advance=advance)
     except Exception as error:
         mine = error
     distributed.all_gather_object(parts, mine, group)

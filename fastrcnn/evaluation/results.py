@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
-from fastrcnn.data import DetectionDataset, as_image
+from fastrcnn.data import DetectionDataset, ImageError, as_image
 from fastrcnn.evaluation import diagnosis, plots
 from fastrcnn.evaluation.coco import AREAS, MAX_DETS, Judged, judge_dataset, xywh
 from fastrcnn.evaluation.contact_sheet import contact_sheet
@@ -56,15 +57,16 @@ def _without_charts(folder: str | Path) -> Path:
     return folder
 
 
-def _write_page(folder: Path, metrics: Mapping) -> None:
+def _write_metrics(folder: Path, metrics: Mapping) -> None:
     replace_file(folder / "metrics.json", json.dumps(_plain(metrics), allow_nan=False, indent=1).encode())
-    evaluation_report(folder)
 
 
 def write_numbers(folder: str | Path, numbers: Mapping[str, float], about: Mapping[str, str] = {}) -> None:
     """metrics.json and report.html of numbers alone, such as the recall of proposals. Raises OSError where they cannot be
     written."""
-    _write_page(_without_charts(folder), dict(numbers, **about))
+    folder = _without_charts(folder)
+    _write_metrics(folder, dict(numbers, **about))
+    evaluation_report(folder)
 
 
 def _classes(judged: Judged) -> list[dict]:
@@ -82,6 +84,19 @@ def _classes(judged: Judged) -> list[dict]:
 def _mean(values: Sequence[float]) -> float:
     values = np.asarray(values, np.float64)
     return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+
+
+def _charts(judged: Judged, by_score: diagnosis.ByScore, kinds: dict, matrix: np.ndarray) -> dict[str, bytes]:
+    """PNG files' bytes by name. Raises ImportError without matplotlib."""
+    curves = {name: diagnosis.precision_recall(judged, 0.5, label) for label, name in enumerate(judged.class_names)}
+    means = {f"IoU {iou}": diagnosis.precision_recall(judged, iou) for iou in (0.5, 0.75, 0.9)}
+    error, bins = diagnosis.calibration(judged)
+    return {
+        "precision_recall.png": plots.precision_recall(means, curves),
+        "confusion.png": plots.confusion(matrix, judged.class_names),
+        "scores.png": plots.scores(by_score, bins, error),
+        "errors.png": plots.errors(kinds),
+    }
 
 
 def write_evaluation(
@@ -107,24 +122,7 @@ def write_evaluation(
     sure = diagnosis.at_score(judged, by_score.best)
     at = int(np.searchsorted(by_score.score, by_score.best))
     kinds, matrix = diagnosis.tide(judged), diagnosis.confusion(sure)
-    error, bins = diagnosis.calibration(judged)
     looked, suspects = diagnosis.worst_pictures(sure, WORST)
-    try:
-        curves = {name: diagnosis.precision_recall(judged, 0.5, label) for label, name in enumerate(judged.class_names)}
-        means = {f"IoU {iou}": diagnosis.precision_recall(judged, iou) for iou in (0.5, 0.75, 0.9)}
-        charts = {
-            "precision_recall.png": plots.precision_recall(means, curves),
-            "confusion.png": plots.confusion(matrix, judged.class_names),
-            "scores.png": plots.scores(by_score, bins, error),
-            "errors.png": plots.errors(kinds),
-        }
-        for name, content in charts.items():
-            replace_file(folder / name, content)
-    except ImportError as missing:
-        about = dict(about, charts=str(missing))
-    if looked:
-        pictures = [(_image(dataset, one.picture), one, _name(dataset, one.picture)) for one in looked]
-        replace_file(folder / "worst.jpg", contact_sheet(pictures, judged.class_names))
     voc = {"VOC": [row["VOC"] for row in classes], "VOC07": voc_ap(judged.truth, judged.found, len(classes), points=11)}
     numbers = dict(
         scores,
@@ -136,19 +134,34 @@ def write_evaluation(
         precision=by_score.precision[at],
         recall=by_score.recall[at],
         F1=by_score.f1[at],
-        calibration_error=error,
+        calibration_error=diagnosis.calibration(judged)[0],
         classes=classes,
         errors=kinds,
         confusion=dict(classes=[*judged.class_names, None], matrix=matrix),
         suspects=[dict(one, picture=_name(dataset, one["picture"])) for one in suspects],
     )
-    _write_page(folder, dict(numbers, **about))
+    try:
+        charts = _charts(judged, by_score, kinds, matrix)
+    except ImportError as missing:
+        charts, numbers = {}, dict(numbers, charts=str(missing))
+    _write_metrics(folder, dict(numbers, **about))
+    for name, content in charts.items():
+        replace_file(folder / name, content)
+    seen = [(_image(dataset, one.picture), one, _name(dataset, one.picture)) for one in looked]
+    pictures = [one for one in seen if one[0] is not None]
+    if pictures:
+        replace_file(folder / "worst.jpg", contact_sheet(pictures, judged.class_names))
+    evaluation_report(folder)
     return scores
 
 
-def _image(dataset, place: int):
+def _image(dataset, place: int) -> Tensor | None:
+    """A picture; None where it can no longer be read."""
     base, _ = opened(dataset)
-    return as_image(base.picture(place) if isinstance(base, DetectionDataset) else base[place][0])
+    try:
+        return as_image(base.picture(place) if isinstance(base, DetectionDataset) else base[place][0])
+    except ImageError:
+        return None
 
 
 def _name(dataset, place: int) -> str:

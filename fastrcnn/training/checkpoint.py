@@ -43,7 +43,8 @@ def locked(out: Path) -> Iterator[None]:
     naming the process that has it."""
     with open(out / ".lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process's own: its workers, who outlive a kill for a moment, do not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
             raise OSError(

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -106,7 +107,8 @@ class Run:
         """Every step that is left."""
         s, patience = self.state, self.recipe.patience
         self.saved = self.reported = time.perf_counter()
-        while s.step < self.total and not (patience is not None and s.stale >= patience):
+        # An epoch that was saved before its pictures were measured is still to be ended.
+        while (s.step < self.total or s.batch) and not (patience is not None and s.stale >= patience):
             self.epoch(stop)
 
     def epoch(self, stop: checkpoint.Stop) -> None:
@@ -115,13 +117,15 @@ class Run:
         loader = batches(self.dataset, recipe.batch_size, epoch=s.epoch, start=s.batch, **self.loader)
         self.pending, self.waited, self.since, begun = [], 0.0, time.perf_counter(), time.perf_counter()
         try:
-            for images, targets, indices in loader:
+            warnings.filterwarnings("ignore", message="picture .* is left out")  # said below
+            for images, targets, indices in loader if s.step < self.total else ():
                 self.waited += time.perf_counter() - begun
                 if s.step == 0 and s.batch == 0:
                     self.log.samples(images, targets, indices, s.model.class_names)
                 self.batch(images, targets, indices)
-                for index, reason in loader.skipped.items():
-                    s.skipped[index] = reason
+                for index in loader.skipped.keys() - s.skipped.keys():
+                    s.skipped[index] = loader.skipped[index]
+                    self.say(f"left out: {s.skipped[index]}")
                 done = s.step >= self.total
                 asked = self.world == 1 and stop.number  # several processes stop at the same look
                 if len(self.pending) >= LOOK or s.batch == self.batches or done or asked:
@@ -235,6 +239,7 @@ class Run:
         parts = "  ".join(f"{k} {v / batches_done:.3f}" for k, v in s.sums.items() if k not in ("loss", "batches"))
         better = self.val is None
         if self.val is not None:
+            self.save()  # measuring may take long
             row.update(self.measure())
             score = row.get(SCORE[s.model.reads_labels], math.nan)
             better = score > s.best or s.best == -math.inf
@@ -244,9 +249,12 @@ class Run:
         said = "".join(f"  {k} {row[k]:.3g}" for k in ("val_loss", "AP", "AP50", "AR@1000") if k in row)
         epochs = math.ceil(self.total / self.epoch_steps)
         self.say(f"epoch {s.epoch}/{epochs}  loss {row['loss']:.3f}  {parts}{said}")
+        for other in distributed.gathered(s.skipped, self.world):
+            s.skipped.update(other)
         if s.skipped:
-            first = next(iter(s.skipped.items()))
-            self.say(f"{len(s.skipped)} pictures could not be read and were left out, the first: {first[1]}")
+            self.say(
+                f"{len(s.skipped)} pictures could not be read and were left out, the first: {min(s.skipped.values())}"
+            )
         if self.rank == 0 and self.out is not None:
             self.log.epochs(s.rows)
             self.log.json("metrics.json", self.metrics())
@@ -265,7 +273,11 @@ class Run:
         s = self.state
         size, workers = self.recipe.batch_size, self.loader["workers"]
         found = dict(val_loss=validation_loss(Losses(s.result), self.val, size, workers, self.rank, self.world))
-        return found | measured(s.result, self.val, self.world)
+        try:
+            return found | measured(s.result, self.val, self.world)
+        except (ValueError, OSError) as error:  # a picture that has gone since the first step, say
+            self.say(f"AP could not be measured: {error}")
+            return found
 
     def metrics(self) -> dict:
         rows, name = self.state.rows, SCORE[self.state.model.reads_labels]
