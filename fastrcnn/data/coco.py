@@ -4,7 +4,7 @@ VIA."""
 import contextlib
 import gc
 import mmap
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from fastrcnn.data.table import Table, Texts, as_bytes, grouped
 
 PARTS = ("images", "annotations", "categories")
 PIECE = 1 << 20
+NOTHING = ("background", "none", "null", "placeholder", "n/a")  # names of a category 0
 ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 
 
@@ -61,21 +62,19 @@ def _kept(ids, names: Texts, findings: Findings, path: Path) -> np.ndarray:
     return kept
 
 
-def _is_placeholder(row: dict, others: Sequence[dict]) -> bool:
-    """The super category that Roboflow lists beside its classes, and the 0 that others keep for what is no object."""
-    nothing = row["id"] == 0 and row["name"].strip("_ ").lower() in ("background", "none", "null", "placeholder", "n/a")
-    return nothing or (bool(others) and all(other["supercategory"] == row["name"] for other in others))
-
-
 def _classes(rows: list[dict], used: set[int], findings: Findings, path: Path) -> list[dict]:
-    """The categories by ascending id, without a placeholder that no annotation has."""
+    """The categories by ascending id, without a placeholder that no annotation has: the super category that Roboflow lists
+    beside its classes, or the 0 that others keep for what is no object."""
     kept: list[dict] = []
+    seen, above = set(), Counter(row["supercategory"] for row in rows if isinstance(row["supercategory"], str))
     for i, row in enumerate(rows):
-        others = [other for k, other in enumerate(rows) if k != i]
-        if row["id"] not in used and others and _is_placeholder(row, others):
+        name, others = row["name"], len(rows) - 1
+        over = others > 0 and above[name] - (row["supercategory"] == name) == others
+        if row["id"] not in used and others and (over or (row["id"] == 0 and name.strip("_ ").lower() in NOTHING)):
             findings.note("placeholder category", path, entry("categories", i, row["id"]),
-                          f"{short(row['name'])} is no class of its own and has no object: left out")  # fmt: skip
-        elif not any(other["id"] == row["id"] and other["name"] == row["name"] for other in kept):
+                          f"{short(name)} is no class of its own and has no object: left out")  # fmt: skip
+        elif (row["id"], name) not in seen:
+            seen.add((row["id"], name))
             kept.append(row)
         elif findings.strict:
             raise ValueError(f"{path}: categories[{i}]: a category before it has the same id {row['id']}")

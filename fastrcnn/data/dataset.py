@@ -81,8 +81,8 @@ class DetectionDataset(Dataset):
             try:
                 sizes[i] = read_size(self.picture(i))
                 self.findings.note("no size stated", *self.where(i), "the size is the picture's")
-            except ValueError as error:  # as it is at its turn
-                self.findings.note("unreadable picture", *self.where(i), error)
+            except ValueError as error:  # which is raised again at its turn
+                self.findings.note("no size stated", *self.where(i), error)
 
     def _used(self) -> tuple[np.ndarray, np.ndarray]:
         """bool [M]: the annotations that targets hold; int32 [N]: how many objects each target has. Counts the
