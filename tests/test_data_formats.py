@@ -312,9 +312,8 @@ def test_columns_of_large_files_are_those_of_small_ones(tmp_path, monkeypatch):
     images = [dict(id=int(i), file_name=f"{i}ä.png", width=60, height=40) for i in rng.permutation(400)]
     annotations = [dict(id=n, image_id=int(rng.integers(400)), category_id=1, bbox=(rng.random(4) * 30).round(2).tolist(),
                         segmentation=[{"deep": [{}, {}]}], caption='"}, {"') for n in range(900)]  # fmt: skip
-    content = dict(
-        annotations=annotations, other=[1, {"a": "x" * 999}], categories=[dict(id=1, name="cat")], images=images
-    )
+    content = dict(annotations=annotations, other=[1, {"a": "x" * 999}], **{f"n{k}": 10**15 + k for k in range(200)})
+    content |= dict(categories=[dict(id=1, name="cat")], images=images)
     (tmp_path / "a.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-16")
     tables = []
     for window, stretch in ((1 << 22, 1 << 20), (1 << 22, 5000), (1000, 3000), (777, 1)):
