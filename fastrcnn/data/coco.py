@@ -30,9 +30,11 @@ def _places_of(ids: np.ndarray | list, asked: np.ndarray | list) -> np.ndarray:
             place.setdefault(v, i)
         return np.array([place.get(v, -1) for v in (asked if isinstance(asked, list) else asked.tolist())], np.int32)
     found = np.full(len(asked), -1, np.int32)
+    if ids.dtype != asked.dtype:
+        ids = ids.astype(np.int64)
     order = None if (ids[1:] > ids[:-1]).all() else np.argsort(ids, kind="stable")
     for first in range(0, len(asked) if len(ids) else 0, PIECE):
-        part = asked[first : first + PIECE]
+        part = asked[first : first + PIECE].astype(ids.dtype)
         where = np.searchsorted(ids, part, sorter=order).clip(max=len(ids) - 1)
         where = where if order is None else order[where]
         found[first : first + PIECE] = np.where(ids[where] == part, where, -1)
