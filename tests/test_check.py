@@ -109,6 +109,13 @@ def test_each_fault_is_found_named_and_counted(clean, kind):
     assert ("refused: 1 " + kind in printed.replace("\n", " ")) == (kind not in ALLOWED)
 
 
+def test_a_class_of_one_split_alone_is_named(clean):
+    change(clean, lambda c: c["categories"][1].update(name="fox"), "val.json")
+    (finding,) = check(clean)
+    assert finding.kind == "classes of one split alone" and finding.file == str(clean / "val.json")
+    assert finding.message == "fox: classes of val that train does not have"
+
+
 def test_json_has_everything(clean):
     FAULTS["missing picture"][0](clean)
     found = json.loads(run("check", clean, "--json"))

@@ -173,7 +173,7 @@ def test_conversions_keep_everything(layout, tmp_path_factory, to):
 
 def test_boxes_that_are_not_whole_and_difficult_ones_survive_vocs_file(tmp_path):
     def change(content):
-        content["annotations"][0].update(bbox=[1.25, 2, 10.5, 10], iscrowd=1, area=3)
+        content["annotations"][0].update(bbox=[1.25, 2, 10.5, 10], ignore=1, area=3)
 
     write(tmp_path / "in", {"a.json": coco(change=change)})
     pictures(tmp_path / "in" / "images")
@@ -270,12 +270,12 @@ def test_what_the_tools_export_is_read(tmp_path, change):
 
 def test_unused_categories_stay_and_a_used_zero_too(tmp_path):
     def change(content):
-        content["categories"] += [dict(id=9, name="bird", supercategory="animal"), dict(id=0, name="fox")]
+        content["categories"] += [dict(id=9, name="bird", supercategory="animal"), dict(id=0, name="background")]
         content["annotations"][0]["category_id"] = 0
 
     write(tmp_path, {"a.json": coco(change=change)})
     dataset = open_dataset(tmp_path)
-    assert dataset.class_names == ["fox", "cat", "dog", "bird"] and dataset.category_ids == [0, 1, 2, 9]
+    assert dataset.class_names == ["background", "cat", "dog", "bird"] and dataset.category_ids == [0, 1, 2, 9]
 
 
 def test_what_is_wrong_is_dropped_counted_and_named_or_refused(tmp_path):
@@ -304,22 +304,23 @@ def test_two_pictures_of_one_id_are_both_dropped(tmp_path):
     assert content_of(dataset) == expected("b") and dataset.left_out["duplicate id"] == 3  # the image and two boxes
 
 
-def test_columns_of_large_files_are_those_of_small_ones(tmp_path, monkeypatch):
+@pytest.mark.parametrize("first", [0, 2**31 - 200])
+def test_columns_of_large_files_are_those_of_small_ones(tmp_path, monkeypatch, first):
     """Rows read many at once, one by one, from windows of any size, in any order of the parts: the same table."""
     rng = np.random.default_rng(0)
-    images = [dict(id=int(i), file_name=f"{i}ä.png", width=60, height=40) for i in rng.permutation(400)]
-    annotations = [dict(id=n, image_id=int(rng.integers(400)), category_id=1, bbox=(rng.random(4) * 30).round(2).tolist(),
-                        segmentation=[{"deep": [{}, {}]}], caption='"}, {"') for n in range(900)]  # fmt: skip
-    content = dict(
-        annotations=annotations, other=[1, {"a": "x" * 999}], categories=[dict(id=1, name="cat")], images=images
-    )
+    images = [dict(id=first + int(i), file_name=f"{i}ä.png", width=60, height=40) for i in rng.permutation(400)]
+    boxes = (rng.random((900, 4)) * 30).round(2).tolist()
+    annotations = [dict(id=n, image_id=first + int(rng.integers(400)), category_id=1, bbox=box, caption='"}, {"',
+                        segmentation=[{"deep": [{}, {}]}]) for n, box in enumerate(boxes)]  # fmt: skip
+    content = dict(annotations=annotations, other=[1, {"a": "x" * 999}], **{f"n{k}": 10**15 + k for k in range(200)})
+    content |= dict(categories=[dict(id=1, name="cat")], images=images)
     (tmp_path / "a.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-16")
     tables = []
     for window, stretch in ((1 << 22, 1 << 20), (1 << 22, 5000), (1000, 3000), (777, 1)):
         monkeypatch.setattr("fastrcnn.data.json_rows.WINDOW", window)
         monkeypatch.setattr("fastrcnn.data.json_rows.STRETCH", stretch)
         tables.append(read_coco(tmp_path / "a.json"))
-    by_image = {i: [a for a in annotations if a["image_id"] == i] for i in range(400)}
+    by_image = {i["id"]: [a for a in annotations if a["image_id"] == i["id"]] for i in images}
     for table in tables:
         assert table.image_ids.tolist() == [i["id"] for i in images] and [*table.names] == [
             i["file_name"] for i in images

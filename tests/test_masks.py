@@ -14,6 +14,8 @@ def test_the_box_of_a_segmentation_is_pycocotools():
         top, left = rng.integers(0, 7), rng.integers(0, 11)
         dots[top : top + rng.integers(1, 4), left : left + rng.integers(1, 4)] = rng.random() < 0.9
         dots[rng.integers(9), rng.integers(13)] = 1
+        if rng.random() < 0.5:  # a run goes on in the next column
+            dots[5:, 4] = dots[:3, 5] = 1
         packed = mask.encode(dots)
         expected_box = mask.toBbox(packed).tolist()
         counts, last, run = [], 0, 0

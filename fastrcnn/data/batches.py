@@ -216,7 +216,10 @@ class Batches(Iterator[Batch]):
                 warnings.warn(f"a worker process ended (of memory or a signal): begun again ({error})", stacklevel=3)
                 self.close()
                 if attempt + 1 == DEATHS:
-                    raise RuntimeError(f"a worker process ended {DEATHS} times over the pictures {again[0]}") from None
+                    raise RuntimeError(
+                        f"a worker process ended {DEATHS} times over the pictures {again[0]}: too little memory, or room "
+                        "in /dev/shm, for so many workers?"
+                    ) from None
                 for indices in again:
                     self._submit(indices)
         raise AssertionError

@@ -1,5 +1,9 @@
 """What is wrong with a dataset, found before a run begins: its entries, its boxes, its pictures, and between its
-splits."""
+splits.
+
+hotcoco's health check is not used: of a file in COCO's format it gives the ids of some faults, and neither entries nor
+anything of the pictures.
+"""
 
 import hashlib
 import os
@@ -36,10 +40,14 @@ def check(path: str | Path, images: str | Path | None = None) -> Findings:
     are named twice, have no objects; classes with few objects or none; one picture in two splits. Every picture is
     decoded. Raises ValueError where the format cannot be told or a file is none of it.
     """
-    found, seen = Findings(), {}
+    found, seen, first = Findings(), {}, None
     for split, read in detect_format(path).splits.items():
         dataset = DetectionDataset(read(None if images is None else Path(images), False))
         check_dataset(dataset, split, seen, found)
+        first = first or (split, dataset.class_names)
+        if others := set(dataset.class_names) - set(first[1]):
+            message = f"{', '.join(sorted(others)[:10])}: classes of {split} that {first[0]} does not have"
+            found.note("classes of one split alone", dataset.path, "", message, len(others))
     return found
 
 

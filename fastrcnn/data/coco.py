@@ -4,7 +4,7 @@ VIA."""
 import contextlib
 import gc
 import mmap
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from fastrcnn.data.table import Table, Texts, as_bytes, grouped
 
 PARTS = ("images", "annotations", "categories")
 PIECE = 1 << 20
+NOTHING = ("background", "none", "null", "placeholder", "n/a")  # names of a category 0
 ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 
 
@@ -29,9 +30,11 @@ def _places_of(ids: np.ndarray | list, asked: np.ndarray | list) -> np.ndarray:
             place.setdefault(v, i)
         return np.array([place.get(v, -1) for v in (asked if isinstance(asked, list) else asked.tolist())], np.int32)
     found = np.full(len(asked), -1, np.int32)
+    if ids.dtype != asked.dtype:
+        ids = ids.astype(np.int64)
     order = None if (ids[1:] > ids[:-1]).all() else np.argsort(ids, kind="stable")
     for first in range(0, len(asked) if len(ids) else 0, PIECE):
-        part = asked[first : first + PIECE]
+        part = asked[first : first + PIECE].astype(ids.dtype)
         where = np.searchsorted(ids, part, sorter=order).clip(max=len(ids) - 1)
         where = where if order is None else order[where]
         found[first : first + PIECE] = np.where(ids[where] == part, where, -1)
@@ -61,21 +64,19 @@ def _kept(ids, names: Texts, findings: Findings, path: Path) -> np.ndarray:
     return kept
 
 
-def _is_placeholder(row: dict, others: Sequence[dict]) -> bool:
-    """The super category that Roboflow lists beside its classes, and the 0 that others keep for what is no object."""
-    nothing = row["id"] == 0 and row["name"].strip("_ ").lower() in ("background", "none", "null", "placeholder", "n/a")
-    return nothing or (bool(others) and all(other["supercategory"] == row["name"] for other in others))
-
-
 def _classes(rows: list[dict], used: set[int], findings: Findings, path: Path) -> list[dict]:
-    """The categories by ascending id, without a placeholder that no annotation has."""
+    """The categories by ascending id, without a placeholder that no annotation has: the super category that Roboflow lists
+    beside its classes, or the 0 that others keep for what is no object."""
     kept: list[dict] = []
+    seen, above = set(), Counter(row["supercategory"] for row in rows if isinstance(row["supercategory"], str))
     for i, row in enumerate(rows):
-        others = [other for k, other in enumerate(rows) if k != i]
-        if row["id"] not in used and others and _is_placeholder(row, others):
+        name, others = row["name"], len(rows) - 1
+        over = others > 0 and above[name] - (row["supercategory"] == name) == others
+        if row["id"] not in used and others and (over or (row["id"] == 0 and name.strip("_ ").lower() in NOTHING)):
             findings.note("placeholder category", path, entry("categories", i, row["id"]),
-                          f"{short(row['name'])} is no class of its own and has no object: left out")  # fmt: skip
-        elif not any(other["id"] == row["id"] and other["name"] == row["name"] for other in kept):
+                          f"{short(name)} is no class of its own and has no object: left out")  # fmt: skip
+        elif (row["id"], name) not in seen:
+            seen.add((row["id"], name))
             kept.append(row)
         elif findings.strict:
             raise ValueError(f"{path}: categories[{i}]: a category before it has the same id {row['id']}")

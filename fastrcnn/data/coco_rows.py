@@ -194,6 +194,19 @@ class Grown:
         return self.data
 
 
+class Whole(Grown):
+    """Whole numbers: int32 as long as all fit, then int64."""
+
+    def __init__(self):
+        super().__init__(np.int32)
+
+    def add(self, run) -> None:
+        run = np.asarray(run, np.int64)
+        if self.data.dtype == np.int32 and len(run) and not -(2**31) <= run.min() <= run.max() < 2**31:
+            self.data = self.data.astype(np.int64)
+        super().add(run)
+
+
 class Names:
     def __init__(self):
         self.data, self.lengths = bytearray(), Grown(np.int32)
@@ -206,11 +219,11 @@ class Names:
         return Texts(self.data, np.cumsum(self.lengths.take(), dtype=np.int64))
 
 
-class Ids(Grown):
-    """int64, or, from the first text on, a list of whole numbers and texts."""
+class Ids(Whole):
+    """The same, or, from the first text on, a list of whole numbers and texts."""
 
     def __init__(self):
-        super().__init__(np.int64)
+        super().__init__()
         self.mixed: list | None = None
 
     def add(self, run) -> None:
@@ -243,7 +256,7 @@ class Columns:
                 annotation_columns,
                 lambda: [
                     Ids(),
-                    *(Grown(np.int64), Grown(np.float64, 4), Grown(np.float64), Grown(bool), Grown(np.int64)),
+                    *(Whole(), Grown(np.float64, 4), Grown(np.float64), Grown(bool), Whole()),
                 ],
             ),
             "categories": (lambda rows: None, _category, lambda rows: [rows], lambda: [Grown(object)]),

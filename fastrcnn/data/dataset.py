@@ -25,9 +25,8 @@ def _other_names(name: str) -> Iterator[str]:
     """How the picture of a `file_name` may be called on this machine: as it is written, with the slashes of Windows or the
     escapes of an address undone, behind the query of a labelling server, without its folders; with the other letters for
     the suffix, and for accents."""
-    plain = urllib.parse.unquote(name).rpartition("?d=")[2]
-    names = [name, name.replace("\\", "/"), plain.replace("\\", "/")]
-    for found in dict.fromkeys([*names, *(part.rpartition("/")[2] for part in names)]):
+    plain = urllib.parse.unquote(name).rpartition("?d=")[2].replace("\\", "/")
+    for found in (name, plain, name.rpartition("/")[2], plain.rpartition("/")[2]):
         stem, suffix = os.path.splitext(found)
         yield from (found, stem + suffix.lower(), stem + suffix.upper())
         yield from (unicodedata.normalize(form, found) for form in ("NFC", "NFD"))
@@ -81,8 +80,8 @@ class DetectionDataset(Dataset):
             try:
                 sizes[i] = read_size(self.picture(i))
                 self.findings.note("no size stated", *self.where(i), "the size is the picture's")
-            except ValueError as error:  # as it is at its turn
-                self.findings.note("unreadable picture", *self.where(i), error)
+            except ValueError as error:  # which is raised again at its turn
+                self.findings.note("no size stated", *self.where(i), error)
 
     def _used(self) -> tuple[np.ndarray, np.ndarray]:
         """bool [M]: the annotations that targets hold; int32 [N]: how many objects each target has. Counts the

@@ -163,7 +163,8 @@ def _native(array: np.ndarray) -> np.ndarray:
         raise TypeError(f"expected uint8, uint16 or floats in 0..1, got {array.dtype}")
     if array.dtype == np.uint8:
         return array
-    return array.astype(np.float32) / np.float32(65535 if array.dtype.kind == "u" else 1)
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32) / np.float32(65535 if array.dtype.kind == "u" else 1)
 
 
 def in_range(pixels: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Table:
     path: Path  # what was opened
     folders: list[Path]  # where the pictures may lie, the likeliest first
     names: Texts  # of the pictures' files, as they are written
-    image_ids: Sequence  # int64 [N], or a list of whole numbers and texts
+    image_ids: Sequence  # int32 or int64 [N], or whole numbers and texts
     sizes: np.ndarray  # int32 [N, 2] height, width; 0 where nobody says
     starts: np.ndarray  # int64 [N + 1]
     boxes: np.ndarray  # float64 [M, 4] x, y, width, height in pixels as written
