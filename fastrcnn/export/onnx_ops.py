@@ -118,11 +118,16 @@ def decode_boxes(
 def decode_proposals(
     cls_logits, bbox_deltas, base_anchors, strides: Sequence[float], image_sizes, nms_pre: int, means: Sequence[float],
     stds: Sequence[float], wh_ratio_clip: float, symmetric_clip: bool, min_size: float, topk_on_logits: bool,
-    return_logits: bool,
+    return_logits: bool, batch_shape,
 ):  # fmt: skip
+    """batch_shape [2] (height, width) in place of the strides, or nothing."""
     columns = []
     for level, (logits, deltas, base) in enumerate(zip(cls_logits, bbox_deltas, base_anchors)):
         anchors, width = _size(logits, 1), _size(logits, 3)
+        steps = [_floats([s]) for s in strides[2 * level : 2 * level + 2]]
+        if not strides:
+            whole = op.Div(batch_shape, op.Shape(logits, start=2, end=4))
+            steps = [_float(op.Gather(whole, _ints(k))) for k in (1, 0)]
         logits = op.Reshape(op.Transpose(_float(logits), perm=[0, 2, 3, 1]), _ints(0, -1))
         deltas = op.Transpose(deltas, perm=[0, 2, 3, 1])
         deltas = op.Reshape(deltas, op.Concat(_size(deltas, 0), _ints(-1, 4), axis=0))
@@ -130,8 +135,8 @@ def decode_proposals(
         _, top = op.TopK(logits if topk_on_logits else sigmoid(logits), count, axis=1)
         cell = op.Div(top, anchors)
         row = op.Div(cell, width)
-        x = op.Mul(_float(op.Sub(cell, op.Mul(row, width))), _floats([strides[2 * level]]))
-        y = op.Mul(_float(row), _floats([strides[2 * level + 1]]))
+        x = op.Mul(_float(op.Sub(cell, op.Mul(row, width))), steps[0])
+        y = op.Mul(_float(row), steps[1])
         x, y = op.Unsqueeze(x, _ints(-1)), op.Unsqueeze(y, _ints(-1))
         base = op.Gather(_float(base), op.Sub(top, op.Mul(cell, anchors)))
         placed = op.Add(base, op.Concat(x, y, x, y, axis=-1))

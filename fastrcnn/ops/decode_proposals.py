@@ -86,7 +86,7 @@ def _op_reference(
 def _fake(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, *rules):
     batch = image_sizes.shape[0]
     sizes = [x.shape[1] * x.shape[2] * x.shape[3] for x in cls_logits]
-    total = sum(min(nms_pre, n) if nms_pre > 0 else n for n in sizes)
+    total = sum(torch.sym_min(nms_pre, n) if nms_pre > 0 else n for n in sizes)
     out = image_sizes.new_empty(batch, total, 4, dtype=_dtype(cls_logits))
     levels = image_sizes.new_empty(batch, total, dtype=torch.int64)
     return out, out.new_empty(batch, total), levels, image_sizes.new_empty(batch, dtype=torch.int64)
