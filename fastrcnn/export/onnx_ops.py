@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from fastrcnn.ops._box_math import COEFFICIENTS, ROUND
+from fastrcnn.ops._box_math import COEFFICIENTS
 from fastrcnn.ops.nms import _comparable
 from fastrcnn.ops.roi_align import ANY_LEVEL
 
 OPSET = 18
-FLOAT, INT64, BOOL = 1, 7, 9  # ONNX's numbers of types
+FLOAT, INT64 = 1, 7  # ONNX's numbers of types
 
 
 class _Operators:
@@ -64,7 +64,7 @@ def _rows(x, index):
 def exp(x):
     """`ops._box_math.exp`, operation for operation; a power of two is looked up, since ONNX moves no bits."""
     x = op.Clip(x, op.Constant(value_float=-87.3), op.Constant(value_float=88.3))
-    n = op.Sub(op.Add(op.Mul(x, _floats([1.44269504])), _floats([ROUND])), _floats([ROUND]))
+    n = op.Round(op.Mul(x, _floats([1.44269504])))  # what adding and subtracting ROUND does; runtimes would fold that
     r = op.Sub(op.Sub(x, op.Mul(n, _floats([0.693359375]))), op.Mul(n, _floats([-2.12194440e-4])))
     p = _floats(COEFFICIENTS[:1])
     for c in COEFFICIENTS[1:]:
@@ -151,7 +151,7 @@ def decode_proposals(
     first, order = op.TopK(valid, _size(valid, 1), axis=1)  # the valid ones come to the front, in their order
     boxes = op.Mul(_rows(boxes, order), op.Unsqueeze(first, _ints(-1)))
     scores = op.Mul(op.GatherElements(scores, order, axis=1), first)
-    levels = op.Where(op.Cast(first, to=BOOL), op.GatherElements(levels, order, axis=1), _ints(-1))
+    levels = op.Where(op.Greater(first, _floats([0.0])), op.GatherElements(levels, order, axis=1), _ints(-1))
     return boxes, scores, levels, counts
 
 
