@@ -50,6 +50,17 @@ def assert_equals_reference(logits, deltas, bases, *args, **kwargs):
     return actual
 
 
+@pytest.mark.parametrize("function", [decode_proposals, decode_proposals_reference])
+def test_strides_from_the_size_of_the_batch(device, function):
+    args = maps(device)
+    by_size = function(*args, None, sizes(device), 60, batch_shape=(130, 167))
+    by_hand = function(*args, [(8, 8), (16, 16), (33, 32)], sizes(device), 60)  # 167 // 20, 130 // 16 and so on
+    assert all(torch.equal(a, b) for a, b in zip(by_size, by_hand))
+    for strides, shape in ((None, None), (STRIDES, (130, 167))):
+        with pytest.raises(TypeError, match="strides"):
+            function(*args, strides, sizes(device), 60, batch_shape=shape)
+
+
 @pytest.mark.parametrize("nms_pre", [-1, 0, 1, 7, 60, 10**6])
 @pytest.mark.parametrize("score", ["sigmoid", "logits"])
 @pytest.mark.parametrize("topk_on", ["sigmoid", "logits"])

@@ -42,7 +42,9 @@ def test_sizes_and_ties_equal_the_reference(device, need_kernel, batch, n, most,
     coarse = (scores * 20).round() / 20  # many equal ones
     for values in (scores, coarse, torch.where(coarse > 0.9, NAN, coarse)):
         for threshold in (-1.0, 0.5, 0.99, 2.0):
-            answers = zip(select_candidates(values, threshold, most), select_candidates_reference(values, threshold, most))
+            answers = zip(
+                select_candidates(values, threshold, most), select_candidates_reference(values, threshold, most)
+            )
             for actual, expected in answers:
                 assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
                 assert torch.equal(actual, expected)

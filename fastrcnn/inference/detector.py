@@ -3,7 +3,7 @@
 import copy
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrcnn.data.images import ImageError, as_image
+from fastrcnn.inference.captured import Captured, pack, unpack
 from fastrcnn.inference.detections import Detections
 from fastrcnn.layers import fold_batch_norm
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
@@ -104,7 +105,10 @@ class Detector:
     it), a name from `fastrcnn models`, or a checkpoint (file, address or state dict) from which the model is inferred.
     weights: a checkpoint of MMDetection, torchvision or Detectron2, "coco" for published ones, or None. device:
     "auto", "cpu", "cuda", "cuda:1"... precision: "fp32", "bf16", "fp16"; "auto" is fp32 on a CPU, so that a checkpoint
-    gives its old numbers, and bf16 on CUDA. Objects below score_threshold are left out.
+    gives its old numbers, and bf16 on CUDA. Objects below score_threshold are left out. compile: the whole way from
+    pixels to detections goes through torch.compile, once for each batch size, which takes minutes for a large network.
+
+    On CUDA the way from bytes to detections is one CUDA graph a shape (`captured`).
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class Detector:
         device: str | torch.device = "auto",
         precision: str = "auto",
         score_threshold: float = 0.05,
+        compile: bool = False,
     ):
         if not isinstance(score_threshold, int | float) or not 0.0 <= score_threshold <= 1.0:
             raise ValueError(f"score_threshold: expected a number in [0, 1], got {score_threshold!r}")
@@ -138,6 +143,16 @@ class Detector:
         for m in self.model.modules():
             if type(m) is nn.Conv2d:  # the layout that the fused convolution reads, once instead of at every call
                 m.to(memory_format=torch.channels_last)
+        self._program = torch.compile(self._found, fullgraph=True) if compile else self._found
+        self._captured = Captured(self._packed)
+
+    def _found(self, images: Sequence[Tensor]) -> tuple[Padded, Tensor]:
+        """Images [3, H, W] uint8 on the detector's device -> what is found there."""
+        return self.model.find(*self.model.prepare(images))
+
+    def _packed(self, images: Tensor) -> Tensor:
+        """The same for a batch [B, 3, H, W], in one tensor: what is captured."""
+        return pack(*self._program(images.unbind(0)))
 
     @staticmethod
     def _model(model_or_name, weights) -> BaseDetector:
@@ -214,6 +229,21 @@ class Detector:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _detect_all(self, pictures: Iterable[_Picture], batch_size: int) -> Iterator[Answer]:
+        ahead = 1 if self.device.type == "cuda" else 0  # batches that are begun before one is waited for
+        begun: deque = deque()
+        for group in self._groups(pictures, batch_size):
+            if isinstance(group, tuple):
+                yield group
+                continue
+            begun.append((group, self._try(self._start, [picture.image for picture in group])))
+            while len(begun) > ahead:
+                yield from self._answers(*begun.popleft())
+        while begun:
+            yield from self._answers(*begun.popleft())
+
+    @staticmethod
+    def _groups(pictures: Iterable[_Picture], batch_size: int) -> Iterator[list[_Picture] | Answer]:
+        """Pictures of one shape, and the answers of those that cannot be read."""
         waiting: dict[tuple, list[_Picture]] = {}  # by shape
         for picture in pictures:
             if isinstance(picture.image, Exception):
@@ -223,33 +253,42 @@ class Detector:
             group = waiting.setdefault(shape, [])
             group.append(picture)
             if len(group) == batch_size:
-                yield from self._detect(waiting.pop(shape))
+                yield waiting.pop(shape)
             elif sum(map(len, waiting.values())) > WAITING * batch_size:
-                yield from self._detect(waiting.pop(next(iter(waiting))))
-        for group in waiting.values():
-            yield from self._detect(group)
+                yield waiting.pop(next(iter(waiting)))
+        yield from waiting.values()
 
-    def _detect(self, group: list[_Picture]) -> Iterator[Answer]:
-        """A group together; one by one where that fails, so that each picture answers for itself."""
+    @staticmethod
+    def _try(function: Callable, *arguments):
+        """What it gives, or its error."""
         try:
-            results: list = self._results([picture.image for picture in group])
+            return function(*arguments)
         except (RuntimeError, ValueError, MemoryError, FloatingPointError) as error:
-            results = [_failure(error, group[0])] if len(group) == 1 else []
-        if not results:
+            return error
+
+    def _answers(self, group: list[_Picture], begun) -> Iterator[Answer]:
+        """Those of a group; one by one where it fails together, so that each picture answers for itself."""
+        results = begun if isinstance(begun, Exception) else self._try(begun)
+        if not isinstance(results, Exception):
+            yield from ((picture.index, picture.image, found) for picture, found in zip(group, results))
+        elif len(group) == 1:
+            yield group[0].index, None, _failure(results, group[0])
+        else:
             for picture in group:
-                yield from self._detect([picture])
-        for picture, found in zip(group, results):
-            yield picture.index, None if isinstance(found, Exception) else picture.image, found
+                yield from self._answers([picture], self._try(self._start, [picture.image]))
 
     @torch.inference_mode()
-    def _results(self, images: list[Tensor]) -> list[Detections]:
-        if self.device.type == "cuda":  # from pinned memory a copy does not make the host wait
-            images = [image.pin_memory() if image.device.type == "cpu" else image for image in images]
-        found, lost = self.model.find(
-            *self.model.prepare([image.to(self.device, non_blocking=True) for image in images])
-        )
-        rows = Padded(*(t.cpu() for t in found)).lists(lost.cpu())
-        return [self._above_threshold(**row) for row in rows]
+    def _start(self, images: list[Tensor]) -> Callable[[], list[Detections]]:
+        """Begins with images of one shape: on CUDA the host goes on, and the next batch is read and copied meanwhile."""
+        if self.device.type != "cuda":
+            found, lost = self._program([image.to(self.device) for image in images])
+            return lambda: self._results(Padded(*(t.cpu() for t in found)), lost.cpu())
+        with torch.cuda.device(self.device):
+            answer = self._captured.start(images)
+        return lambda: self._results(*unpack(answer()))
+
+    def _results(self, found: Padded, lost: Tensor) -> list[Detections]:
+        return [self._above_threshold(**row) for row in found.lists(lost)]
 
     def _above_threshold(self, boxes: Tensor, labels: Tensor, scores: Tensor) -> Detections:
         kept = scores > self.score_threshold

@@ -74,7 +74,10 @@ class DenseHead(nn.Module):
         """All anchors [H * W * A, 4] of each level, for the head's output maps."""
         device = maps[0].device
         return self.anchor_generator.grid(
-            [x.shape[2:] for x in maps], batch_shape=self.grid_shape(frame), device=device, bases=self.base_anchors(device)
+            [x.shape[2:] for x in maps],
+            batch_shape=self.grid_shape(frame),
+            device=device,
+            bases=self.base_anchors(device),
         )
 
     @torch.no_grad()

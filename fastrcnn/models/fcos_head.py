@@ -35,7 +35,7 @@ class DistancePointBBoxCoder:
         boxes = torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1)
         if image_sizes is None or not self.clip_border:
             return boxes
-        limit = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)
+        limit = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
         return torch.minimum(boxes.clamp(min=0), limit)
 
 
@@ -207,8 +207,8 @@ class FCOSHead(nn.Module):
         levels = []
         for logit, distance, factor, points in zip(cls_scores, bbox_preds, centernesses, self.points(cls_scores)):
             score = coordinates(logit).sigmoid().flatten(1)  # [B, H * W]
-            most = cfg["nms_pre"] if cfg["nms_pre"] > 0 else None
-            score, best = (x[:, :most] for x in score.sort(dim=1, descending=True, stable=True))
+            most = torch.sym_min(cfg["nms_pre"] if cfg["nms_pre"] > 0 else score.shape[1], score.shape[1])
+            score, best = (x.narrow(1, 0, most) for x in score.sort(dim=1, descending=True, stable=True))
             moves = take_boxes(distance.flatten(2).transpose(1, 2), best)
             boxes = self.bbox_coder.decode(points[best], moves, frame.sizes)
             valid = score > cfg.get("score_thr", 0)

@@ -81,9 +81,9 @@ class SingleRoIExtractor(_RoIExtractor):
         levels = roi_levels(rois, len(feats), self.finest_scale, self.profile.name)
         if roi_scale_factor is not None:
             rois = roi_rescale(rois, roi_scale_factor)
-        rows = [(levels == i).nonzero()[:, 0] for i in range(len(feats))]
-        pooled = [self._pool(i, x, rois[chosen]) for i, (x, chosen) in enumerate(zip(feats, rows))]
-        return torch.cat(pooled)[torch.cat(rows).argsort()]
+        image, boxes = rois.split((1, 4), 1)  # on every other level a RoI is no image's, and its features are zeros
+        here = (torch.where(levels[:, None] == i, image, -1.0) for i in range(len(feats)))
+        return sum(self._pool(i, x, torch.cat([own, boxes], 1)) for i, (x, own) in enumerate(zip(feats, here)))
 
 
 class GenericRoIExtractor(_RoIExtractor):
