@@ -2,9 +2,9 @@
 
     python benchmarks/export_bench.py [--weights FILE] [--json FILE]
 
-One picture from uint8 pixels to padded detections, with the demo's weights or another checkpoint's. Each form must find what
-eager finds before it is timed (`fastrcnn.export.compare`), and is timed in turn with eager: ours_ms is the form's, rival_ms
-eager's, max_error the largest difference of a box in pixels. Exported files are made afresh in a temporary folder.
+One picture from uint8 pixels to padded detections, with the demo's weights or another checkpoint's. Each form must find
+what eager finds before it is timed (`fastrcnn.export.compare`), and is timed in turn with eager: ours_ms is the form's,
+rival_ms eager's, max_error the largest difference of a box in pixels. Files are made afresh in a temporary folder.
 """
 
 import sys

@@ -67,7 +67,7 @@ TORCH_LIBRARY_FRAGMENT(fastrcnn, m) {
         "bool symmetric_clip) -> Tensor");
   m.def("decode_proposals(Tensor[] cls_logits, Tensor[] bbox_deltas, Tensor[] base_anchors, float[] strides, "
         "Tensor image_sizes, SymInt nms_pre, float[] means, float[] stds, float wh_ratio_clip, bool symmetric_clip, "
-        "float min_size, bool topk_on_logits, bool return_logits) -> (Tensor, Tensor, Tensor, Tensor)");
+        "float min_size, bool topk_on_logits, bool return_logits, SymInt[]? batch_shape) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? mask, SymInt[] stride, SymInt[] padding, "
         "SymInt[] dilation) -> Tensor");
   m.def("deform_roi_pool(Tensor input, Tensor rois, Tensor? offset, SymInt pooled_h, SymInt pooled_w, float spatial_scale, "

@@ -110,7 +110,19 @@ print(*sorted({name.split(".")[0] for name in sys.modules} - before))
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     brought = set(run.stdout.split())
     assert "fastrcnn" in brought
-    assert not brought & {"PIL", "safetensors", "rich", "typer", "hotcoco", "matplotlib", "cv2", "onnx", "onnxscript", "onnxruntime", "openvino"}
+    assert not brought & {
+        "PIL",
+        "safetensors",
+        "rich",
+        "typer",
+        "hotcoco",
+        "matplotlib",
+        "cv2",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "openvino",
+    }
 
 
 CAPS = [

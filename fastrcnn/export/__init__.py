@@ -41,8 +41,8 @@ def export(
     int64; rows beyond an image's count are zeros.
 
     Raises ValueError for what the target cannot say, before anything is compiled, and where the file finds other objects
-    than the model, which is then not left there; TypeError or OSError for a wrong model or path, ImportError naming the
-    extra to install.
+    than the model, which is then not left there; RuntimeError where torch or the target fails on the model; TypeError or
+    OSError for a wrong model or path, ImportError naming the extra to install.
     """
     if to not in TARGETS:
         raise ValueError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
@@ -63,4 +63,10 @@ def export(
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror})") from None
     with folder, torch.no_grad():
-        return target.write(detector, path, Path(folder.name), precision, raw, dynamic)
+        try:
+            return target.write(detector, path, Path(folder.name), precision, raw, dynamic)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # torch's and the targets' own, of many kinds and pages
+            reason = next(iter(str(error).splitlines()), "")
+            raise RuntimeError(f"the model has no form as {to} ({type(error).__name__}: {reason})") from error

@@ -3,7 +3,6 @@
 import copy
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fastrcnn.export.compare import CASES, Difference, compare

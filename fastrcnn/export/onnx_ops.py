@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from fastrcnn.ops._box_math import COEFFICIENTS, ROUND
+from fastrcnn.ops._box_math import COEFFICIENTS
 from fastrcnn.ops.nms import _comparable
 from fastrcnn.ops.roi_align import ANY_LEVEL
 
 OPSET = 18
-FLOAT, INT64, BOOL = 1, 7, 9  # ONNX's numbers of types
+FLOAT, INT64 = 1, 7  # ONNX's numbers of types
 
 
 class _Operators:
@@ -64,7 +64,7 @@ def _rows(x, index):
 def exp(x):
     """`ops._box_math.exp`, operation for operation; a power of two is looked up, since ONNX moves no bits."""
     x = op.Clip(x, op.Constant(value_float=-87.3), op.Constant(value_float=88.3))
-    n = op.Sub(op.Add(op.Mul(x, _floats([1.44269504])), _floats([ROUND])), _floats([ROUND]))
+    n = op.Round(op.Mul(x, _floats([1.44269504])))  # what adding and subtracting ROUND does; runtimes would fold that
     r = op.Sub(op.Sub(x, op.Mul(n, _floats([0.693359375]))), op.Mul(n, _floats([-2.12194440e-4])))
     p = _floats(COEFFICIENTS[:1])
     for c in COEFFICIENTS[1:]:
@@ -118,11 +118,16 @@ def decode_boxes(
 def decode_proposals(
     cls_logits, bbox_deltas, base_anchors, strides: Sequence[float], image_sizes, nms_pre: int, means: Sequence[float],
     stds: Sequence[float], wh_ratio_clip: float, symmetric_clip: bool, min_size: float, topk_on_logits: bool,
-    return_logits: bool,
+    return_logits: bool, batch_shape,
 ):  # fmt: skip
+    """batch_shape [2] (height, width) in place of the strides, or nothing."""
     columns = []
     for level, (logits, deltas, base) in enumerate(zip(cls_logits, bbox_deltas, base_anchors)):
         anchors, width = _size(logits, 1), _size(logits, 3)
+        steps = [_floats([s]) for s in strides[2 * level : 2 * level + 2]]
+        if not strides:
+            whole = op.Div(batch_shape, op.Shape(logits, start=2, end=4))
+            steps = [_float(op.Gather(whole, _ints(k))) for k in (1, 0)]
         logits = op.Reshape(op.Transpose(_float(logits), perm=[0, 2, 3, 1]), _ints(0, -1))
         deltas = op.Transpose(deltas, perm=[0, 2, 3, 1])
         deltas = op.Reshape(deltas, op.Concat(_size(deltas, 0), _ints(-1, 4), axis=0))
@@ -130,8 +135,8 @@ def decode_proposals(
         _, top = op.TopK(logits if topk_on_logits else sigmoid(logits), count, axis=1)
         cell = op.Div(top, anchors)
         row = op.Div(cell, width)
-        x = op.Mul(_float(op.Sub(cell, op.Mul(row, width))), _floats([strides[2 * level]]))
-        y = op.Mul(_float(row), _floats([strides[2 * level + 1]]))
+        x = op.Mul(_float(op.Sub(cell, op.Mul(row, width))), steps[0])
+        y = op.Mul(_float(row), steps[1])
         x, y = op.Unsqueeze(x, _ints(-1)), op.Unsqueeze(y, _ints(-1))
         base = op.Gather(_float(base), op.Sub(top, op.Mul(cell, anchors)))
         placed = op.Add(base, op.Concat(x, y, x, y, axis=-1))
@@ -146,7 +151,7 @@ def decode_proposals(
     first, order = op.TopK(valid, _size(valid, 1), axis=1)  # the valid ones come to the front, in their order
     boxes = op.Mul(_rows(boxes, order), op.Unsqueeze(first, _ints(-1)))
     scores = op.Mul(op.GatherElements(scores, order, axis=1), first)
-    levels = op.Where(op.Cast(first, to=BOOL), op.GatherElements(levels, order, axis=1), _ints(-1))
+    levels = op.Where(op.Greater(first, _floats([0.0])), op.GatherElements(levels, order, axis=1), _ints(-1))
     return boxes, scores, levels, counts
 
 

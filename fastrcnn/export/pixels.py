@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrcnn.models.preprocess import DataPreprocessor
-from fastrcnn.ops.preprocess import PILLOW_BITS
+from fastrcnn.ops.preprocess import MOST, PILLOW_BITS
 
 
 def _taps(new: Tensor, size: Tensor, length: int, resize: str, columns: bool) -> tuple[Tensor, Tensor]:
@@ -89,8 +89,9 @@ class Pixels(nn.Module):
         old = [torch.full((), n, dtype=torch.float64) for n in images.shape[2:]]
         new = self.sizes(*old)
         cells = [torch.ceil(n / self.step).long().item() for n in new]
-        for n in cells:
+        for n in cells:  # what tracing has to know of them
             torch._check(n >= 1)
+            torch._check(n <= MOST)
         rows, columns = (n * self.step for n in cells)
         y = _taps(new[0], old[0], rows, self.resize, False)
         x = _taps(new[1], old[1], columns, self.resize, True)

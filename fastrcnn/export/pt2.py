@@ -1,6 +1,8 @@
 """An AOTInductor package: compiled code and weights in one file, for torch alone and the operators' library."""
 
 import copy
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,31 +19,14 @@ SUFFIX, PRECISIONS = ".pt2", ("fp32", "bf16")
 
 
 def require() -> None:
-    pass
+    """Raises OSError where there is no C++ compiler."""
+    names = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
+    if not any(map(shutil.which, names)):
+        raise OSError(f"a .pt2 is compiled, and none of {', '.join(names)} was found: install a C++ compiler or set CXX")
 
 
 def refuse(model: BaseDetector) -> None:
-    pass
-
-
-@torch.library.register_fake("mkldnn::_convolution_pointwise.binary")
-def _(x, other, *_) -> Tensor:
-    return torch.empty_like(other)
-
-
-def conv_bn_relu_form(
-    x, weight, bn_weight, bias, bn_mean, bn_var, eps, stride, padding, dilation, groups, residual, relu
-) -> Tensor:
-    """The operator's kernel is Python's, which a C++ program lacks: what it calls, oneDNN's fused convolutions."""
-    conv, relu = torch.ops.mkldnn._convolution_pointwise, "relu" if relu else "none"
-    x = x.contiguous(memory_format=torch.channels_last)
-    where = padding, stride, dilation, groups
-    if residual is None:
-        return conv(x, weight, bias, *where, relu, [], "")
-    return conv.binary(x, residual, weight, bias, *where, "add", None, None if relu == "none" else relu, [], "")
-
-
-FORMS = {torch.ops.fastrcnn.conv_bn_relu.default: conv_bn_relu_form}
+    """Nothing: what the model calls is compiled or calls an operator of this package."""
 
 
 def write(detector: Detector, path: Path, folder: Path, precision: str, raw: bool, dynamic: bool) -> Difference:
