@@ -17,7 +17,7 @@ TILES = {
     "128x64": (128, 64, 64, 32, 64, 289, 900, 3),
     "64x64": (64, 64, 32, 32, 32, 189, 600, 3),
     "128x32": (128, 32, 32, 32, 32, 180, 600, 3),
-    "64x128": (64, 128, 32, 64, 64, 275, 900, 3),
+    "256x128": (256, 128, 64, 64, 128, 370, 1400, 1),
 }
 # (name, in, out, kernel, stride, input height and width, maps read beside: of the output's size), eight images of 800 x
 # 1344, and cuDNN's fused call where it was measured on an H100 (ms)
@@ -47,12 +47,13 @@ def milliseconds(
     slices, columns = math.ceil(cin * k * k / 64), math.ceil(cout / n)
     warps = m // warp_m * (n // warp_n)
     shared = (warps * (warp_m + warp_n) * 128 + (m + n) * 128) / 128
-    clocks = {"tensor cores": hmma * HMMA_CLOCKS, "shared memory": shared, "issue": instructions}
+    each = warps / 4  # warps of a scheduler
+    clocks = {"tensor cores": each * hmma * HMMA_CLOCKS, "shared memory": shared, "issue": each * instructions}
     slowest = max(clocks, key=clocks.get)
     blocks = math.ceil(pixels / m) * columns
     waves = math.ceil(blocks / (SMS * at_once)) * SMS * at_once  # blocks that the card has time for
     seconds = {
-        slowest: waves * (slices * clocks[slowest] + others) / SMS / CLOCK,
+        slowest: waves * (slices * clocks[slowest] + each * others) / SMS / CLOCK,
         "memory": 2 * (in_pixels * cin + pixels * cout * (1 + beside) + cout * cin * k * k) / COPY,
         "L2": 2 * blocks * (slices * 64 * (m + n) + m * n) / L2,
     }
