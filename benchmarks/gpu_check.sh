@@ -76,7 +76,7 @@ done
 # Eight tests of every kernel, spread over its test file, one of each first. Without torch's caching allocator what lies
 # beyond a tensor lies beyond its allocation, where memcheck sees it.
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-kernels=(tests/test_{nms,soft_nms,roi_align,multilevel_roi_align,decode_boxes,decode_proposals,match_boxes,preprocess_op}.py
+kernels=(tests/test_{nms,soft_nms,roi_align,multilevel_roi_align,decode_boxes,decode_proposals,match_boxes,preprocess_op,conv_tile}.py
   tests/test_{deform_conv2d,deform_roi_pool}.py)
 mapfile -t small < <(timeout 60 "$python" -m pytest "${kernels[@]}" --co -p no:cacheprovider -m gpu \
   -k "not compiles and not exports and not opcheck and not gradcheck and not 2_to_the_31" 2>/dev/null |

@@ -109,6 +109,30 @@ def test_equals_plain_layers_in_float64(device, shape, norm, dtype):
             within_roundings(out, plain(*exact[0], eps=0.1, relu=relu, **exact[1]), size, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_of_half_the_size_is_read_by_nearest_neighbour(device, dtype):
+    for shape, size in (("1x1", (6, 8)), ("1x1", (5, 7)), ("3x3", (1, 4)), ("groups", (3, 2))):
+        args, kwargs = to(device, *make(shape, residual=True, dtype=dtype, size=size))
+        half = kwargs.pop("residual")[:, :, ::2, ::2].clone()
+        up = F.interpolate(half.double(), scale_factor=2)[:, :, : size[0], : size[1]].to(dtype)
+        for relu, function in product((False, True), (conv_bn_relu, conv_bn_relu_reference)):
+            leaves = [up.clone().requires_grad_(), half.clone().requires_grad_()]
+            outs = [
+                function(*args, residual=r, relu=relu, upsample_residual=u, **kwargs)
+                for r, u in zip(leaves, (False, True))
+            ]
+            assert torch.equal(*outs)
+            upstream = torch.randint(-4, 5, outs[0].shape, device=device).to(dtype)
+            full, of_half = (torch.autograd.grad(out, x, upstream)[0] for out, x in zip(outs, leaves))
+            padded = F.pad(full, (0, size[1] % 2, 0, size[0] % 2))
+            quarters = [padded[..., i::2, j::2] for i, j in product((0, 1), (0, 1))]
+            assert torch.equal(of_half, sum(quarters))
+    with pytest.raises(ValueError, match=r"^residual: expected half the output's shape .*, got"):
+        conv_bn_relu(*args, residual=up, upsample_residual=True, **kwargs)
+    with pytest.raises(ValueError, match=r"^upsample_residual: True without"):
+        conv_bn_relu(*args, upsample_residual=True, **kwargs)
+
+
 def test_two_pixels_by_hand(device):
     x = torch.tensor([3.0, -5.0], device=device).view(1, 1, 1, 2)
     weight, residual = torch.full((1, 1, 1, 1), 2.0, device=device), torch.ones(1, 1, 1, 2, device=device)
@@ -316,6 +340,13 @@ def test_cuda_arithmetic_on_the_cpu(cuda_kernel, shape, norm, residual, dtype):
         assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
         low = conv_bn_relu_reference(*args, relu=relu, **kwargs)
         assert_within_twice(out, low, plain(*exact_args, relu=relu, **exact_kwargs))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_cuda_upsamples_the_residual(cuda_kernel, relu):
+    args, kwargs = make("1x1", residual=True)
+    kwargs |= dict(residual=kwargs["residual"][:, :, ::2, ::2], upsample_residual=True, relu=relu)
+    torch.testing.assert_close(cuda_kernel(*args, **kwargs)[0], conv_bn_relu_reference(*args, **kwargs))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -2,19 +2,26 @@
 is registered for CUDA, on CPU tensors, with each candidate as the fastest."""
 
 import importlib
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
 from fastrcnn._extension import has_kernel
+from fastrcnn.cli import app
 from fastrcnn.ops import conv_bn_relu_reference, conv_plan
 from fastrcnn.ops.conv_plan import PLAN, choose, load_plan, save_plan
 from fastrcnn.ops.conv_tile import FLOAT_TILES, TILES
 
 op_module = importlib.import_module("fastrcnn.ops.conv_bn_relu")
 cuda_module = importlib.import_module("fastrcnn.ops.conv_cuda")
-ANSWERS = {"cudnn": torch.tensor([1.0, -2.0]), "close": torch.tensor([1.0, -2.00001]), "slow": torch.tensor([1.0, -2.0])}
+ANSWERS = {
+    "cudnn": torch.tensor([1.0, -2.0]),
+    "close": torch.tensor([1.0, -2.00001]),
+    "slow": torch.tensor([1.0, -2.0]),
+}
 ANSWERS |= {"wrong": torch.tensor([1.0, -2.1]), "nan": torch.tensor([1.0, torch.nan])}
 TIMES = {"cudnn": 3.0, "close": 2.0, "slow": 5.0, "wrong": 1.0, "nan": 0.5}
 
@@ -30,6 +37,7 @@ def clock(monkeypatch):
         return TIMES.get(name, 1e3)
 
     monkeypatch.setattr(conv_plan, "milliseconds", milliseconds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     PLAN.clear()
     yield timed
     PLAN.clear()
@@ -86,6 +94,17 @@ def test_a_file_that_is_no_plan_is_named(tmp_path, text):
     assert not PLAN
 
 
+def test_info_shows_a_plan(tmp_path):
+    choose("[H100] kind", ["cudnn", "close", "slow"], run)
+    save_plan(tmp_path / "plan.json")
+    shown = CliRunner().invoke(app, ["info", "--plan", str(tmp_path / "plan.json")])
+    assert shown.output.strip() == "[H100] kind: close 2 ms, cudnn 3 ms, slow 5 ms"
+    shown = CliRunner().invoke(app, ["info", "--json", "--plan", str(tmp_path / "plan.json")])
+    assert json.loads(shown.output) == PLAN
+    missing = CliRunner().invoke(app, ["info", "--plan", str(tmp_path / "none.json")])
+    assert missing.exit_code == 1 and "none.json" in missing.output
+
+
 def cudnn(x, w, bias, *where):
     return F.relu(F.conv2d(x, w, bias, *where))
 
@@ -139,7 +158,11 @@ def test_kinds_tell_apart_what_matters():
     base = dict(device="H100", dtype="bfloat16", weight=(64, 32, 3, 3), pixels=1000, where=((1, 1), (1, 1), (1, 1), 1),
                 epilogue="")  # fmt: skip
     changes = [{}, dict(device="A100"), dict(dtype="float16"), dict(weight=(64, 32, 1, 3)), dict(pixels=2000)]
-    changes += [dict(where=((2, 1), (1, 1), (1, 1), 1)), dict(where=((1, 1), (1, 1), (1, 1), 2)), dict(epilogue=", relu")]
+    changes += [
+        dict(where=((2, 1), (1, 1), (1, 1), 1)),
+        dict(where=((1, 1), (1, 1), (1, 1), 2)),
+        dict(epilogue=", relu"),
+    ]
     assert len({conv_plan.kind_of(**base | change) for change in changes}) == len(changes)
     assert conv_plan.kind_of(**base) == conv_plan.kind_of(**base | dict(pixels=1050))
     assert conv_plan.kind_of(**base) == "H100, bfloat16, 32->64 3x3 /1 p1 d1 g1, 2^10 pixels"

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from fastrcnn.cli.common import console
+from fastrcnn.cli.common import console, fail, printable
 
 
 def info(
@@ -65,11 +64,10 @@ def show_plan(path: Path, as_json: bool) -> None:
     try:
         plan = load_plan(path)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="--plan") from None
+        fail(error)
     if as_json:
         print(json.dumps(plan))
         return
-    table = Table("convolution", "fastest", "milliseconds")
     for kind, times in plan.items():
-        table.add_row(escape(kind), escape(min(times, key=times.get)), escape(", ".join(f"{k} {v:.4g}" for k, v in times.items())))
-    console.print(table)
+        fastest_first = ", ".join(f"{name} {ms:.4g} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
+        console.print(printable(f"{kind}: {fastest_first}"), markup=False, soft_wrap=True)

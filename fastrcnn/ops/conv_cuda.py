@@ -1,5 +1,5 @@
-"""conv_bn_relu on CUDA: cuDNN's fused convolution, or a tile of csrc/cuda/conv_bn_relu.cu where the plan has measured that it
-is faster. Unmeasured, cuDNN answers.
+"""conv_bn_relu on CUDA: cuDNN's fused convolution, or a tile of csrc/cuda/conv_bn_relu.cu where the plan has measured that
+it is faster. Unmeasured, cuDNN answers.
 """
 
 import math

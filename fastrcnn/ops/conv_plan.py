@@ -1,5 +1,5 @@
-"""Which convolution answers which call on CUDA. Nothing is guessed: the first call of a kind runs the candidates, drops those
-that disagree with the first one (cuDNN's), and times the others; later ones take the fastest.
+"""Which convolution answers which call on CUDA. Nothing is guessed: the first call of a kind runs the candidates, drops
+those that disagree with the first one (cuDNN's), and times the others; later ones take the fastest.
 
 A kind is a line that names the card, the dtype, the shapes and the epilogue; pixels count to the nearest quarter of a
 doubling, so that pictures of many sizes are few kinds.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrcnn.ops._bind import declare
 
 # Pixels x output channels of a block, in the order of csrc/cuda/conv_bn_relu.cu; "groups" keeps narrow groups together.
-TILES = ("128x128", "128x64", "64x64", "128x32", "64x128", "groups")
+TILES = ("128x128", "128x64", "64x64", "128x32", "256x128", "groups")
 FLOAT_TILES = TILES[1:4]  # three products need the registers of the others
 
 

@@ -193,14 +193,16 @@ void start(Block& b) {
 }
 
 // Rounds over the threads, each from the first to the last or the other way: what comes out wrong in one of the two lacks
-// a barrier.
+// a barrier. One warp, or none, gets on only where no other one does: what must not overtake it has to wait for it.
 void run(Block& b, unsigned seed, Watch& watch, size_t worker) {
   const char *const fixed = getenv("EMULATED_CUDA_ORDER"), *const copies = getenv("EMULATED_CUDA_COPIES");
   std::minstd_rand random(seed);
   b.late_copies = copies ? *copies == 'l' : random() >> 8 & 1;
   start(b);
   tsan::release(&b.started);
-  const unsigned threads = b.live;
+  const unsigned threads = b.live, laggard = random() % (b.warps.size() + 1);
+  const bool may_lag = !fixed && b.warps.size() > 1;
+  bool others_got_on = may_lag;
   for (int in_vain = 0; b.live > 0;) {
     const uint64_t now = watch.now();
     const bool reverse = fixed ? *fixed == 'r' : random() >> 8 & 1;
@@ -208,6 +210,7 @@ void run(Block& b, unsigned seed, Watch& watch, size_t worker) {
     for (unsigned k = 0; k < threads; ++k) {
       Fiber& f = b.fibers[reverse ? threads - 1 - k : k];
       if (f.done || (f.waits_for && f.waits_for->generation == f.generation)) continue;
+      if (others_got_on && f.linear / kWarp == laggard) continue;
       f.waits_for = nullptr, f.slept = false;
       here.self = b.self = &f;
       tsan::switch_to(f.tsan);
@@ -217,6 +220,9 @@ void run(Block& b, unsigned seed, Watch& watch, size_t worker) {
     if (got_on) {
       watch.got_on();
       in_vain = 0;
+      others_got_on = may_lag;
+    } else if (others_got_on) {
+      others_got_on = false;
     } else if (!slept) {
       fail("deadlock: some threads wait at a barrier or warp operation that the others never reach");
     } else if (++in_vain > kPatience && watch.deadlock(worker, now)) {
