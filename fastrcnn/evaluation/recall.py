@@ -13,7 +13,6 @@ from fastrcnn.evaluation.predict import Predictions, as_detector, opened, predic
 from fastrcnn.inference import Detector
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
 from fastrcnn.models.faster_rcnn import FasterRCNN
-from fastrcnn.models.frame import Frame
 from fastrcnn.models.rpn import RPN
 
 SIZES = ("s", "m", "l")  # areas below 32^2, up to 96^2, and beyond
@@ -58,16 +57,13 @@ class _FirstStage(BaseDetector):
     """The proposals of a two-stage detector as its detections, all of one class."""
 
     num_classes, reads_labels, label_offset = 1, False, 0
+    detect = RPN.detect
 
     def __init__(self, model: BaseDetector):
         nn.Module.__init__(self)
-        self.detector, self.data_preprocessor = model, model.data_preprocessor
+        self.data_preprocessor = model.data_preprocessor
+        self.backbone, self.neck, self.rpn_head = model.backbone, model.neck, model.rpn_head
         self.class_names, self.category_ids = ["object"], [1]
-
-    def detect(self, batch: Tensor, frame: Frame) -> list[dict[str, Tensor]]:
-        found = zip(self.detector.proposals(batch, frame.sizes), frame.factors)
-        return [dict(boxes=boxes / factor.repeat(2), scores=scores, labels=torch.zeros_like(scores, dtype=torch.int64))
-                for (boxes, scores), factor in found]  # fmt: skip
 
 
 def evaluate_proposals(
