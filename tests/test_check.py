@@ -145,6 +145,9 @@ def test_convert_says_what_it_wrote_and_what_it_dropped(clean, tmp_path):
     FAULTS["bad entry"][0](clean)
     printed = run("convert", clean, "--to", "yolo", "--out", tmp_path / "out")
     assert "32 pictures, 63 boxes" in printed and "1 bad entry, 1 dropped" in printed
+    run("convert", clean, "--to", "voc", "--out", tmp_path / "voc")  # pixels counted from 1, the last one inside
+    text = (tmp_path / "voc" / "Annotations" / "val0.xml").read_text()
+    assert "<xmin>6</xmin><ymin>6</ymin><xmax>25</xmax><ymax>25</ymax>" in text
     assert "expected one of coco, voc, yolo" in run("convert", clean, "--to", "csv", "--out", tmp_path / "o", status=1)
 
 

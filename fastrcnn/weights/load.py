@@ -93,6 +93,10 @@ def _apply(model: Detector, checkpoint: Checkpoint, source: str) -> Detector:
         config = metadata_json(checkpoint.meta, "mmdet_config", dict) if "mmdet_config" in checkpoint.meta else None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    channels = model.data_preprocessor.in_channels
+    for what in ("mean", "std"):
+        if len(values := getattr(checkpoint.options, what) or range(channels)) != channels:
+            raise ValueError(f"{source}: {what}: expected one for each of {channels} channels, got {list(values)}")
     # Within the profile it was built for, the model's own choices (a caffe-style C4, say) are what the file does not
     # contradict; elsewhere the peer's defaults are.
     unsaid = PeerOptions() if model.built.profile == checkpoint.peer else checkpoint.unsaid
