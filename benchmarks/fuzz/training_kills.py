@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from training_stubs import cells, tiny
 
 from fastrcnn.data import open_dataset
-from fastrcnn.training import loop, train
+from fastrcnn.training import checkpoint, loop, train
 from fastrcnn.weights import infer_model
 
 
@@ -110,9 +110,14 @@ def main() -> None:
         while kills < args.kills:
             out = folder / f"cut{runs}" / "run"
             out.parent.mkdir()
-            while not ended(child(folder, out), length * rng.uniform(0.02, 0.35)):
+            states, longer = [], 1.0
+            while not ended(child(folder, out), length * rng.uniform(0.02, 0.5) * longer):
                 kills += 1
                 places[place(out)] += 1
+                newest = checkpoint.state_files(out)[-1:]
+                # Where a kill came before anything was saved, the next one waits longer: the machine may be busy.
+                states, longer = newest, longer * 1.5 if newest == states else 1.0
+                print(f"{kills} kills, {newest[0].name if newest else 'no state'}", flush=True)
             runs += 1
             differs = compare(out, whole)
             wrong += bool(differs)

@@ -59,9 +59,9 @@ class Run:
         self.losses = distributed.parallel(Losses(model), self.world)
         self.trained = [p for p in model.parameters() if p.requires_grad]
 
-    # What must be the same for a run to go on.
     @property
     def identity(self) -> dict:
+        """What must be the same for a run to go on."""
         return dict(
             recipe=dataclasses.asdict(self.recipe), seed=self.seed, lr=self.rate, processes=self.world,
             images=len(self.dataset), drop_empty=self.loader["drop_empty"],
@@ -72,13 +72,14 @@ class Run:
         """Takes over the newest state where there is one. Raises ValueError where it is another run's."""
         content = checkpoint.load_state(self.out, self.say) if resume and self.out is not None else None
         if content is not None:
-            mine, its = self.identity, content["identity"]
-            changed = [k for k in mine if k != "recipe" and mine[k] != its.get(k)]
-            changed += [k for k, v in mine["recipe"].items() if v != its["recipe"].get(k)]
-            if changed:
-                said = ", ".join(
-                    f"{k} {(its | its['recipe']).get(k)!r}, now {(mine | mine['recipe'])[k]!r}" for k in changed
-                )
+            pairs = []
+            for mine, its in (
+                (self.identity, content["identity"]),
+                (self.identity["recipe"], content["identity"]["recipe"]),
+            ):
+                pairs += [(k, its.get(k), v) for k, v in mine.items() if k != "recipe" and v != its.get(k)]
+            if pairs:
+                said = ", ".join(f"{k} {before!r}, now {now!r}" for k, before, now in pairs)
                 raise ValueError(f"{self.out}: cannot go on with other settings than the run began with: {said}")
             self.state.take(content)
         s = self.state
@@ -112,6 +113,7 @@ class Run:
             self.epoch(stop)
 
     def epoch(self, stop: checkpoint.Stop) -> None:
+        """What is left of an epoch, and its end. Ends the process where a signal asked for it, behind a saved state."""
         s, recipe = self.state, self.recipe
         s.model.train()
         loader = batches(self.dataset, recipe.batch_size, epoch=s.epoch, start=s.batch, **self.loader)
@@ -219,6 +221,7 @@ class Run:
         return asked[0] > 0
 
     def diverged(self, row: dict, found: dict, indices: Sequence[int]) -> None:
+        """Raises FloatingPointError naming the step, its losses, its pictures, and the state that is still good."""
         parts = ", ".join(f"{k} {v:.4g}" for k, v in found.items() if k not in ("loss", "grad_norm"))
         everyone = [i for own in distributed.gathered(list(indices), self.world) for i in own]
         names = ", ".join(
@@ -233,6 +236,7 @@ class Run:
         )
 
     def end_epoch(self) -> None:
+        """Measures, writes what there is to see, and saves."""
         s, batches_done = self.state, max(1, self.state.sums.get("batches", 0))
         row = dict(epoch=s.epoch + 1, loss=s.sums.get("loss", math.nan) / batches_done,
                    lr=self.rate * rate_factor(self.recipe, max(0, s.step - 1), self.epoch_steps))  # fmt: skip
@@ -300,6 +304,7 @@ class Run:
         distributed.wait(self.world)
 
     def end(self) -> nn.Module:
+        """The model as it is kept. Raises OSError where its weights could not be written."""
         s, patience = self.state, self.recipe.patience
         if patience is not None and s.stale >= patience:
             self.say(f"stopped: no better {SCORE[s.model.reads_labels]} for {s.stale} epochs")
