@@ -29,9 +29,10 @@
 #endif
 
 // One body, three instruction sets, chosen when the library loads: the build stays portable within its architecture.
-// Mark the plain function that holds the loop, not its caller: a lambda would not inherit the target.
+// Mark the plain function that holds the loop, not its caller: a lambda would not inherit the target. ThreadSanitizer gets
+// one: it instruments the function that chooses, too, which runs before the sanitizer's own symbols are bound.
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12 && \
-    !defined(__CUDACC__)
+    !defined(__CUDACC__) && !defined(__SANITIZE_THREAD__)
 #define SIMD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define SIMD_CLONES

@@ -49,7 +49,7 @@ def test_source_distribution_holds_every_source(clone, tmp_path):
 def test_editable_install_is_found_from_the_folder_above_the_clone(clone, tmp_path):
     zipfile.ZipFile(build("build_editable", clone, tmp_path, FASTRCNN_BUILD="none")).extractall(tmp_path / "site")
     find = "import site, sys, importlib.util as i; site.addsitedir(sys.argv[1]); print(i.find_spec('fastrcnn').origin)"
-    run = [sys.executable, "-S", "-c", find, str(tmp_path / "site")]  # -c puts the working folder first
+    run = [sys.executable, "-ES", "-c", find, str(tmp_path / "site")]  # -c puts the working folder first
     done = subprocess.run(run, cwd=clone.parent, capture_output=True, text=True)
     assert done.stdout.strip() == str(clone / "fastrcnn/__init__.py"), done.stderr
 
