@@ -1,11 +1,11 @@
 """The whole detector, R50-FPN at 800 x 1344, against torchvision's fasterrcnn_resnet50_fpn with the same weights.
 
-On a CPU one image in fp32 and bf16; on CUDA 8 and 16 images in bf16, too, and what bf16 takes as a CUDA graph. Both sides start from decoded images and end at
-detections in the original image's pixels. The weights are random, with norm statistics that are not the identity and
-last layers scaled up so that scores spread; both load the same state dict. In fp32 ours must find torchvision's
-detections again: same label, within 0.01 px and 1e-3 of score. Random weights decide nothing by a margin, so bf16 is held
-against fp32 with trained weights, those of the demo, on rendered pictures:
-how many of the 20 best objects come within 2 px. max_error is the share of detections not found again.
+On a CPU one image in fp32 and bf16; on CUDA 8 and 16 images in bf16, too, and what bf16 takes as a CUDA graph. Both sides
+start from decoded images and end at detections in the original image's pixels. The weights are random, with norm statistics
+that are not the identity and last layers scaled up so that scores spread; both load the same state dict. In fp32 ours must
+find torchvision's detections again: same label, within 0.01 px and 1e-3 of score. Random weights decide nothing clearly,
+so bf16 is held against fp32 with trained weights, those of the demo, on rendered pictures: how many of the 20 best objects
+come within 2 px. max_error is the share of detections not found again.
 """
 
 from functools import partial
