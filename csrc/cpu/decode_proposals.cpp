@@ -119,9 +119,10 @@ Outputs decode_proposals(std::vector<Tensor> cls_logits, std::vector<Tensor> bbo
                          std::vector<Tensor> base_anchors, std::vector<double> strides, const Tensor& image_sizes,
                          int64_t nms_pre, std::vector<double> means, std::vector<double> stds, double wh_ratio_clip,
                          bool symmetric_clip, double min_size, bool topk_on_logits, bool return_logits,
-                         std::vector<int64_t> batch_shape) {
+                         std::optional<std::vector<int64_t>> batch_shape) {
   const ProposalInputs in =
-      make_proposal_inputs(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, batch_shape, /*convert=*/true);
+      make_proposal_inputs(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre,
+                           batch_shape.value_or(std::vector<int64_t>{}), /*convert=*/true);
   const auto run_as = [&](auto t) {
     using T = decltype(t);
     return run<T>(in, make_proposal_rules<T>(means, stds, wh_ratio_clip, symmetric_clip, min_size, topk_on_logits,

@@ -193,11 +193,12 @@ Outputs decode_proposals(std::vector<Tensor> cls_logits, std::vector<Tensor> bbo
                          std::vector<Tensor> base_anchors, std::vector<double> strides, const Tensor& image_sizes,
                          int64_t nms_pre, std::vector<double> means, std::vector<double> stds, double wh_ratio_clip,
                          bool symmetric_clip, double min_size, bool topk_on_logits, bool return_logits,
-                         std::vector<int64_t> batch_shape) {
+                         std::optional<std::vector<int64_t>> batch_shape) {
   const torch::stable::accelerator::DeviceGuard guard(image_sizes.get_device_index());
   CHECK_ARGUMENT(cls_logits.size() <= kMaxLevels, "cls_logits: at most ", kMaxLevels, " levels, got ", cls_logits.size());
   const ProposalInputs in =
-      make_proposal_inputs(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre, batch_shape, /*convert=*/false);
+      make_proposal_inputs(cls_logits, bbox_deltas, base_anchors, strides, image_sizes, nms_pre,
+                           batch_shape.value_or(std::vector<int64_t>{}), /*convert=*/false);
   Outputs out;
   dispatch_features(in.map_dtype, [&](auto t, auto f) {
     using T = decltype(t);

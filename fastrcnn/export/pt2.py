@@ -22,7 +22,9 @@ def require() -> None:
     """Raises OSError where there is no C++ compiler."""
     names = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
     if not any(map(shutil.which, names)):
-        raise OSError(f"a .pt2 is compiled, and none of {', '.join(names)} was found: install a C++ compiler or set CXX")
+        raise OSError(
+            f"a .pt2 is compiled, and none of {', '.join(names)} was found: install a C++ compiler or set CXX"
+        )
 
 
 def refuse(model: BaseDetector) -> None:

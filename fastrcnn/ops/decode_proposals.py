@@ -47,7 +47,7 @@ def _op_reference(
     min_size: float,
     topk_on_logits: bool,
     return_logits: bool,
-    batch_shape: Sequence[int],
+    batch_shape: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _dtype(cls_logits)
     if batch_shape:
@@ -155,7 +155,7 @@ def _decode_proposals(
                              f"got {len(given)}")  # fmt: skip
     _check_levels(cls_logits, bbox_deltas, base_anchors, image_sizes)
     coder = check_coder(means, stds, wh_ratio_clip)
-    shape = [] if batch_shape is None else check_pair("batch_shape", batch_shape, 1)
+    shape = None if batch_shape is None else check_pair("batch_shape", batch_shape, 1)
     pairs = [s if isinstance(s, (list, tuple)) else (s, s) for s in strides or ()]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"strides: expected a number or (x, y) for each level, got {list(strides)}")
