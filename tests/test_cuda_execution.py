@@ -11,6 +11,7 @@ from conftest import random_boxes
 from torch import Tensor
 
 from fastrcnn import ops
+from fastrcnn.ops.conv_tile import TILES, conv_tile
 from fastrcnn.ops.preprocess import RULES
 from fastrcnn.ops.roi_align import level_rule
 
@@ -95,6 +96,14 @@ def convolved(x, weight, bias):
     return ops.conv_bn_relu(x, weight, None, bias, None, None, padding=1)
 
 
+def tiled(tile: str, groups: int) -> Callable:
+    def call(x, weight):
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return conv_tile(x, weight, None, None, (1, 1), (1, 1), (1, 1), groups, False, True, TILES.index(tile))
+
+    return call
+
+
 # name -> (ops, call, its tensors)
 CASES: dict[str, tuple[tuple[str, ...], Callable, Callable]] = {
     "nms_padded, one chunk": (("nms_padded",), keep, lambda: nms_inputs(900)),
@@ -130,6 +139,13 @@ CASES: dict[str, tuple[tuple[str, ...], Callable, Callable]] = {
         convolved,
         lambda: [pyramid()[1], random(64, 64, 3, 3, dtype=torch.bfloat16), random(64)],
     ),
+    **{
+        f"_conv_tile, {tile}": (
+            ("_conv_tile",), tiled(tile, groups),
+            lambda groups=groups: [pyramid()[1], random(64, 64 // groups, 3, 3, dtype=torch.bfloat16)],
+        )
+        for tile, groups in (("128x64", 1), ("groups", 16))
+    },
 }  # fmt: skip
 
 
