@@ -206,7 +206,7 @@ void run(Block& b, unsigned seed, Watch& watch, size_t worker) {
   for (int in_vain = 0; b.live > 0;) {
     const uint64_t now = watch.now();
     const bool reverse = fixed ? *fixed == 'r' : random() >> 8 & 1;
-    bool got_on = false, slept = false;
+    bool got_on = false, slept = false, others = false;
     for (unsigned k = 0; k < threads; ++k) {
       Fiber& f = b.fibers[reverse ? threads - 1 - k : k];
       if (f.done || (f.waits_for && f.waits_for->generation == f.generation)) continue;
@@ -216,13 +216,12 @@ void run(Block& b, unsigned seed, Watch& watch, size_t worker) {
       tsan::switch_to(f.tsan);
       switch_stack(&b.scheduler, f.stack_pointer);
       (f.slept ? slept : got_on) = true;
+      others |= !f.slept && f.linear / kWarp != laggard;
     }
     if (got_on) {
       watch.got_on();
       in_vain = 0;
-      others_got_on = may_lag;
-    } else if (others_got_on) {
-      others_got_on = false;
+    } else if (others_got_on) {  // the laggard's turn
     } else if (!slept) {
       fail("deadlock: some threads wait at a barrier or warp operation that the others never reach");
     } else if (++in_vain > kPatience && watch.deadlock(worker, now)) {
@@ -230,6 +229,7 @@ void run(Block& b, unsigned seed, Watch& watch, size_t worker) {
     } else {
       sched_yield();
     }
+    others_got_on = may_lag && others;
   }
   tsan::acquire(&b.ended);
 }
