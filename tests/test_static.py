@@ -36,6 +36,7 @@ AGNOSTIC = dict(roi_head=dict(bbox_head=dict(reg_class_agnostic=True)),
 DEFORM_POOL = dict(
     _delete_=True, type="ModulatedDeformRoIPoolPack", output_size=7, output_channels=16, deform_fc_channels=8
 )
+SHALLOW = dict(backbone=dict(depth=18), neck=dict(in_channels=[8, 16, 32, 64]))
 LEAST = dict(test_cfg=dict(rpn=dict(min_bbox_size=4)))
 ROOM = dict(min_size=130, max_size=320)  # no map has a single pixel, which compilers take for a constant
 
@@ -71,7 +72,7 @@ MODELS = {
     "dcn": lambda p, **o: tiny_model("r50_fpn", p, **merge(DCN, o)),
     "fcos": lambda p, **o: rebuilt(p, lambda options: options.update(rpn_head=FCOS), **o),
     "retinanet": lambda p, **o: tiny_model("retinanet_r18_fpn", p, **o),
-    "rpn": lambda p, **o: tiny_model("rpn_r50_fpn", p, **o),
+    "rpn": lambda p, **o: tiny_model("rpn_r50_fpn", p, **merge(SHALLOW, o)),
     "soft": lambda p, **o: tiny_model("r18_fpn", p, **merge(SOFT, o)),
     "agnostic": lambda p, **o: tiny_model("r18_fpn", p, **merge(AGNOSTIC, o)),
     "deformable pooling": lambda p, **o: rebuilt(
