@@ -24,7 +24,15 @@ def run(folder: Path, out: Path, batch_size: int) -> None:
     hundred RoIs do not change places over the last bit."""
     data = open_dataset(folder / "all.json")
     model = train(
-        tiny(**HEAD).double(), data, RECIPE, out, val=data, epochs=2, batch_size=batch_size, lr=0.05, log=lambda line: None
+        tiny(**HEAD).double(),
+        data,
+        RECIPE,
+        out,
+        val=data,
+        epochs=2,
+        batch_size=batch_size,
+        lr=0.05,
+        log=lambda line: None,
     )
     torch.save(model.state_dict(), out / f"weights_{distributed_rank()}.pt")
 

@@ -378,19 +378,6 @@ def test_polygons_of_yolo_give_their_box(tmp_path):
     assert dataset.target(0)["boxes"].tolist() == [[30, 10, 45, 30]] and dataset.class_names == ["0"]
 
 
-def test_classes_are_counted_as_another_dataset_counts_them(tmp_path):
-    write(tmp_path, {"a.xml": voc("a"), "b/b.xml": voc("b")})
-    pictures(tmp_path)
-    pictures(tmp_path / "b")
-    dataset = open_dataset(tmp_path / "b")
-    assert dataset.class_names == ["dog"] and dataset.target(0)["labels"].tolist() == [0]
-    dataset.relabel(["cat", "fox", "dog"], [3, 5, 9])
-    assert dataset.target(0)["labels"].tolist() == [2] and dataset.category_ids == [3, 5, 9]
-    assert dataset.truth([0])[0]["category"] == 2
-    with pytest.raises(ValueError, match="the classes dog are none of cat, fox"):
-        dataset.relabel(["cat", "fox"], [1, 2])
-
-
 def test_labels_survive_as_int64_and_boxes_as_float32(tmp_path):
     write(tmp_path, {"a.json": coco()})
     target = open_dataset(tmp_path).target(0)

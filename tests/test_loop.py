@@ -17,6 +17,7 @@ from fastrcnn.data import open_dataset
 from fastrcnn.models import retinanet
 from fastrcnn.training import get_recipe, loop, train
 from fastrcnn.training.state import Losses
+from fastrcnn.training.validate import validation_loss
 from fastrcnn.weights import infer_model
 
 
@@ -54,9 +55,25 @@ def test_a_run_leaves_its_folder(data, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["last"]["epoch"] == 2 and {"AP", "APs", "AR100", "val_loss"} <= set(metrics["best"])
     assert len(list((out / "samples").glob("*.jpg"))) == 2
+    evaluation = json.loads((out / "evaluation/metrics.json").read_text())
+    assert evaluation["AP"] == pytest.approx(metrics["best"]["AP"])
     kept = infer_model(out / "last.safetensors")
     assert all(map(torch.equal, kept.state_dict().values(), mean.state_dict().values()))
     assert lines[0].startswith("6 images") and not mean.training and kept.class_names == data.class_names
+
+
+def test_a_validation_set_may_count_its_classes_otherwise(data, tmp_path):
+    path = cells(tmp_path)
+    content = json.loads(path.read_text())
+    last = 1 + max(row["id"] for row in content["categories"])
+    for row, key in [(row, "id") for row in content["categories"]] + [
+        (row, "category_id") for row in content["annotations"]
+    ]:
+        row[key] = last - row[key]
+    path.write_text(json.dumps(content))
+    other, losses = open_dataset(path), Losses(tiny())
+    assert other.class_names == data.class_names[::-1]
+    assert validation_loss(losses, other, 2, 0, 0, 1) == validation_loss(losses, data, 2, 0, 0, 1)
 
 
 def test_training_lowers_the_loss_and_averages_the_weights(data):

@@ -81,6 +81,9 @@ def train(
         sizes = {k: v for k, v in dict(min_size=min_size, max_size=max_size).items() if v is not None}
         net = model_to_train(model, weights, dataset.class_names, **sizes)
         plan = recipe_of(net, recipe, say, epochs=epochs, batch_size=size, precision=precision)
+        for part in (dataset, held_out):
+            if part is not None:
+                part.channels = net.data_preprocessor.in_channels
         if net.reads_labels:  # an RPN's objects are one class, which is named nowhere
             net.class_names, net.category_ids = list(dataset.class_names), [int(i) for i in dataset.category_ids]
             if held_out is not None:

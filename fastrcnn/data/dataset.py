@@ -178,19 +178,6 @@ class DetectionDataset(Dataset):
         columns = table.labels[rows].astype(np.int64), table.boxes[rows], table.areas[rows], table.crowd[rows]
         return Truth(np.repeat(indices, counts), *columns)
 
-    def relabel(self, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
-        """Counts the classes as another dataset does (the one that is trained on, say), by their names. Raises ValueError
-        for a class with objects that the other does not have."""
-        place = {name: i for i, name in enumerate(class_names)}
-        used = set(np.unique(self.table.labels).tolist())
-        if unknown := [name for i, name in enumerate(self.class_names) if i in used and name not in place]:
-            raise ValueError(
-                f"{self.path}: the classes {', '.join(unknown[:10])} are none of {', '.join(class_names[:10])}"
-            )
-        moved = np.array([place.get(name, -1) for name in self.class_names], np.int32)
-        self.table.labels = moved[self.table.labels]
-        self.class_names, self.category_ids = list(class_names), list(category_ids)
-
     def check_size(self, index: int, image: Tensor) -> None:
         """Raises ValueError for a picture [C, H, W] of another size than the file says: the boxes are not its own."""
         height, width = image.shape[-2:]

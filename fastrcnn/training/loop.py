@@ -58,6 +58,7 @@ class Run:
         self.state = State(model, mean, build_optimizer(model, recipe, self.rate), scaler)
         self.losses = distributed.parallel(Losses(model), self.world)
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.latest = self.found = None  # on `val`: what the last epoch's weights found, and what the best ones did
 
     @property
     def identity(self) -> dict:
@@ -264,21 +265,24 @@ class Run:
             self.log.json("metrics.json", self.metrics())
             if better:
                 self.write("best.safetensors")
+                self.found = self.latest
             if time.perf_counter() - self.reported > REPORT:
                 self.report()
         self.save()
 
     def report(self) -> None:
-        report(self.out, self.say)
+        report(self.out, self.say, self.val, self.found)
+        self.found = None
         self.reported = time.perf_counter()
 
     def measure(self) -> dict[str, float]:
         """Validation loss and COCO's numbers of what would be kept now."""
-        s = self.state
+        s, self.latest = self.state, None
         size, workers = self.recipe.batch_size, self.loader["workers"]
         found = dict(val_loss=validation_loss(Losses(s.result), self.val, size, workers, self.rank, self.world))
         try:
-            return found | measured(s.result, self.val, self.world)
+            numbers, self.latest = measured(s.result, self.val, self.world)
+            return found | numbers
         except (ValueError, OSError) as error:  # a picture that has gone since the first step, say
             self.say(f"AP could not be measured: {error}")
             return found

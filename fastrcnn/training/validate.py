@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastrcnn.data import read_through
 from fastrcnn.data.batches import batches, steps_per_epoch
 from fastrcnn.evaluation import as_detector, evaluate_proposals, match_classes, measure, predict, training_report
 from fastrcnn.evaluation.coco import require_hotcoco
-from fastrcnn.evaluation.predict import predict_together
+from fastrcnn.evaluation.predict import Predictions, predict_together
+from fastrcnn.evaluation.results import write_evaluation
 from fastrcnn.models.sampling import seeded
 from fastrcnn.training import distributed
 from fastrcnn.training.pictures import on_device, picture_sizes
@@ -49,8 +50,9 @@ def check_data(model, dataset, val, drop_empty: bool, world: int, say: Callable[
 @torch.no_grad()
 def validation_loss(losses: nn.Module, val, batch_size: int, workers: int, rank: int, world: int) -> float:
     """The mean training loss of held-out pictures, without a change to them, norms at their running statistics; the draw of
-    samples is the same each time. Every process looks at its share."""
+    samples is the same each time. Every process looks at its share. Classes are matched by name, as for AP."""
     model = losses.model
+    places = _label_places(model, val)
     was_training = model.training
     model.train()
     for m in model.modules():
@@ -64,6 +66,8 @@ def validation_loss(losses: nn.Module, val, batch_size: int, workers: int, rank:
         if len(val) < world:  # too few for a share each
             return math.nan
         for images, targets, indices in batches(val, size, seed=0, epoch=0, rank=rank, world=world, workers=workers):
+            if places is not None:
+                targets = [{**target, "labels": places[target["labels"]]} for target in targets]
             with seeded(indices):
                 sizes = picture_sizes(model, images, indices, None)
                 least = distributed.largest(sizes, world)
@@ -80,18 +84,28 @@ def validation_loss(losses: nn.Module, val, batch_size: int, workers: int, rank:
         model.train(was_training)
 
 
-def measured(model, val, world: int) -> dict[str, float]:
-    """COCO's numbers in percent, of which every process finds its share; of an RPN its recall."""
+def _label_places(model, val) -> Tensor | None:
+    """int64 [K]: the model's label of each of `val`'s classes; None where they are the same."""
+    names = list(getattr(val, "class_names", None) or [])
+    if not model.reads_labels or not names or not model.class_names or names == list(model.class_names):
+        return None
+    return torch.tensor([model.class_names.index(name) for name in names])
+
+
+def measured(model, val, world: int) -> tuple[dict[str, float], Predictions | None]:
+    """COCO's numbers in percent, of which every process finds its share, and what was found; of an RPN its recall."""
     if not model.reads_labels:
-        return evaluate_proposals(model, val)
+        return evaluate_proposals(model, val), None
     detector = as_detector(model)
     found = predict(detector, val) if world == 1 else predict_together(detector, val, None, distributed.host_group())
-    return measure(val, found)
+    return measure(val, found), found
 
 
-def report(out: Path, say: Callable[[str], None]) -> None:
-    """curves.png and report.html; a failure to draw ends no run."""
+def report(out: Path, say: Callable[[str], None], val=None, found: Predictions | None = None) -> None:
+    """curves.png and report.html, and in evaluation/ what was found on `val`; a failure to draw ends no run."""
     try:
+        if found is not None:
+            write_evaluation(out / "evaluation", val, found, about=dict(weights="best.safetensors"))
         training_report(out)
     except Exception as error:
         say(f"no report: {error or type(error).__name__}")
