@@ -30,9 +30,10 @@ Tensor fused(const c10::OperatorHandle& op, torch::jit::Stack stack) {
 Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const optional<Tensor>& bn_weight,
                     const optional<Tensor>& bn_bias, const optional<Tensor>&, const optional<Tensor>&, double,
                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                    const optional<Tensor>& residual, bool relu) {
+                    const optional<Tensor>& addend, bool relu, bool upsample_residual) {
   TORCH_CHECK(!bn_weight, "bn_weight: expected none, as an exported model's norms are folded into its convolutions");
   const auto format = at::MemoryFormat::ChannelsLast;
+  const optional<Tensor> residual = upsample_residual ? std::nullopt : addend;
   const optional<Tensor> bias = bn_bias ? bn_bias->to(weight.scalar_type()) : bn_bias;
   const auto plain = c10::Dispatcher::singleton().findSchema({"mkldnn::_convolution_pointwise", ""});
   const auto adding = c10::Dispatcher::singleton().findSchema({"mkldnn::_convolution_pointwise", "binary"});
@@ -54,6 +55,7 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const optional<Te
       if (residual) out.add_(*residual);
     }
   }
+  if (upsample_residual) out.add_(at::upsample_nearest2d(*addend, {out.size(2), out.size(3)}));
   return relu ? out.relu_() : out;
 }
 
@@ -61,8 +63,8 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const optional<Te
 
 TORCH_LIBRARY_FRAGMENT(fastrcnn, m) {
   m.def("conv_bn_relu(Tensor input, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, "
-        "float eps, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, Tensor? residual, bool relu) "
-        "-> Tensor");
+        "float eps, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, Tensor? residual, bool relu, "
+        "bool upsample_residual) -> Tensor");
   m.def("decode_boxes(Tensor anchors, Tensor deltas, Tensor? max_shape, float[] means, float[] stds, float wh_ratio_clip, "
         "bool symmetric_clip) -> Tensor");
   m.def("decode_proposals(Tensor[] cls_logits, Tensor[] bbox_deltas, Tensor[] base_anchors, float[] strides, "

@@ -80,11 +80,14 @@ def sigmoid(x):
 
 def conv_bn_relu(
     input, weight, bn_weight, bn_bias, bn_mean, bn_var, eps: float, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, residual, relu: bool,
+    dilation: Sequence[int], groups: int, residual, relu: bool, upsample_residual: bool,
 ):  # fmt: skip
     """Of a model whose norms are folded, which is what is exported: `bn_weight` is None."""
     where = dict(strides=stride, pads=[*padding, *padding], dilations=dilation, group=groups)
     out = op.Conv(input, weight, **where) if bn_bias is None else op.Conv(input, weight, bn_bias, **where)
+    if upsample_residual:
+        how = dict(mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+        residual = op.Resize(residual, None, None, op.Shape(out), **how)
     out = out if residual is None else op.Add(out, residual)
     return op.Relu(out) if relu else out
 

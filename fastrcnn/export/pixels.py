@@ -1,5 +1,7 @@
 """The preprocessor as plain torch arithmetic on sizes that are not known before: uint8 pixels to the network's batch, byte
-for byte what `fastrcnn.ops.preprocess` makes of them. Sizes are doubles in tensors, which ONNX computes as Python does.
+for byte what `fastrcnn.ops.preprocess` makes of them. Sizes are doubles in tensors, which ONNX computes as Python does. The fixed
+point arithmetic of bytes is done in float32 on whole numbers below 2**24 and with divisions by powers of two, exact in every
+runtime: some take float32 also for integers and doubles.
 """
 
 import torch
@@ -23,22 +25,28 @@ def _taps(new: Tensor, size: Tensor, length: int, resize: str, columns: bool) ->
         at = first[:, None] + torch.arange(most)
         part = (1.0 - ((at - centre[:, None] + 0.5) * (1.0 / support)).abs()).clamp(min=0.0)
         part = torch.where(at < end[:, None], part, 0.0)
-        weights = (part / part.cumsum(1)[:, -1:].clamp(min=1e-9) * (1 << PILLOW_BITS) + 0.5).to(torch.int32)
+        weights = torch.floor(part / part.cumsum(1)[:, -1:].clamp(min=1e-9) * (1 << PILLOW_BITS) + 0.5)
         return torch.minimum(at, size.long() - 1), weights
     if resize == "opencv":
-        at = ((i + 0.5) * (1.0 / (new / size)) - 0.5).float()
+        at = ((i + 0.5) * size / new - 0.5).float()
     else:
         at = ((i + 0.5) * (size.float() / new.float()).double() - 0.5).float().clamp(min=0.0)
     low, last = torch.floor(at), size.float() - 1
     frac = at - low
     if resize == "opencv":
         frac = torch.where((low < 0) | (low >= last), 0.0, frac) if columns else frac
-        second = torch.round(frac * 2048).to(torch.int32)
+        second = torch.round(frac * 2048)
         weights = torch.stack([2048 - second, second], 1)
     else:
         weights = torch.stack([1.0 - frac, frac], 1)
     first = torch.minimum(low, last).clamp(min=0.0)
     return torch.stack([first, torch.minimum(low + 1, last).clamp(min=0.0)], 1).long(), weights
+
+
+def _split(x: Tensor, base: int) -> tuple[Tensor, Tensor]:
+    """(high, low) of whole numbers: base * high + low, 0 <= low < base."""
+    high = torch.floor(x / base)
+    return high, x - base * high
 
 
 def _mix(x: Tensor, taps: tuple[Tensor, Tensor], axis: int) -> list[Tensor]:
@@ -101,14 +109,19 @@ class Pixels(nn.Module):
                 first, second = _mix(pixels, taps, axis)
                 pixels = first + second
         elif self.resize == "opencv":
-            first, second = _mix(images.to(torch.int32), x, 3)
-            first, second = _mix((first + second) >> 4, y, 2)
-            pixels = self.normalised((((first >> 16) + (second >> 16) + 2) >> 2).float())
+            first, second = _mix(images.float(), x, 3)
+            high, low = _split(torch.floor((first + second) / 16), 256)
+            # Each of the two rows times its weight, over 2**16.
+            first, second = (
+                torch.floor((a + torch.floor(b / 256)) / 256) for a, b in zip(_mix(high, y, 2), _mix(low, y, 2))
+            )
+            pixels = self.normalised(torch.floor((first + second + 2) / 4))
         else:
-            pixels = images.to(torch.int32)
-            for axis, taps in ((3, x), (2, y)):
-                pixels = (_add(pixels, taps, axis) + (1 << (PILLOW_BITS - 1)) >> PILLOW_BITS).clamp(max=255)
-            pixels = self.normalised(pixels.float())
+            pixels, half = images.float(), 2 ** (PILLOW_BITS // 2)
+            for axis, (at, weights) in ((3, x), (2, y)):
+                high, low = (_add(pixels, (at, w.float()), axis) for w in _split(weights, half))
+                pixels = torch.floor((high + half // 2 + torch.floor(low / half)) / half).clamp(max=255)
+            pixels = self.normalised(pixels)
         inside = (torch.arange(rows) < new[0])[:, None] & (torch.arange(columns) < new[1])
         batch = torch.where(inside, pixels, 0.0).to(self.dtype)
         sizes = torch.stack(new).long()
