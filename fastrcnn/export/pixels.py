@@ -1,7 +1,7 @@
 """The preprocessor as plain torch arithmetic on sizes that are not known before: uint8 pixels to the network's batch, byte
-for byte what `fastrcnn.ops.preprocess` makes of them. Sizes are doubles in tensors, which ONNX computes as Python does. The fixed
-point arithmetic of bytes is done in float32 on whole numbers below 2**24 and with divisions by powers of two, exact in every
-runtime: some take float32 also for integers and doubles.
+for byte what `fastrcnn.ops.preprocess` makes of them. Sizes are doubles in tensors, which ONNX computes as Python does.
+Bytes are summed in float32, as whole numbers below 2**24 that are divided by powers of two: exact in every runtime, also in
+one that takes float32 for integers and doubles.
 """
 
 import torch
