@@ -1,6 +1,6 @@
 """A dataset of ten million pictures: the index in time and memory, workers that stay flat, a plan that covers each once.
 
-    python benchmarks/data_bench.py --pictures 10000000 --boxes 1
+    python benchmarks/data_scale.py --pictures 10000000 --boxes 1
 
 Writes a COCO file of that many pictures (their files are sixteen photographs, again and again) to a temporary folder, opens
 it in a process of its own, reads a few hundred batches in two workers, and deals an epoch out to 256 processes. Prints one
