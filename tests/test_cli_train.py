@@ -50,8 +50,10 @@ def test_training_writes_weights_that_detect_and_eval_take(dataset, short, tmp_p
     names = ["red", "platelet", "5"]
     outs = [tmp_path / "runs" / name for name in ("one", "two")]
     for out in outs:
-        printed = run("train", dataset, "--out", out, "--val", dataset, *short)
+        given = out.with_suffix(".safetensors") if out == outs[1] else out
+        printed = run("train", dataset, "--out", given, "--val", dataset, *short)
         assert "epoch 1/1" in printed and "AP50" in printed and "2 images" in printed
+    assert given.read_bytes() == (outs[1] / "best.safetensors").read_bytes()
     files = [out / f"{name}.safetensors" for out, name in zip(outs, ("best", "last"))]
     one, two = (Detector(str(file), device="cpu") for file in files)
     assert one.class_names == two.class_names == names and one.category_ids == two.category_ids == [0, 3, 7]
@@ -134,8 +136,8 @@ def other_name(content):
 
 @pytest.mark.parametrize("options, change, message", [
     (("--out", "train.json/m"), None, "train.json/m"),
-    (("--out", "m.safetensors"), None, "expected a folder, which will hold best.safetensors"),
-    (("--out", "m.pth"), None, "the name of a file: m.pth; try m"),
+    (("--out", "m.pth"), None, "expected a folder, which will hold best.safetensors"),
+    (("--out", "n.pt"), None, "the name of a file: n.pt; try n"),
     (("--val", "nothing.json"), None, "nothing.json"),
     (("--val", "other.json"), None, "blue are none of the model's 3 classes"),
     (("--val", "far.json"), None, "far.png"),

@@ -19,7 +19,8 @@ def say(line: str) -> None:
 
 def train(
     data: Annotated[Path, typer.Argument(help="folder or annotation file: COCO, Pascal VOC or YOLO")],
-    out: Annotated[Path, typer.Option(help="folder for weights, logs and the report")],
+    out: Annotated[Path, typer.Option(help="folder for weights, logs and report; NAME.safetensors: folder NAME, and "
+                                           "the best weights in that file")],
     images: Annotated[Path | None, typer.Option(help="image folder [default: beside the annotations]")] = None,
     val: Annotated[Path | None, typer.Option(help="folder or annotation file to measure AP on after each epoch")] = None,
     model: Annotated[
@@ -57,6 +58,7 @@ def train(
     from fastrcnn.evaluation import match_classes
     from fastrcnn.evaluation.coco import require_hotcoco
     from fastrcnn.inference.detector import as_device
+    from fastrcnn.inference.output import replace_file
     from fastrcnn.training import recipe_of
     from fastrcnn.training import train as run
     from fastrcnn.training.auto_batch import auto_batch
@@ -65,6 +67,8 @@ def train(
     from fastrcnn.training.state import seed_everything
     from fastrcnn.weights import model_to_train
 
+    copy = out if out.suffix.lower() == ".safetensors" and not out.is_dir() else None
+    out = out if copy is None else out.with_suffix("")
     try:  # everything that the run needs, before its first step
         check_out(out, resume or os.environ.get("RANK", "0") != "0")
         chosen = own_device(as_device(device))
@@ -107,7 +111,9 @@ def train(
             net, dataset, plan, out, resume, held_out, batch_size=size, lr=lr, seed=seed, workers=workers,
             deterministic=deterministic, drop_empty=drop_empty, patience=patience, tensorboard=tensorboard, log=say,
         )  # fmt: skip
-        say(f"weights and report: {out}/best.safetensors, {out}/report.html")
+        if copy is not None and os.environ.get("RANK", "0") == "0":
+            replace_file(copy, (out / "best.safetensors").read_bytes())
+        say(f"weights and report: {copy or out / 'best.safetensors'}, {out}/report.html")
     except (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
         fail(error)
 

@@ -144,8 +144,10 @@ def _decode_proposals(
     """
     cls_logits, bbox_deltas = check_tensors("cls_logits", cls_logits), check_tensors("bbox_deltas", bbox_deltas)
     base_anchors = check_tensors("base_anchors", base_anchors)
-    if (strides is None) == (batch_shape is None):
-        raise TypeError("strides: expected either strides, or None and batch_shape (height, width)")
+    if strides is None and batch_shape is None:
+        raise TypeError("strides: expected some, or None and a batch_shape (height, width)")
+    if strides is not None and batch_shape is not None:
+        raise TypeError(f"batch_shape: expected None beside strides, got {batch_shape!r}")
     if strides is not None and not isinstance(strides, (list, tuple)):
         raise TypeError(f"strides: expected a number or (x, y) for each level, got {type(strides).__name__}")
     lists = ("bbox_deltas", bbox_deltas), ("base_anchors", base_anchors), ("strides", strides)
