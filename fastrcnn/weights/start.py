@@ -10,14 +10,17 @@ from fastrcnn.zoo.mmdet_config import from_mmdet_config
 from fastrcnn.zoo.recipes import RPNS, Detector
 
 
-def model_to_train(
-    name: str | None, weights: str | Path | None, class_names: Sequence[str], **overrides
-) -> Detector:  # fmt: skip
+def is_config(name: str | None) -> bool:
+    """Whether `name` is that of a config file, by its ending, and not of a model."""
+    return name is not None and Path(name).suffix in (".py", ".json", ".yaml", ".yml")
+
+
+def model_to_train(name: str | None, weights: str | Path | None, class_names: Sequence[str], **overrides) -> Detector:
     """A detector of these classes. name: of a model, or an MMDetection config file; None is told by the weights, else
     r50_fpn; weights: "coco" for published ones, or what `pretrained_model` takes; without any, nothing stays frozen at
     random values. overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError or OSError."""
     classes = 1 if name in RPNS else len(class_names)
-    if name is not None and Path(name).suffix in (".py", ".json", ".yaml", ".yml"):
+    if is_config(name):
         return _of_config(name, weights, classes, overrides)
     if weights == "coco":
         weights = coco_address(name or "r50_fpn")
