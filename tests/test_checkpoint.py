@@ -1,9 +1,11 @@
 """training/checkpoint.py: what a run that ends before its time leaves, and how it goes on."""
 
+import dataclasses
 import errno
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -84,7 +86,7 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, step, opt
 
 def test_a_run_killed_while_it_measures_goes_on_there(data, tmp_path, monkeypatch):
     scores, steps = [], []
-    monkeypatch.setattr(loop, "measured", lambda *a: scores.append(1) or dict(AP=float(len(scores))))
+    monkeypatch.setattr(loop, "measured", lambda *a: scores.append(1) or (dict(AP=float(len(scores))), None))
     recipe = get_recipe("finetune", steps=2, batch_size=2)  # ends within an epoch
 
     def begin(resume):
@@ -107,13 +109,16 @@ def test_workers_change_nothing(data, tmp_path):
     assert rows_of(tmp_path / "alone") == rows_of(tmp_path / "helped")
 
 
-@pytest.mark.parametrize("number, error", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_saves_before_it_ends_the_run(data, tmp_path, monkeypatch, number, error):
+@pytest.mark.parametrize("number, error, step", [
+    (signal.SIGTERM, SystemExit, 5), (signal.SIGINT, KeyboardInterrupt, 5),
+    (signal.SIGTERM, SystemExit, 6), (signal.SIGTERM, SystemExit, 9),  # the last of an epoch, and of all
+])  # fmt: skip
+def test_a_signal_saves_before_it_ends_the_run(data, tmp_path, monkeypatch, number, error, step):
     forward, steps, before = Losses.forward, [], signal.getsignal(signal.SIGTERM)
 
     def interrupted(self, *args):
         steps.append(1)
-        if len(steps) == 5:
+        if len(steps) == step:
             os.kill(os.getpid(), number)
         return forward(self, *args)
 
@@ -121,14 +126,36 @@ def test_a_signal_saves_before_it_ends_the_run(data, tmp_path, monkeypatch, numb
     with pytest.raises(error) as raised:
         run(data, tmp_path)
     assert error is KeyboardInterrupt or raised.value.code == 128 + number
-    assert checkpoint.state_files(tmp_path)[-1].name == "step_000000005.pt" and len(steps) == 5
+    assert checkpoint.state_files(tmp_path)[-1].name == f"step_{step:09d}.pt" and len(steps) == step
     assert (tmp_path / "last.safetensors").exists() and signal.getsignal(signal.SIGTERM) is before
     run(data, tmp_path, resume=True)
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(STEPS))
 
 
+def test_a_signal_waits_for_the_gradients_of_a_step(tmp_path, monkeypatch):
+    recipe, whole = dataclasses.replace(PLAIN, accumulate=2, base_batch=2), Scripted()
+    train(whole, pictures(5), recipe, log=quiet)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        losses = Scripted.losses
+
+        def interrupted(self, *args):
+            if len(self.trace) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return losses(self, *args)
+
+        patch.setattr(Scripted, "losses", interrupted)
+        patch.setattr(loop, "save", lambda model, path: path.touch())
+        train(Scripted(), pictures(5), recipe, tmp_path, log=quiet)
+    monkeypatch.setattr(loop, "save", lambda model, path: path.touch())
+    again = Scripted()
+    train(again, pictures(5), recipe, tmp_path, resume=True, log=quiet)
+    assert again.bias.item() == whole.bias.item() == pytest.approx(-0.25)
+
+
 def test_a_run_resumes_only_as_it_began(data, tmp_path):
     run(data, tmp_path)
+    with pytest.raises(ValueError, match=r"model .*'min_size': 64.*, now .*'min_size': 48"):
+        train(tiny(min_size=48), data, get_recipe("finetune", epochs=3, batch_size=2), tmp_path, resume=True, log=quiet)
     with pytest.raises(ValueError, match="holds a run: resume it"):
         run(data, tmp_path)
     with pytest.raises(ValueError, match=r"momentum 0\.9, now 0\.5"):
@@ -168,18 +195,29 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert order == ["old", "new"]  # on the disk before it takes the name, and then the name
 
 
-def test_a_full_disk_ends_no_run(data, tmp_path, monkeypatch):
+@pytest.fixture
+def file_limit():
+    """Sets how large a file may become: what is beyond is refused, as by a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_ends_no_run(data, tmp_path, monkeypatch, file_limit):
     lines, save = [], checkpoint.save_state
 
     def full(out, content, keep):
-        if 2 <= content["step"] < STEPS:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save(out, content, keep)
+        file_limit(1000 if 2 <= content["step"] < STEPS else resource.RLIM_INFINITY)
+        try:
+            return save(out, content, keep)
+        finally:
+            file_limit(resource.RLIM_INFINITY)
 
     monkeypatch.setattr(checkpoint, "save_state", full)
     recipe = get_recipe("finetune", epochs=3, batch_size=2)
     train(tiny(), data, recipe, tmp_path, save_every=0.0, log=lines.append)
-    assert sum("No space left on device); training goes on" in line for line in lines) == 1
+    assert sum("File too large); training goes on" in line for line in lines) == 1
     assert [p.name for p in checkpoint.state_files(tmp_path)] == ["step_000000009.pt"]
 
 

@@ -109,6 +109,19 @@ def test_a_loss_that_is_not_finite_stops_training(value):
     assert len(model.trace) <= 5
 
 
+def test_gradients_that_are_not_finite_stop_training_before_they_are_saved(tmp_path, monkeypatch):
+    class Broken(Scripted):
+        def losses(self, *args):
+            found = super().losses(*args)
+            root = (self.weight.sum() - self.weight.detach().sum()).sqrt() * 0  # its gradient at 0 is not a number
+            return {**found, "loss_b": root} if len(self.trace) == 3 else found
+
+    monkeypatch.setattr(loop, "save", lambda model, path: path.touch())
+    with pytest.raises(FloatingPointError, match=r"step 2: .*the norm of the gradients nan"):
+        train(Broken(), pictures(), plain(epochs=2), tmp_path, save_every=0.0, log=quiet)
+    assert not (tmp_path / "states").exists()
+
+
 def test_a_diverged_run_names_its_pictures_and_keeps_the_good_state(data, tmp_path, monkeypatch):
     forward, steps = Losses.forward, []
 
@@ -255,7 +268,7 @@ class Torn:
     (dict(lr=float("nan")), "lr: .* got nan"),
     (dict(recipe="4x"), "recipe: expected one of 1x, .*finetune, got '4x'"),
     (dict(recipe="config"), "came with no configuration"),
-    (dict(out="weights.safetensors"), "out: expected a folder, .* the name of a file: weights.safetensors; try weights"),
+    (dict(out="weights.pth"), "out: expected a folder, .* the name of a file: weights.pth; try weights"),
     (dict(dataset=pictures(5, ())), "no object"),
     (dict(dataset=[*pictures(4), *pictures(1, (7, 2, 1))]), "in 0..1, got \\[2, 7\\]"),
     (dict(dataset=Torn()), "no picture 3; no picture 4 \\(2 of 5 pictures\\)"),

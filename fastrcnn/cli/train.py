@@ -1,7 +1,6 @@
 """fastrcnn train."""
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,9 @@ from fastrcnn.cli.common import Device, console, fail
 
 def say(line: str) -> None:
     """Prints a line, of several processes in the first one; a full disk or a closed pipe behind it ends no training."""
-    if os.environ.get("RANK", "0") == "0":
+    from fastrcnn.training.distributed import is_first
+
+    if is_first():
         with contextlib.suppress(OSError):
             console.print(line, markup=False, soft_wrap=True)
 
@@ -28,7 +29,7 @@ def train(
     ] = None,
     weights: Annotated[str | None, typer.Option(help="start: a detector, an ImageNet ResNet, or coco")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="1x, 2x, 3x, 90k, ms-3x, tv, tv-v2, lsj-100e, lsj-200e, lsj-400e or finetune "
+        str | None, typer.Option(help="1x, 2x, 3x, 90k, ms-3x, tv, tv-v2, lsj-100e, lsj-200e, lsj-400e, config or finetune "
                                       "[default: finetune; of a config file its own]"),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="[default: the recipe's]")] = None,
@@ -51,6 +52,8 @@ def train(
     fastrcnn train photos/ --val more/ --weights coco --out runs/mine
     """
 
+    import torch
+
     from fastrcnn.cli.data import print_findings
     from fastrcnn.data import open_dataset
     from fastrcnn.data.check import check_dataset
@@ -58,19 +61,17 @@ def train(
     from fastrcnn.evaluation import match_classes
     from fastrcnn.evaluation.coco import require_hotcoco
     from fastrcnn.inference.detector import as_device
-    from fastrcnn.inference.output import replace_file
     from fastrcnn.training import recipe_of
     from fastrcnn.training import train as run
     from fastrcnn.training.auto_batch import auto_batch
     from fastrcnn.training.checkpoint import check_out
-    from fastrcnn.training.distributed import own_device
+    from fastrcnn.training.distributed import is_first, own_device
     from fastrcnn.training.state import seed_everything
     from fastrcnn.weights import model_to_train
+    from fastrcnn.weights.start import is_config
 
-    copy = out if out.suffix.lower() == ".safetensors" and not out.is_dir() else None
-    out = out if copy is None else out.with_suffix("")
     try:  # everything that the run needs, before its first step
-        check_out(out, resume or os.environ.get("RANK", "0") != "0")
+        folder, file = check_out(out, resume or not is_first())
         chosen = own_device(as_device(device))
         size = None if batch in (None, "auto") else _whole("batch", batch)
         held_out, split = None, None
@@ -84,10 +85,14 @@ def train(
         seed_everything(seed)  # of the weights that start afresh
         sizes = {k: v for k, v in dict(min_size=min_size, max_size=max_size).items() if v is not None}
         net = model_to_train(model, weights, dataset.class_names, **sizes)
-        plan = recipe_of(net, recipe, say, epochs=epochs, batch_size=size, precision=precision)
-        for part in (dataset, held_out):
-            if part is not None:
-                part.channels = net.data_preprocessor.in_channels
+        plan = recipe_of(
+            net,
+            recipe or ("config" if is_config(model) else None),
+            say,
+            epochs=epochs,
+            batch_size=size,
+            precision=precision,
+        )
         if net.reads_labels:  # an RPN's objects are one class, which is named nowhere
             net.class_names, net.category_ids = list(dataset.class_names), [int(i) for i in dataset.category_ids]
             if held_out is not None:
@@ -99,7 +104,7 @@ def train(
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     try:
-        if not resume and os.environ.get("RANK", "0") == "0":  # every picture is looked at once
+        if not resume and is_first():  # every picture is looked at once
             seen: dict = {}
             findings = check_dataset(dataset, "train", seen)
             if held_out is not None:
@@ -111,10 +116,8 @@ def train(
             net, dataset, plan, out, resume, held_out, batch_size=size, lr=lr, seed=seed, workers=workers,
             deterministic=deterministic, drop_empty=drop_empty, patience=patience, tensorboard=tensorboard, log=say,
         )  # fmt: skip
-        if copy is not None and os.environ.get("RANK", "0") == "0":
-            replace_file(copy, (out / "best.safetensors").read_bytes())
-        say(f"weights and report: {copy or out / 'best.safetensors'}, {out}/report.html")
-    except (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
+        say(f"weights and report: {file or folder / 'best.safetensors'}, {folder}/report.html")
+    except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         fail(error)
 
 

@@ -21,14 +21,14 @@ WORST = 12  # pictures on the sheet, and doubtful annotations in metrics.json
 ROWS = 10_000  # detections that are Python objects at a time
 
 
-def _plain(value):
+def as_json(value):
     """A value as JSON has it: nan is null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return as_json(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -41,7 +41,7 @@ def write_predictions(path: Path, dataset, found: Predictions) -> None:
     for start in range(0, len(found), ROWS):
         part = found.kept(slice(start, start + ROWS))
         columns = part.images.tolist(), part.labels.tolist(), xywh(part.boxes).tolist(), part.scores.tolist()
-        rows = [dict(image_id=_plain(base.image_ids[image]) if file else image,
+        rows = [dict(image_id=as_json(base.image_ids[image]) if file else image,
                      category_id=base.category_ids[label] if file else label, bbox=box, score=score)
                 for image, label, box, score in zip(*columns)]  # fmt: skip
         parts.append(json.dumps(rows, allow_nan=False)[1:-1])
@@ -58,7 +58,7 @@ def _without_charts(folder: str | Path) -> Path:
 
 
 def _write_metrics(folder: Path, metrics: Mapping) -> None:
-    replace_file(folder / "metrics.json", json.dumps(_plain(metrics), allow_nan=False, indent=1).encode())
+    replace_file(folder / "metrics.json", json.dumps(as_json(metrics), allow_nan=False, indent=1).encode())
 
 
 def write_numbers(folder: str | Path, numbers: Mapping[str, float], about: Mapping[str, str] = {}) -> None:

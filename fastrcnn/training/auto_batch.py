@@ -4,7 +4,7 @@ import torch
 
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.training.recipe import Recipe
-from fastrcnn.training.state import DTYPES, Losses
+from fastrcnn.training.state import DTYPES, Losses, adapt
 
 SHARE = 0.85  # of the device's memory: pictures and their objects differ
 MOST = 256
@@ -16,6 +16,7 @@ def auto_batch(model: BaseDetector, recipe: Recipe) -> int:
     device = next(model.parameters()).device
     if device.type != "cuda":
         raise ValueError(f"batch: auto measures a GPU's memory, and the model is on {device}: say a number")
+    adapt(model, recipe)
     one, two = (_peak(model, recipe, count, device) for count in (1, 2))
     total = torch.cuda.get_device_properties(device).total_memory
     states = 3 * 4 * sum(p.numel() for p in model.parameters())  # momentum or two of AdamW's, and the average
@@ -36,11 +37,15 @@ def _peak(model: BaseDetector, recipe: Recipe, count: int, device: torch.device)
                   labels=torch.zeros(20, dtype=torch.int64, device=device))  # fmt: skip
     cast = torch.autocast(device.type, DTYPES.get(recipe.precision), enabled=recipe.precision != "fp32")
     torch.cuda.reset_peak_memory_stats(device)
-    was_training = model.training
+    was_training, kept = model.training, [b.clone() for b in model.buffers()]
     model.train()
-    with cast:
-        losses = Losses(model)([image] * count, [target] * count, [side] * count, side)
-    sum(losses.values()).backward()
-    model.zero_grad(set_to_none=True)
-    model.train(was_training)
+    try:
+        with cast:
+            losses = Losses(model)([image] * count, [target] * count, [side] * count, side)
+        sum(losses.values()).backward()
+    finally:  # a look, which leaves no trace in the statistics of norms
+        for b, before in zip(model.buffers(), kept):
+            b.copy_(before)
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
     return torch.cuda.max_memory_allocated(device)

@@ -10,21 +10,28 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from fastrcnn.checkpoints.write import write_whole
+from fastrcnn.weights import writable
+
 STATES = "states"  # the folder of them in a run's folder
 
 
-def check_out(out: str | Path, resume: bool) -> Path:
-    """`out` as a run's folder, made. Raises ValueError for a name of a file of weights, and for a folder that holds a run
-    that is not to be resumed; OSError where it cannot be written."""
-    out = Path(out).expanduser()
-    if out.suffix.lower() in (".safetensors", ".pth", ".pt") and not out.is_dir():
-        raise ValueError(f"out: expected a folder, which will hold best.safetensors, last.safetensors, results.csv and the "
-                         f"report, got the name of a file: {out}; try {out.with_suffix('')}")  # fmt: skip
+def check_out(out: str | Path, resume: bool) -> tuple[Path, Path | None]:
+    """(`out` as a run's folder, made; None). For NAME.safetensors the folder is NAME, and the second is that file, which is
+    to hold the best weights, too. Raises ValueError for another name of a file of weights, and for a folder that holds a
+    run that is not to be resumed; OSError where it cannot be written."""
+    out, copy = Path(out).expanduser(), None
+    if not out.is_dir():
+        if out.suffix.lower() in (".pth", ".pt"):
+            raise ValueError(f"out: expected a folder, which will hold best.safetensors, last.safetensors, results.csv and "
+                             f"the report, got the name of a file: {out}; try {out.with_suffix('')}")  # fmt: skip
+        if out.suffix.lower() == ".safetensors":
+            copy = writable(out)
+            out = out.with_suffix("")
     if not resume and state_files(out):
         raise ValueError(f"out: {out} holds a run: resume it (--resume), or choose another folder")
     try:
@@ -34,7 +41,7 @@ def check_out(out: str | Path, resume: bool) -> Path:
         trial.unlink()
     except OSError as error:
         raise OSError(f"{out}: cannot be written ({error.strerror})") from None
-    return out
+    return out, copy
 
 
 @contextmanager
@@ -56,25 +63,6 @@ def locked(out: Path) -> Iterator[None]:
         for part in (*out.glob(".*.part"), *out.glob(f"{STATES}/.*.part")):  # of a process that was killed as it wrote
             part.unlink(missing_ok=True)
         yield
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file beside `path`, brings it to the disk, and renames it: `path` is the old or the new file, never a part.
-    Raises OSError; the old file is still there then."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # else the renaming may be lost with the power
-    finally:
-        os.close(folder)
 
 
 def state_files(out: Path) -> list[Path]:

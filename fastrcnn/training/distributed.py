@@ -23,6 +23,11 @@ def own_device(device: torch.device) -> torch.device:
     return device
 
 
+def is_first() -> bool:
+    """Whether this is torchrun's first process, or no process of torchrun's: the one that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     """(rank, number of processes): of torchrun's processes, or of a group that is there already; else (0, 1)."""

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastrcnn.checkpoints.write import write_whole
+from fastrcnn.evaluation.results import as_json
 from fastrcnn.inference.detections import Detections
 from fastrcnn.inference.output import write_picture
-from fastrcnn.training.checkpoint import write_whole
 
 COLUMNS = ("epoch", "loss", "val_loss", "AP", "AP50", "AP75", "lr")
 PAUSE = 10.0  # seconds between two lines of progress
@@ -53,13 +54,13 @@ class Log:
             except ValueError:  # cut by the kill
                 continue
             if row["step"] < step:
-                kept.append(json.dumps(row) + "\n")
+                kept.append(_line(row))
         write_whole(path, lambda file: file.write("".join(kept).encode()))
 
     def steps(self, rows: list[dict], total: int) -> None:
         """Appends rows to log.jsonl; now and then the last is a line of progress."""
         if self.out is not None:
-            self.attempt(self._append, "".join(json.dumps(row) + "\n" for row in rows))
+            self.attempt(self._append, "".join(map(_line, rows)))
         if self.board is not None:
             for row in rows:
                 for name in ("loss", "lr"):
@@ -94,7 +95,7 @@ class Log:
 
     def json(self, name: str, content: dict) -> None:
         if self.out is not None:
-            self.whole(name, json.dumps(_plain(content), indent=1) + "\n")
+            self.whole(name, json.dumps(as_json(content), indent=1) + "\n")
 
     def whole(self, name: str, text: str) -> None:
         self.attempt(write_whole, self.out / name, lambda file: file.write(text.encode()))
@@ -121,15 +122,8 @@ def _cell(value) -> str:
     return repr(value)
 
 
-def _plain(content):
-    """As JSON has it: NaN is null."""
-    if isinstance(content, dict):
-        return {str(k): _plain(v) for k, v in content.items()}
-    if isinstance(content, list | tuple):
-        return [_plain(v) for v in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content if isinstance(content, str | int | float | bool | None) else str(content)
+def _line(row: dict) -> str:
+    return json.dumps(as_json(row), allow_nan=False) + "\n"
 
 
 def _clock(seconds: float) -> str:

@@ -8,7 +8,6 @@ saved is finite.
 import contextlib
 import dataclasses
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastrcnn.checkpoints.write import write_whole
 from fastrcnn.data.batches import batches, steps_per_epoch
 from fastrcnn.models.base_detector import unwrapped
 from fastrcnn.models.sampling import seeded
@@ -27,8 +27,18 @@ from fastrcnn.training.mmdet_recipe import recipe_of
 from fastrcnn.training.pictures import on_device, picture_sizes, training_transforms
 from fastrcnn.training.recipe import Recipe, get_recipe
 from fastrcnn.training.schedule import base_rate, build_optimizer, rate_factor, set_rate, total_steps
-from fastrcnn.training.state import DTYPES, Losses, State, adapt, seed_everything, seed_of
-from fastrcnn.training.validate import SCORE, check_data, measured, report, validation_loss
+from fastrcnn.training.state import (
+    DTYPES,
+    Losses,
+    State,
+    adapt,
+    description,
+    deterministic_algorithms,
+    differences,
+    seed_everything,
+    seed_of,
+)
+from fastrcnn.training.validate import BEST, SCORE, check_data, measured, report, unsaid, validation_loss
 from fastrcnn.weights import save
 
 LOOK = 10  # steps between two looks at the losses
@@ -39,10 +49,11 @@ class Run:
     """One run: what its steps share. `train` makes it, and calls `begin`, `go` and `end`."""
 
     def __init__(
-        self, model, dataset, val, recipe: Recipe, out: Path | None, loader: dict, lr: float | None, save_every: float,
-        keep: int, say: Callable[[str], None], tensorboard: bool,
+        self, model, dataset, val, recipe: Recipe, out: Path | None, copy: Path | None, loader: dict, lr: float | None,
+        save_every: float, keep: int, say: Callable[[str], None], tensorboard: bool,
     ):  # fmt: skip
         self.dataset, self.val, self.recipe, self.out, self.loader = dataset, val, recipe, out, loader
+        self.copy = copy  # a file that holds the best weights, too
         self.save_every, self.keep, self.say, self.tensorboard = save_every, keep, say, tensorboard
         self.rank, self.world, self.seed = loader["rank"], loader["world"], loader["seed"]
         self.device = next(model.parameters()).device
@@ -66,21 +77,14 @@ class Run:
         return dict(
             recipe=dataclasses.asdict(self.recipe), seed=self.seed, lr=self.rate, processes=self.world,
             images=len(self.dataset), drop_empty=self.loader["drop_empty"],
-            classes=list(getattr(self.dataset, "class_names", None) or []),
+            classes=list(getattr(self.dataset, "class_names", None) or []), model=description(self.state.model),
         )  # fmt: skip
 
     def begin(self, resume: bool) -> None:
         """Takes over the newest state where there is one. Raises ValueError where it is another run's."""
         content = checkpoint.load_state(self.out, self.say) if resume and self.out is not None else None
         if content is not None:
-            pairs = []
-            for mine, its in (
-                (self.identity, content["identity"]),
-                (self.identity["recipe"], content["identity"]["recipe"]),
-            ):
-                pairs += [(k, its.get(k), v) for k, v in mine.items() if k != "recipe" and v != its.get(k)]
-            if pairs:
-                said = ", ".join(f"{k} {before!r}, now {now!r}" for k, before, now in pairs)
+            if said := differences(content["identity"], self.identity):
                 raise ValueError(f"{self.out}: cannot go on with other settings than the run began with: {said}")
             self.state.take(content)
         s = self.state
@@ -93,16 +97,11 @@ class Run:
 
     def settings(self) -> dict:
         """Every number of the run, for config.json."""
-        model = self.state.model
         return dict(
             **self.identity, steps=self.total, epoch_steps=self.epoch_steps, data=str(getattr(self.dataset, "path", "")),
             val=str(getattr(self.val, "path", "")), workers=self.loader["workers"], device=str(self.device),
             deterministic=torch.are_deterministic_algorithms_enabled(), torch=torch.__version__,
-            threads=torch.get_num_threads(), model=dict(
-                type=type(model).__name__, profile=getattr(getattr(model, "profile", None), "name", None),
-                min_size=getattr(getattr(model, "data_preprocessor", None), "min_size", None),
-                max_size=getattr(getattr(model, "data_preprocessor", None), "max_size", None),
-                parameters=sum(p.numel() for p in model.parameters()), trained=sum(p.numel() for p in self.trained)),
+            threads=torch.get_num_threads(),
         )  # fmt: skip
 
     def go(self, stop: checkpoint.Stop) -> None:
@@ -130,19 +129,25 @@ class Run:
                     s.skipped[index] = loader.skipped[index]
                     self.say(f"left out: {s.skipped[index]}")
                 done = s.step >= self.total
+                # A state holds no gradients: none is saved between the batches of one step.
+                whole = s.batch % recipe.accumulate == 0 or s.batch == self.batches
                 asked = self.world == 1 and stop.number  # several processes stop at the same look
-                if len(self.pending) >= LOOK or s.batch == self.batches or done or asked:
+                if whole and (len(self.pending) >= LOOK or s.batch == self.batches or done or asked):
                     stopped = self.look(stop)
                     due = time.perf_counter() - self.saved > self.save_every
-                    if self.out is not None and (stopped or due) and s.batch < self.batches and not done:
+                    if self.out is not None and (stopped or (due and s.batch < self.batches and not done)):
                         self.save()
                     if stopped:
+                        if self.found is not None:
+                            self.report()
                         self.say(f"stopped by signal {stop.number} at step {s.step}; --resume goes on from here")
                         stop.leave()
                 if done:
                     break
                 begun = time.perf_counter()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise  # the second is the CPU's
             first = str(error).partition("\n")[0][:120]
             raise torch.OutOfMemoryError(
                 f"step {s.step}: out of memory with {len(images)} pictures a step on {self.device} ({first}). Lower "
@@ -159,10 +164,8 @@ class Run:
         sizes = picture_sizes(s.model, images, seeds, recipe)
         least = distributed.largest(sizes, self.world)
         images, targets = on_device(s.model, images, targets, self.device)
-        first, last = (
-            s.batch % recipe.accumulate == 0,
-            (s.batch + 1) % recipe.accumulate == 0 or s.batch + 1 == self.batches,
-        )
+        first = s.batch % recipe.accumulate == 0
+        last = (s.batch + 1) % recipe.accumulate == 0 or s.batch + 1 == self.batches
         rate = self.rate * rate_factor(recipe, s.step, self.epoch_steps)
         values = self.step(images, targets, (sizes, least), seeds, rate, first, last)
         self.pending.append((dict(step=s.step, epoch=s.epoch + 1, lr=rate), values, indices))
@@ -209,7 +212,9 @@ class Run:
         memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
         for line, ((row, values, indices)) in zip(table, self.pending):
             found = dict(zip(names, line))
-            if not math.isfinite(found["loss"]):
+            # The scaler of fp16 looks for gradients that are not finite, and leaves their step out.
+            norm = 0.0 if s.scaler.is_enabled() else found.get("grad_norm", 0.0)
+            if not (math.isfinite(found["loss"]) and math.isfinite(norm)):
                 self.diverged(row, found, indices)
             for name in values:
                 if name != "grad_norm":
@@ -225,15 +230,15 @@ class Run:
         """Raises FloatingPointError naming the step, its losses, its pictures, and the state that is still good."""
         parts = ", ".join(f"{k} {v:.4g}" for k, v in found.items() if k not in ("loss", "grad_norm"))
         everyone = [i for own in distributed.gathered(list(indices), self.world) for i in own]
-        names = ", ".join(
-            str(self.dataset.picture(i)) if hasattr(self.dataset, "picture") else f"picture {i}" for i in everyone
-        )
+        name_of = getattr(self.dataset, "picture", "picture {}".format)
+        names = ", ".join(str(name_of(i)) for i in everyone)
         kept = ""
         if self.out is not None:
             states = checkpoint.state_files(self.out)
             kept = f"; {states[-1]} is the last good state" if states else "; no state had been saved yet"
         raise FloatingPointError(
-            f"step {row['step']}: the loss is {found['loss']}, from {parts}, at a rate of {row['lr']:.3g}, on {names}{kept}"
+            f"step {row['step']}: the loss is {found['loss']}, from {parts}, the norm of the gradients "
+            f"{found.get('grad_norm', math.nan):.4g}, at a rate of {row['lr']:.3g}, on {names}{kept}"
         )
 
     def end_epoch(self) -> None:
@@ -264,7 +269,7 @@ class Run:
             self.log.epochs(s.rows)
             self.log.json("metrics.json", self.metrics())
             if better:
-                self.write("best.safetensors")
+                self.write(BEST)
                 self.found = self.latest
             if time.perf_counter() - self.reported > REPORT:
                 self.report()
@@ -295,7 +300,8 @@ class Run:
 
     def write(self, name: str) -> None:
         """The weights as they would be kept now. A full disk ends no run: the file of before stays."""
-        self.log.attempt(save, self.state.result, self.out / name)
+        if self.log.attempt(save, self.state.result, self.out / name) and name == BEST and self.copy is not None:
+            self.log.attempt(write_whole, self.copy, lambda file: file.write((self.out / name).read_bytes()))
 
     def save(self) -> None:
         """The state, and the weights beside it."""
@@ -313,9 +319,11 @@ class Run:
         if patience is not None and s.stale >= patience:
             self.say(f"stopped: no better {SCORE[s.model.reads_labels]} for {s.stale} epochs")
         if self.rank == 0 and self.out is not None:
-            for name in ("best.safetensors", "last.safetensors"):
-                if not (self.out / name).exists():
-                    raise OSError(f"{self.out / name}: could not be written")
+            for path in filter(None, (self.out / BEST, self.out / "last.safetensors", self.copy)):
+                if not path.exists():
+                    raise OSError(f"{path}: could not be written")
+            if self.found is None and self.val is not None and s.model.reads_labels:
+                self.found = unsaid(self.out, self.val, s.best, self.device)
             self.report()
         return s.result.eval()
 
@@ -349,7 +357,8 @@ def train(
     epochs, batch_size (pictures a process and step), lr (as it is, where the recipe's is scaled by the pictures of a step)
     and patience say otherwise.
     out: a folder for weights (best.safetensors, last.safetensors), states, log.jsonl, results.csv, config.json,
-    metrics.json and the report; None writes nothing.
+    metrics.json and the report; NAME.safetensors is the folder NAME and that file, with the best weights; None writes
+    nothing.
     resume: goes on from the newest state in `out`, or begins where there is none: the steps that follow are, on the CPU
     bit for bit, those of a run that was never stopped, with any number of workers.
     val: after each epoch its losses and AP are measured, the best AP is kept, and `patience` epochs without a better one
@@ -365,36 +374,27 @@ def train(
     model = unwrapped(model)
     recipe = recipe_of(model, recipe, log, epochs=epochs, batch_size=batch_size, patience=patience)
     get_recipe(recipe, lr=lr)  # checks it
+    if recipe.patience is not None and val is None:
+        raise ValueError("patience: needs val, whose AP it watches")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: expected a whole number from 0 up, got {seed!r}")
     device = next(model.parameters()).device
     with contextlib.ExitStack() as stack:
         rank, world = stack.enter_context(distributed.process_group(device))
         say = log if rank == 0 else lambda line: None
-        stop = checkpoint.Stop()
+        stop, copy = checkpoint.Stop(), None
         if out is not None:
-            out = checkpoint.check_out(out, resume or rank > 0)
+            out, copy = checkpoint.check_out(out, resume or rank > 0)
             distributed.wait(world)  # nobody writes before everybody has looked
             if rank == 0:
                 stack.enter_context(checkpoint.locked(out))
             stop = stack.enter_context(checkpoint.stopping())
         if deterministic:
-            stack.enter_context(_deterministic())
+            stack.enter_context(deterministic_algorithms())
         check_data(model, dataset, val, drop_empty, world, say)
         loader = dict(seed=seed, rank=rank, world=world, workers=workers, drop_empty=drop_empty,
                       transforms=training_transforms(recipe))  # fmt: skip
-        run = Run(model, dataset, val, recipe, out, loader, lr, save_every, keep, say, tensorboard)
+        run = Run(model, dataset, val, recipe, out, copy, loader, lr, save_every, keep, say, tensorboard)
         run.begin(resume)
         run.go(stop)
         return run.end()
-
-
-@contextlib.contextmanager
-def _deterministic():
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]

@@ -61,8 +61,10 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a whole number from 1 up, got {value!r}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: expected a whole number from 1 up, got {self.steps!r}")
+        for name in ("steps", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected a whole number from 1 up, got {value!r}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr: expected a number above 0, got {self.lr!r}")
         choices = dict(optimizer=("SGD", "AdamW"), schedule=("step", "cosine"), precision=("fp32", "bf16", "fp16"))

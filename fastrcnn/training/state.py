@@ -1,8 +1,10 @@
 """What a run has: the model made ready, its losses as one module, and the state that is saved."""
 
+import contextlib
 import dataclasses
 import hashlib
 import math
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,3 +103,33 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def description(model: BaseDetector) -> dict:
+    """What a run says of its model, and what of it must be the same for the run to go on."""
+    return dict(
+        type=type(model).__name__, profile=getattr(getattr(model, "profile", None), "name", None),
+        min_size=model.data_preprocessor.min_size, max_size=model.data_preprocessor.max_size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )  # fmt: skip
+
+
+def differences(before: dict, now: dict) -> str:
+    """What is otherwise than it was, of a run's identity and of its recipe; empty where nothing is."""
+    pairs = [(now, before), (now["recipe"], before["recipe"])]
+    changed = [(k, its.get(k), v) for mine, its in pairs for k, v in mine.items() if k != "recipe" and v != its.get(k)]
+    return ", ".join(f"{k} {old!r}, now {new!r}" for k, old, new in changed)
+
+
+@contextlib.contextmanager
+def deterministic_algorithms():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

@@ -1,6 +1,8 @@
 """What a run looks at beside its training loss: its data before the first step, held-out pictures after each epoch, and the
 report at the end."""
 
+import contextlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +19,18 @@ from fastrcnn.evaluation.results import write_evaluation
 from fastrcnn.models.sampling import seeded
 from fastrcnn.training import distributed
 from fastrcnn.training.pictures import on_device, picture_sizes
+from fastrcnn.weights import infer_model
 
 # A recipe's AP; of an RPN, whose objects have no classes, its recall.
+BEST = "best.safetensors"
 SCORE = {True: "AP", False: "AR@1000"}
 
 
 def check_data(model, dataset, val, drop_empty: bool, world: int, say: Callable[[str], None]) -> None:
     """Raises ValueError for what would end a run later, before its first step, and says how much there is."""
+    for part in (dataset, val):
+        if hasattr(part, "channels"):
+            part.channels = model.data_preprocessor.in_channels
     if hasattr(dataset, "objects"):
         count, classes = int(dataset.objects.sum()), len(dataset.class_names)
         if model.reads_labels and classes > model.num_classes:
@@ -101,11 +108,22 @@ def measured(model, val, world: int) -> tuple[dict[str, float], Predictions | No
     return measure(val, found), found
 
 
+def unsaid(out: Path, val, best: float, device: torch.device) -> Predictions | None:
+    """What the best weights find, where evaluation/ does not say it: a run that was killed had not come to it."""
+    try:
+        if json.loads((out / "evaluation" / "metrics.json").read_text())["AP"] == best:
+            return None
+    except (OSError, ValueError, KeyError):
+        pass
+    with contextlib.suppress(ValueError, OSError):
+        return measured(infer_model(out / BEST).to(device), val, 1)[1]
+
+
 def report(out: Path, say: Callable[[str], None], val=None, found: Predictions | None = None) -> None:
     """curves.png and report.html, and in evaluation/ what was found on `val`; a failure to draw ends no run."""
     try:
         if found is not None:
-            write_evaluation(out / "evaluation", val, found, about=dict(weights="best.safetensors"))
+            write_evaluation(out / "evaluation", val, found, about=dict(weights=BEST))
         training_report(out)
     except Exception as error:
         say(f"no report: {error or type(error).__name__}")

@@ -1,7 +1,6 @@
 """Writes our own checkpoints, and the peers' keys for those who go back."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from fastrcnn.checkpoints import detectron2
 from fastrcnn.checkpoints.checkpoint import PEERS
 from fastrcnn.checkpoints.peer_options import EXTRA_STATE, to_text
+from fastrcnn.checkpoints.write import beside, write_whole
 from fastrcnn.layers.builders import ConvWS2d
 from fastrcnn.models.build import merge
 from fastrcnn.models.resnet import Bottleneck
@@ -105,17 +105,12 @@ def writable(path: str | Path) -> Path:
         raise OSError(f"{path}: is no file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        trial = _beside(path)
+        trial = beside(path)
         trial.touch()
         trial.unlink()
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror})") from None
     return path
-
-
-def _beside(path: Path) -> Path:
-    """Where a file is written before it takes the name `path`: in its folder, so that the renaming is one step."""
-    return path.with_name(f".{path.name[:80]}.{os.getpid()}.part")
 
 
 def save(model: Detector, path: str | Path, notes: Mapping[str, str] | None = None) -> Path:
@@ -136,16 +131,9 @@ def save(model: Detector, path: str | Path, notes: Mapping[str, str] | None = No
             from safetensors.torch import save as to_bytes
         except ImportError:
             raise ImportError("writing .safetensors needs the package safetensors: pip install safetensors") from None
-    part = _beside(path)
-    try:
-        with open(part, "wb") as file:
-            if suffix == ".safetensors":
-                file.write(to_bytes(content["state_dict"], content["meta"]))
-            else:
-                torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    if suffix == ".safetensors":
+        encoded = to_bytes(content["state_dict"], content["meta"])
+        write_whole(path, lambda file: file.write(encoded))
+    else:
+        write_whole(path, lambda file: torch.save(content, file))
     return path

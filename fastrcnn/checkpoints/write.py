@@ -1,0 +1,32 @@
+"""Files that are whole at every moment."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written before it takes the name `path`: in its folder, so that the renaming is one step."""
+    return path.with_name(f".{path.name[:80]}.{os.getpid()}.part")
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file beside `path`, brings it to the disk, and renames it: `path` is the old or the new file, never a part.
+    Raises OSError; the old file is still there then."""
+    part = beside(path)
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except RuntimeError as error:  # torch.save ends its archive with one of its own over the disk's
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # else the renaming may be lost with the power
+    finally:
+        os.close(folder)
