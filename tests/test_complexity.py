@@ -1,13 +1,19 @@
 """Parameters and multiply-adds, against sums by hand and against what the peers publish."""
 
+import itertools
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torchvision.models import detection
 
+from fastrcnn import zoo
 from fastrcnn.weights.named import named_model
-from fastrcnn.zoo.complexity import complexity
-from fastrcnn.zoo.recipes import NAMES
+from fastrcnn.zoo.complexity import catalogue, complexity
+from fastrcnn.zoo.published import PUBLISHED
+from fastrcnn.zoo.recipes import NAMES, RPNS
 
 
 def on_meta(name: str, num_classes: int = 80, profile: str | None = None, **overrides):
@@ -104,3 +110,23 @@ def test_every_name(name):
     with torch.device("meta"):  # a default device of the caller's changes nothing
         counted = complexity(model)
     assert counted["parameters"] > 10e6 and counted["flops"] > 100e9
+
+
+STORED = json.loads((Path(zoo.__file__).parent.parent / "assets" / "models.json").read_text("utf-8"))
+
+
+def test_what_fastrcnn_models_prints_is_what_the_tables_say():
+    """Names, variants and published checkpoints of all; `python -m fastrcnn.zoo.complexity` writes the file again."""
+    facts = "name", "profile", "metric", "ap", "licence", "licence_of", "address"
+    expected = {}
+    for name in (*NAMES, *RPNS):
+        rows = sorted((p for p in PUBLISHED if p.model == name), key=lambda p: -p.ap)
+        for variant in dict.fromkeys(["-", *(p.variant for p in rows)]):
+            same = [{key: getattr(p, key) for key in facts} for p in rows if p.variant == variant]
+            expected[name, "" if variant == "-" else variant] = same
+    assert {(entry["model"], entry["variant"]): entry["published"] for entry in STORED} == expected
+
+
+@pytest.mark.parametrize("name", ["r50_c4", "x101_64x4d_fpn", "rpn_r50_fpn", "retinanet_r18_fpn"])
+def test_the_stored_numbers_are_counted(name):
+    assert [entry for entry in STORED if entry["model"] == name][:1] == list(itertools.islice(catalogue(name), 1))

@@ -23,6 +23,7 @@ TIERS = [
     {"evaluation", "export"},
     {"training"},
     {"cli"},
+    {"__main__"},
 ]
 TIER = {name: rank for rank, names in enumerate(TIERS) for name in names}
 FACE = PACKAGE / "models" / "__init__.py"  # hands on the builders that stand above the networks
@@ -104,7 +105,8 @@ def test_importing_the_package_brings_in_no_optional_dependency():
 import sys
 import torch, torchvision
 before = {name.split(".")[0] for name in sys.modules}
-import fastrcnn
+import fastrcnn, fastrcnn.data
+fastrcnn.Detector, fastrcnn.ops, fastrcnn.load_weights, fastrcnn.save
 print(*sorted({name.split(".")[0] for name in sys.modules} - before))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -123,6 +125,28 @@ print(*sorted({name.split(".")[0] for name in sys.modules} - before))
         "onnxruntime",
         "openvino",
     }
+
+
+def test_every_room_can_be_entered_first():
+    """The rooms' faces hand each other names; which of them is imported first must not matter."""
+    script = """
+import importlib, os, sys
+import torch, torchvision
+for room in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            importlib.import_module("fastrcnn." + room)
+            status = 0
+        finally:
+            os._exit(status)
+    if os.waitpid(child, 0)[1]:
+        print(room)
+"""
+    rooms = [name for names in TIERS[:-1] for name in sorted(names)]
+    run = subprocess.run([sys.executable, "-c", script, *rooms], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout == "", run.stdout + run.stderr
 
 
 CAPS = [

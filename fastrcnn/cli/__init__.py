@@ -3,9 +3,13 @@
 import os
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
+from fastrcnn import __version__
+from fastrcnn.cli.bench import bench
+from fastrcnn.cli.convert import convert
 from fastrcnn.cli.data import data
 from fastrcnn.cli.demo import demo
 from fastrcnn.cli.detect import detect
@@ -15,11 +19,43 @@ from fastrcnn.cli.info import info
 from fastrcnn.cli.models import models
 from fastrcnn.cli.train import train
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for verb in (detect, demo, export, info, models, train):
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: it looks the same in a terminal, a pipe and a page
+    context_settings=dict(help_option_names=["-h", "--help"]),
+    epilog="Exit status: 0 done, 1 something failed and was named, 2 a wrong command line, 130 interrupted.",
+)
+for verb in (demo, detect, train):
     app.command()(verb)
 app.command("eval")(evaluate)
+for verb in (export, convert, models, bench, info):
+    app.command()(verb)
 app.add_typer(data, name="data")
+for name, verb in (("predict", detect), ("val", evaluate)):  # as other tools call them
+    app.command(name, hidden=True)(verb)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastrcnn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fastrcnn(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and end")
+    ] = False,
+) -> None:
+    """Find objects in pictures with Faster R-CNN: detect, train on your own, evaluate, export.
+
+    \b
+    Begin with
+      fastrcnn demo
+      fastrcnn detect street.jpg
+      fastrcnn COMMAND --help
+    """
 
 
 def main() -> None:
@@ -32,7 +68,7 @@ def main() -> None:
             signal.signal(number, lambda n, _: sys.exit(128 + n))
     try:
         try:
-            app()
+            app(prog_name="fastrcnn")
         finally:
             if sys.stdout:
                 sys.stdout.flush()

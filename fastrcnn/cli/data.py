@@ -1,22 +1,17 @@
 """fastrcnn data: check, convert, split."""
 
-import json as to_json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import console, fail, printable
+from fastrcnn.cli.common import Json, fail, say, say_json
 
-data = typer.Typer(no_args_is_help=True, help="Look through annotated pictures, convert and split them.")
+data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check, convert and split annotated pictures.")
 Source = Annotated[Path, typer.Argument(help="folder or annotation file, of COCO's, Pascal VOC's or YOLO's")]
 Images = Annotated[Path | None, typer.Option(help="picture folder [default: looked for around the annotations]")]
 Out = Annotated[Path, typer.Option(help="a folder that is empty or not there yet")]
 EXAMPLES = 5
-
-
-def say(line: str) -> None:
-    console.print(printable(line), markup=False, soft_wrap=True)
 
 
 def print_findings(findings) -> None:
@@ -36,9 +31,17 @@ def check(
     path: Source,
     images: Images = None,
     strict: Annotated[bool, typer.Option("--strict", help="exit status 1 for any fault")] = False,
-    json: Annotated[bool, typer.Option("--json", help="everything that was found, as JSON")] = False,
+    as_json: Json = False,
 ) -> None:
-    """What is wrong with a dataset: entries, boxes, pictures, splits; each by file and entry, counted."""
+    """Say what is wrong with a dataset.
+
+    Entries, boxes, pictures, splits: each fault by file and entry, counted.
+
+    \b
+    Examples
+      fastrcnn data check photos
+      fastrcnn data check photos --json
+    """
     from fastrcnn.data import check as run
     from fastrcnn.data.check import faults
 
@@ -47,8 +50,8 @@ def check(
     except (ValueError, OSError) as error:
         fail(error)
     wrong = faults(findings)
-    if json:
-        console.print(to_json.dumps(findings.to_json()), markup=False, soft_wrap=True)
+    if as_json:
+        say_json(findings.to_json())
     else:
         print_findings(findings)
         dropped = sum(findings.dropped.values())
@@ -63,14 +66,26 @@ def convert(
     to: Annotated[str, typer.Option(help="coco, voc or yolo")],
     out: Out,
     images: Images = None,
+    as_json: Json = False,
 ) -> None:
-    """Write a dataset, with its splits and pictures, in another format."""
+    """Write a dataset in another format.
+
+    With its splits and pictures.
+
+    \b
+    Examples
+      fastrcnn data convert photos --to yolo --out photos_yolo
+    """
     from fastrcnn.data import convert as run
 
     try:
         done, datasets = run(path, to, out, images)
     except (ValueError, OSError) as error:
         fail(error)
+    if as_json:
+        found = {str(dataset.path): dataset.findings.to_json() for dataset in datasets}
+        say_json(dict(out=str(out), written=done, findings=found))
+        return
     for dataset in datasets:
         print_findings(dataset.findings)
     say(f"{out}: " + ", ".join(f"{count} {what}" for what, count in done.items()))
@@ -85,13 +100,24 @@ def split(
     seed: int = 0,
     to: Annotated[str | None, typer.Option(help="coco, voc or yolo [default: as it is]")] = None,
     images: Images = None,
+    as_json: Json = False,
 ) -> None:
-    """Write a dataset as a training and a validation set, and perhaps a test set."""
+    """Write a dataset as a training and a validation set.
+
+    And perhaps a test set.
+
+    \b
+    Examples
+      fastrcnn data split photos/train --val 0.2 --out sets
+    """
     from fastrcnn.data import split as run
 
     try:
         done, counts = run(path, out, val, test, seed, to, images)
     except (ValueError, OSError) as error:
         fail(error)
+    if as_json:
+        say_json(dict(out=str(out), written=done, pictures=counts))
+        return
     sets = ", ".join(f"{count} {name}" for name, count in counts.items())
     say(f"{out}: {sets}; " + ", ".join(f"{count} {what}" for what, count in done.items()))

@@ -6,18 +6,25 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Device, Precision, console, open_detector, printable
+from fastrcnn.cli.common import ASSETS, Device, Json, Precision, open_detector, say, say_json
 from fastrcnn.cli.detect import run_detector
-
-ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the picture")] = Path("out"),
     device: Device = "auto",
     precision: Precision = "auto",
+    as_json: Json = False,
 ) -> None:
-    """Find blood cells in a picture that comes with the package, with weights that come with it: no network needed."""
+    """Find blood cells in a picture of the package's own.
+
+    Picture and weights come with the package: no network is needed.
+
+    \b
+    Examples
+      fastrcnn demo
+      fastrcnn demo --out cells --json
+    """
     from fastrcnn._extension import kernel_table
 
     start = time.perf_counter()
@@ -27,11 +34,14 @@ def demo(
         raise typer.Exit(1)
     kernels = kernel_table()
     compiled = sum(row[detector.device.type] == "kernel" for row in kernels.values())
+    seconds, picture = time.perf_counter() - start, out / "demo.jpg"
+    if as_json:
+        say_json(dict(picture=str(picture), objects=objects, seconds=seconds, device=str(detector.device),
+                      precision=detector.precision, kernels=f"{compiled} of {len(kernels)}"))  # fmt: skip
+        return
     for name, count in objects.most_common():
-        console.print(f"{count:4d}  {name}")
-    seconds = time.perf_counter() - start
-    line = (
+        say(f"{count:4d}  {name}")
+    say(
         f"{sum(objects.values())} cells found in {seconds:.1f} s on {detector.device} ({detector.precision}), "
-        f"{compiled} of {len(kernels)} operators by kernels. Look at {out / 'demo.jpg'}"
+        f"{compiled} of {len(kernels)} operators by kernels. Look at {picture}"
     )
-    console.print(printable(line), markup=False, soft_wrap=True)

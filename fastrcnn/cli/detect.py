@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastrcnn.cli.common import Device, Precision, console, err, fail, open_detector, printable
+from fastrcnn.cli.common import (
+    Device,
+    Json,
+    Model,
+    Precision,
+    Score,
+    Weights,
+    fail,
+    open_detector,
+    progress_bar,
+    say,
+    say_json,
+    warn,
+)
 
 
 def selected(names: list[str], wanted: str | None) -> set[int] | None:
@@ -32,11 +44,10 @@ def run_detector(
     from fastrcnn.inference.output import write_detections
 
     warnings.filterwarnings("ignore", module="PIL")  # about what is in a picture: it is read, or it is named below
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     images, objects = Counter(), Counter()
     try:
         with (
-            Progress(*columns, console=err, transient=True, disable=len(sources) < 2) as progress,
+            progress_bar(len(sources)) as progress,
             closing(write_detections(detector, sources, out, classes, batch, pictures)) as results,
         ):
             task = progress.add_task("detecting", total=len(sources))
@@ -44,7 +55,7 @@ def run_detector(
                 progress.advance(task)
                 if isinstance(found, Exception):
                     images["not written" if isinstance(found, OSError) else "unreadable"] += 1
-                    err.print(printable(f"skipped {found}"), style="yellow", markup=False, soft_wrap=True)
+                    warn(f"skipped {found}")
                 else:
                     images["done"] += 1
                     objects.update(found.names)
@@ -55,21 +66,26 @@ def run_detector(
 
 def detect(
     sources: Annotated[list[str], typer.Argument(help="images, folders, glob patterns, http(s) addresses")],
-    weights: Annotated[
-        str | None,
-        typer.Option(help="checkpoint of MMDetection, torchvision or Detectron2: file or https address "
-                          "[default: torchvision's COCO weights, fetched once]"),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="name from `fastrcnn models` [default: told by the weights]")] = None,
+    weights: Weights = None,
+    model: Model = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures and detections.json")] = Path("out"),
-    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="leave out objects below this score")] = 0.5,
+    score: Score = 0.5,
     classes: Annotated[str | None, typer.Option(help="names of the classes to keep, comma-separated")] = None,
     device: Device = "auto",
     precision: Precision = "auto",
     batch: Annotated[int | None, typer.Option(min=1, help="images of one shape per step")] = None,
     pictures: Annotated[bool, typer.Option(help="write pictures as well as detections.json")] = True,
-) -> None:  # fmt: skip
-    """Find objects in images: pictures with boxes, names and scores, and COCO-format JSON."""
+    as_json: Json = False,
+) -> None:
+    """Find objects in pictures.
+
+    Writes pictures with boxes, names and scores, and what was found in COCO's format.
+
+    \b
+    Examples
+      fastrcnn detect street.jpg
+      fastrcnn detect photos/valid --weights runs/mine/best.safetensors --out found --json
+    """
     from fastrcnn.data import list_images
     from fastrcnn.inference.output import check_folder
 
@@ -84,9 +100,11 @@ def detect(
     start = time.perf_counter()
     images, objects = run_detector(detector, paths, out, selected(detector.class_names, classes), batch, pictures)
     seconds = time.perf_counter() - start
-    what = ", ".join(f"{n} {name}" for name, n in objects.most_common(6)) or "nothing"
-    failed = "".join(f", {images[k]} {k} (named above)" for k in ("unreadable", "not written") if images[k])
-    line = f"{images['done']} of {len(paths)} images in {seconds:.1f} s{failed}: {what}. See {out}/"
-    console.print(printable(line), markup=False, soft_wrap=True)
-    if failed:
+    if as_json:
+        say_json(dict(out=str(out), images=len(paths), **images, objects=objects, seconds=seconds))
+    else:
+        what = ", ".join(f"{n} {name}" for name, n in objects.most_common(6)) or "nothing"
+        failed = "".join(f", {images[k]} {k} (named above)" for k in ("unreadable", "not written") if images[k])
+        say(f"{images['done']} of {len(paths)} images in {seconds:.1f} s{failed}: {what}. See {out}/")
+    if images["done"] < len(paths):
         raise typer.Exit(1)

@@ -1,19 +1,17 @@
 """fastrcnn eval."""
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastrcnn.cli.common import Device, Precision, console, err, fail
+from fastrcnn.cli.common import Device, Json, Precision, fail, progress_bar, say, say_json
 
 
 def print_scores(scores: dict[str, float]) -> None:
     for name, value in scores.items():
-        console.print(f"{name:8} {value:5.1f}")
+        say(f"{name:8} {value:5.1f}")
 
 
 def _numbers(text: str | None) -> list[int] | None:
@@ -33,13 +31,22 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="folder for report.html, metrics.json, predictions.json, charts")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="the numbers as JSON; null where there is no object")] = False,
     max_dets: Annotated[str | None, typer.Option(help="detections a picture that count [default: 1,10,100]")] = None,
     batch: Annotated[int | None, typer.Option(help="pictures at a time [default: 8 on CUDA, 1 on a CPU]")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
+    as_json: Json = False,
 ) -> None:
-    """COCO's twelve numbers, in percent, of a checkpoint on annotated images; the recall of a region proposal network."""
+    """COCO's numbers of a checkpoint on annotated pictures.
+
+    Twelve, in percent; of a region proposal network its recall. In JSON a number is null where there is no object to
+    count.
+
+    \b
+    Examples
+      fastrcnn eval photos/valid --weights runs/mine/best.safetensors
+      fastrcnn eval photos --split val --weights runs/mine/best.safetensors --out report --json
+    """
     from fastrcnn.data import open_dataset
     from fastrcnn.data.detect_format import detect_format
     from fastrcnn.evaluation import as_detector, evaluate, evaluate_proposals, write_numbers
@@ -48,7 +55,6 @@ def evaluate(
     from fastrcnn.weights import infer_model
 
     most = _numbers(max_dets)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         chosen = as_device(device)
         if out is not None:
@@ -59,7 +65,7 @@ def evaluate(
         about = dict(weights=weights, data=f"{data} ({split})" if split else str(data))
         model = infer_model(weights).to(chosen)
         detector = as_detector(model, precision, max(most or [0]))
-        with Progress(*columns, console=err, transient=True, disable=len(dataset) < 2) as progress:
+        with progress_bar(len(dataset)) as progress:
             task = progress.add_task("detecting", total=len(dataset))
             options = dict(batch_size=batch, advance=lambda: progress.advance(task))
             if model.reads_labels:
@@ -71,8 +77,8 @@ def evaluate(
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     if as_json:
-        print(json.dumps({name: None if math.isnan(value) else value for name, value in scores.items()}))
+        say_json({name: None if math.isnan(value) else value for name, value in scores.items()})
     else:
         print_scores(scores)
         if out is not None:
-            console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
+            say(f"report: {out / 'report.html'}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import console, fail, open_detector, printable
+from fastrcnn.cli.common import Json, Model, fail, open_detector, say, say_json
 
 ENDINGS = dict(pt2=".pt2", onnx=".onnx", openvino=".xml", triton="")
 
@@ -16,13 +16,22 @@ def export(
     to: Annotated[str, typer.Option(help="pt2 (AOTInductor), onnx, openvino or triton")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="file, or Triton's folder of the model "
                                                   "[default: named as the weights, here]")] = None,
-    model: Annotated[str | None, typer.Option(help="name from `fastrcnn models` [default: told by the weights]")] = None,
+    model: Model = None,
     precision: Annotated[str, typer.Option(help="fp32; fp16 (onnx, openvino, triton); bf16 (pt2)")] = "fp32",
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="leave out objects below this score")] = 0.05,
     raw: Annotated[bool, typer.Option("--raw", help="take a batch that is resized and normalised already")] = False,
     dynamic: Annotated[bool, typer.Option(help="any number and size of images, or one of the largest size")] = True,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write a detector as a file that runs without this package, and compare what it finds before leaving it there."""
+    """Write a detector as ONNX, OpenVINO, Triton or .pt2.
+
+    A file that runs without this package. What it finds is compared before it is left there.
+
+    \b
+    Examples
+      fastrcnn export runs/mine/best.safetensors --to onnx --out mine.onnx
+      fastrcnn export runs/mine/best.safetensors --to openvino --out mine.xml
+    """
     from fastrcnn.export import export as write
 
     if to not in ENDINGS:
@@ -33,8 +42,11 @@ def export(
         found = write(detector, out, to, precision, raw, dynamic)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(error)
-    line = (
+    if as_json:
+        say_json(dict(out=str(out), to=to, objects=found.objects, pictures=found.images, pixels=found.pixels,
+                      score=found.score))  # fmt: skip
+        return
+    say(
         f"{found.objects} objects in {found.images} pictures, found again within {found.pixels:.2g} px and "
         f"{found.score:.1g} of score. See {out}"
     )
-    console.print(printable(line), markup=False, soft_wrap=True)

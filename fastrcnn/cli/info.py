@@ -1,21 +1,27 @@
 """fastrcnn info."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from fastrcnn.cli.common import console, fail, printable
+from fastrcnn.cli.common import Json, fail, say, say_json, say_table
 
 
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    as_json: Json = False,
     plan: Annotated[Path | None, typer.Option(help="a plan saved by fastrcnn.ops.conv_plan: show that instead")] = None,
 ) -> None:
-    """Versions, devices, and what answers each operator: a compiled kernel or the reference, and why."""
+    """Versions, devices, and what answers each operator.
+
+    A compiled kernel or the reference, and why.
+
+    \b
+    Examples
+      fastrcnn info
+      fastrcnn info --json
+    """
     if plan is not None:
         show_plan(plan, as_json)
         return
@@ -38,23 +44,22 @@ def info(
         reasons=_extension.reasons(),
     )
     if as_json:
-        print(json.dumps(facts))
+        say_json(facts)
         return
     for key in ("fastrcnn", "torch", "cuda", "python", "built_with_torch"):
-        console.print(f"{key:17} {facts[key]}")
-    console.print(f"{'devices':17} {', '.join(devices)}")
-    table = Table("op", "cpu", "cuda")
+        say(f"{key:17} {facts[key]}")
+    say(f"{'devices':17} {', '.join(devices)}")
+    rows = []
     for op, row in facts["ops"].items():
         cells = []
         for device, answer in row.items():
             others = [name for name, ops in facts["dtypes"].items() if ops[op][device] != answer]
-            cell = f"[green]{answer}[/]" if answer == "kernel" else answer
-            cells.append(cell + (f", {', '.join(others)}: reference" if others else ""))
-        table.add_row(op, *cells)
-    console.print(table)
+            cells.append(answer + (f", {', '.join(others)}: reference" if others else ""))
+        rows.append((op, *cells))
+    say_table(("op", "cpu", "cuda"), rows)
     for name, reason in facts["reasons"].items():
         if reason:
-            console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
+            say(f"{name}: {reason}")
 
 
 def show_plan(path: Path, as_json: bool) -> None:
@@ -66,8 +71,8 @@ def show_plan(path: Path, as_json: bool) -> None:
     except (OSError, ValueError) as error:
         fail(error)
     if as_json:
-        print(json.dumps(plan))
+        say_json(plan)
         return
     for kind, times in plan.items():
         fastest_first = ", ".join(f"{name} {ms:.4g} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
-        console.print(printable(f"{kind}: {fastest_first}"), markup=False, soft_wrap=True)
+        say(f"{kind}: {fastest_first}")

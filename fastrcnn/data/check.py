@@ -97,7 +97,8 @@ def _classes(dataset: DetectionDataset, found: Findings) -> None:
     for name, count in zip(dataset.class_names, numbers.tolist()):
         if count < FEW:
             kind = "class with few objects" if count else "unused class"
-            found.note(kind, dataset.path, "", f"{name!r} has {count or 'no'} objects")
+            hint = "" if count else "; a placeholder of a tool's? Take it out of the file, it would be trained on"
+            found.note(kind, dataset.path, "", f"{name!r} has {count or 'no'} objects{hint}")
     for index in np.flatnonzero(dataset.objects == 0):
         found.note("empty picture", *dataset.where(index), f"{dataset.picture(index)} has no objects: background")
 
@@ -126,7 +127,7 @@ def _read_all(dataset: DetectionDataset, indices: Iterable[int]) -> Iterator[tup
     def read(index: int) -> tuple[tuple | None, bytes | None]:
         path, where = dataset.picture(index), dataset.where(index)
         if not os.path.isfile(path):
-            return ("missing picture", *where, f"there is no {path}"), None
+            return ("missing picture", *where, f"there is no {path}{_hint(dataset.table.names[index])}"), None
         try:
             image = read_image(path, None)
         except ImageError as error:
@@ -143,6 +144,13 @@ def _read_all(dataset: DetectionDataset, indices: Iterable[int]) -> Iterator[tup
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(read, indices)
+
+
+def _hint(name: str) -> str:
+    """What to do about a name that is a place on a labelling server."""
+    if name.startswith(("/data/", "upload/", "http:", "https:")) or "local-files" in name:
+        return " (a labelling server's name: export with the pictures, or name their folder with --images)"
+    return ""
 
 
 def read_through(dataset) -> Counter:

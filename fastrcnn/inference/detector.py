@@ -17,7 +17,7 @@ from fastrcnn.layers import fold_batch_norm
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
 from fastrcnn.models.padded import Padded
 from fastrcnn.models.rpn import RPN
-from fastrcnn.weights import coco_address, infer_model
+from fastrcnn.weights.load import coco_address, infer_model
 from fastrcnn.weights.named import named_model
 from fastrcnn.zoo.recipes import NAMES, RPNS
 

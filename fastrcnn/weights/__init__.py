@@ -1,5 +1,6 @@
 """Checkpoints of MMDetection, torchvision and Detectron2, read into our models with the peer's own semantics."""
 
+import fastrcnn.models  # noqa: F401  first: its face hands on builders from here
 from fastrcnn.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from fastrcnn.weights.load import coco_address, infer_model, load_pretrained, load_weights, pretrained_model
 from fastrcnn.weights.named import named_model

@@ -1,7 +1,9 @@
 """Parameters and multiply-adds of detectors, counted on shapes alone: nothing is computed."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -91,3 +93,8 @@ def catalogue(name_contains: str = "") -> Iterator[dict]:
 def _facts(rows: Sequence[Published]) -> list[dict]:
     names = "name", "profile", "metric", "ap", "licence", "licence_of", "address"
     return [{key: getattr(p, key) for key in names} for p in rows]
+
+
+if __name__ == "__main__":  # what `fastrcnn models` prints, counted once: it takes half a minute and never changes
+    stored = Path(__file__).parent.parent / "assets" / "models.json"
+    stored.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in catalogue()) + "\n]\n", encoding="utf-8")

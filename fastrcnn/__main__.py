@@ -1,0 +1,3 @@
+from fastrcnn.cli import main
+
+main()
