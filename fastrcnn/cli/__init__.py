@@ -68,7 +68,7 @@ def main() -> None:
             signal.signal(number, lambda n, _: sys.exit(128 + n))
     try:
         try:
-            app(prog_name="fastrcnn")
+            app()
         finally:
             if sys.stdout:
                 sys.stdout.flush()

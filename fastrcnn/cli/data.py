@@ -14,7 +14,7 @@ Out = Annotated[Path, typer.Option(help="a folder that is empty or not there yet
 EXAMPLES = 5
 
 
-def print_findings(findings) -> None:
+def print_findings(findings, say=say) -> None:
     """A line a kind with its number, and the first of each."""
     for kind, count in findings.counts.most_common():
         dropped = findings.dropped[kind]

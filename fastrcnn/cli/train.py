@@ -1,29 +1,34 @@
 """fastrcnn train."""
 
 import contextlib
+import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Device, console, fail
+from fastrcnn.cli.common import Device, Json, console, err, fail, say_json
 
 
-def say(line: str) -> None:
+def say_on(where, line: str) -> None:
     """Prints a line, of several processes in the first one; a full disk or a closed pipe behind it ends no training."""
     from fastrcnn.training.distributed import is_first
 
     if is_first():
         with contextlib.suppress(OSError):
-            console.print(line, markup=False, soft_wrap=True)
+            where.print(line, markup=False, soft_wrap=True)
 
 
 def train(
     data: Annotated[Path, typer.Argument(help="folder or annotation file: COCO, Pascal VOC or YOLO")],
     out: Annotated[Path, typer.Option(help="folder for weights, logs and report; NAME.safetensors: folder NAME, and "
                                            "the best weights in that file")],
-    images: Annotated[Path | None, typer.Option(help="image folder [default: beside the annotations]")] = None,
+    images: Annotated[Path | None, typer.Option(help="its picture folder [default: beside the annotations]")] = None,
     val: Annotated[Path | None, typer.Option(help="folder or annotation file to measure AP on after each epoch")] = None,
+    val_images: Annotated[
+        Path | None, typer.Option(help="picture folder of --val [default: beside its annotations, then --images]")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="name, or an MMDetection config file [default: told by the weights, else r50_fpn]")
     ] = None,
@@ -46,12 +51,17 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard's files, too")] = False,
     device: Device = "auto",
+    as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Train on your own data; --out then holds best.safetensors, which `fastrcnn detect --weights` takes, and report.html.
+    """Train on your own annotated pictures.
 
-    fastrcnn train photos/ --val more/ --weights coco --out runs/mine
+    --out then holds best.safetensors, which `fastrcnn detect --weights` takes, and report.html.
+
+    \b
+    Examples
+      fastrcnn train photos/train --val photos/valid --weights coco --out runs/mine
+      fastrcnn train photos/train --val photos/valid --out runs/mine --resume
     """
-
     import torch
 
     from fastrcnn.cli.data import print_findings
@@ -70,6 +80,7 @@ def train(
     from fastrcnn.weights import model_to_train
     from fastrcnn.weights.start import is_config
 
+    say = partial(say_on, err if as_json else console)
     try:  # everything that the run needs, before its first step
         folder, file = check_out(out, resume or not is_first())
         chosen = own_device(as_device(device))
@@ -79,7 +90,7 @@ def train(
             val, split = data, "val"
         if val is not None:
             require_hotcoco()
-            held_out = open_dataset(val, images, split)
+            held_out = open_dataset(val, val_images or _its_pictures(val, images), split)
             held_out.truth(range(len(held_out)))
         dataset = open_dataset(data, images)
         seed_everything(seed)  # of the weights that start afresh
@@ -111,14 +122,29 @@ def train(
                 check_dataset(held_out, "val", seen, findings)
             if findings:
                 say(f"{data}: what was found (fastrcnn data check says more); what is dropped is left out")
-                print_findings(findings)
+                print_findings(findings, say)
         run(
             net, dataset, plan, out, resume, held_out, batch_size=size, lr=lr, seed=seed, workers=workers,
             deterministic=deterministic, drop_empty=drop_empty, patience=patience, tensorboard=tensorboard, log=say,
         )  # fmt: skip
-        say(f"weights and report: {file or folder / 'best.safetensors'}, {folder}/report.html")
+        best = file or folder / "best.safetensors"
+        say(f"weights and report: {best}, {folder}/report.html")
+        if as_json and is_first():
+            metrics = folder / "metrics.json"
+            numbers = json.loads(metrics.read_text()) if metrics.is_file() else None
+            say_json(dict(out=str(folder), weights=str(best), report=str(folder / "report.html"), metrics=numbers))
     except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         fail(error)
+
+
+def _its_pictures(val: Path, images: Path | None) -> Path | None:
+    """--images where --val's own pictures do not lie beside it: COCO has a folder for each, other sets one for both."""
+    from fastrcnn.data import open_dataset
+
+    if images is None or not val.is_file():
+        return None
+    found = open_dataset(val)
+    return None if found.picture(0).is_file() else images
 
 
 def _whole(name: str, text: str) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastrcnn.checkpoints.checkpoint import PEERS
 from fastrcnn.checkpoints.peer_options import EXTRA_STATE, PeerOptions
+from fastrcnn.checkpoints.write import write_whole
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.profiles import Profile, get_profile
 from fastrcnn.models.resnet import Bottleneck
@@ -134,10 +135,5 @@ def convert_checkpoint(source: str | Path, to: str, out: str | Path) -> list[str
     if names is not None:
         meta["dataset_meta"] = dict(CLASSES=tuple(names))
     content = dict(mmdet=dict(meta=meta, state_dict=state), torchvision=state, detectron2=dict(model=state))[to]
-    part = path.with_name(f".{path.name[:80]}.part")
-    try:
-        torch.save(content, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, lambda file: torch.save(content, file))
     return notes
