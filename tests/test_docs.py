@@ -1,4 +1,4 @@
-"""Every block of docs/*.md runs as it is written, on a small copy of the data it names."""
+"""Every block of README.md and docs/*.md runs as it is written, on a small copy of the data it names."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from fastrcnn.weights import save
 
 CLASS_NAMES = ["RBC", "WBC", "Platelets"]
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = {"--epochs": "1", "--batch": "2", "--min-size": "64", "--max-size": "96", "--workers": "0", "--device": "cpu"}
 BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^\n]+?) -->\n)?^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 
