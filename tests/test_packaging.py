@@ -17,6 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_COMPILER = {**os.environ, "CXX": "/nonexistent"}
 
 
+def test_the_version_stands_once():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert f'__version__ = "{version}"' in (ROOT / "fastrcnn" / "__init__.py").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A copy of the sources in a folder of the package's own name."""
@@ -41,9 +48,11 @@ def build(hook: str, clone: Path, out: Path, **environ: str) -> Path:
 
 def test_source_distribution_holds_every_source(clone, tmp_path):
     sources = {str(p.relative_to(clone)) for p in clone.rglob("*") if p.is_file() and "egg-info" not in str(p)}
+    shutil.copytree(ROOT / "benchmarks", clone / "benchmarks")  # which stay out
     with tarfile.open(build("build_sdist", clone, tmp_path)) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert any(name.endswith(".cuh") for name in sources) and sources <= packed
+    assert not any(name.startswith("benchmarks/") for name in packed)
 
 
 def test_editable_install_is_found_from_the_folder_above_the_clone(clone, tmp_path):
