@@ -22,6 +22,7 @@ TIERS = [
     {"inference"},
     {"evaluation", "export"},
     {"training"},
+    {"serve"},
     {"cli"},
     {"__main__"},
 ]
@@ -124,6 +125,9 @@ print(*sorted({name.split(".")[0] for name in sys.modules} - before))
         "onnxscript",
         "onnxruntime",
         "openvino",
+        "fastapi",
+        "uvicorn",
+        "prometheus_client",
     }
 
 

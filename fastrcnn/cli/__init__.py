@@ -17,6 +17,7 @@ from fastrcnn.cli.eval import evaluate
 from fastrcnn.cli.export import export
 from fastrcnn.cli.info import info
 from fastrcnn.cli.models import models
+from fastrcnn.cli.serve import serve
 from fastrcnn.cli.train import train
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
 for verb in (demo, detect, train):
     app.command()(verb)
 app.command("eval")(evaluate)
-for verb in (export, convert, models, bench, info):
+for verb in (serve, export, convert, models, bench, info):
     app.command()(verb)
 app.add_typer(data, name="data")
 for name, verb in (("predict", detect), ("val", evaluate)):  # as other tools call them

@@ -29,10 +29,15 @@ ORIENTATION, TILE_WIDTH, TILE_HEIGHT = 0x0112, 0x0142, 0x0143  # tags of EXIF an
 TURNS = {2: (False, [2]), 3: (False, [1, 2]), 4: (False, [1]), 5: (True, []), 6: (True, [2]), 7: (True, [1, 2]),
          8: (True, [1])}  # fmt: skip
 BYTES_A_PIXEL = 4  # of a file, at most
+MOST_SCANS = 100  # of a JPEG; encoders write ten, and 40 bytes of a scan cost a pass over every pixel
 
 
 class OtherChannelsError(ValueError):
     """A picture that is whole, with other channels than were asked for."""
+
+
+class TooManyPixelsError(ValueError):
+    """A picture of more pixels than are allowed, of which none was decoded."""
 
 
 def max_pixels() -> float:
@@ -91,7 +96,7 @@ def _opened(file, look):
     except UnidentifiedImageError:
         raise ValueError(f"not an image, or a damaged one (expected {', '.join(SUFFIXES)})") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{error} The limit is PIL.Image.MAX_IMAGE_PIXELS or FASTRCNN_MAX_PIXELS") from None
+        raise TooManyPixelsError(f"{error} The limit is PIL.Image.MAX_IMAGE_PIXELS or FASTRCNN_MAX_PIXELS") from None
     except MemoryError:
         raise ValueError("there is no memory for its pixels") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
@@ -99,9 +104,12 @@ def _opened(file, look):
 
 
 def _pixels(image, data: bytes, channels: int | None) -> Tensor:
+    jpeg = image.format in ("JPEG", "MPO")
+    if jpeg and data.count(b"\xff\xda") > MOST_SCANS:
+        raise ValueError(f"more than {MOST_SCANS} scans")
     if channels != 3:
         return pixels_of(image, channels)
-    pixels = _jpeg(data) if image.format in ("JPEG", "MPO") else None
+    pixels = _jpeg(data) if jpeg else None
     return pixels_of(image) if pixels is None else _turned(pixels, image)
 
 
@@ -141,8 +149,10 @@ def _array(data: bytes) -> np.ndarray:
         if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
             raise ValueError("its length is not that of its shape")
         if len(shape) > 1 and shape[0] * shape[1] > max_pixels():
-            raise ValueError(f"{shape} is more than {max_pixels():,} pixels")
+            raise TooManyPixelsError(f"{shape} is more than {max_pixels():,} pixels")
         return np.load(io.BytesIO(data), allow_pickle=False)
+    except TooManyPixelsError:
+        raise
     except Exception as error:  # numpy raises many kinds for damaged files
         raise ValueError(f"damaged array ({' '.join(str(error).split()) or type(error).__name__})") from None
 
