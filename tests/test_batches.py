@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -163,6 +164,22 @@ def test_a_worker_that_is_killed_is_begun_again(dataset):
     assert same(found, expected) and given.deaths >= 1
 
 
+@pytest.mark.filterwarnings("ignore:a worker process ended")
+def test_a_batch_handed_to_a_broken_pool_is_not_lost(dataset):
+    expected, found = epoch_of(dataset), []
+    given = batches(dataset, 2, seed=1, epoch=3, transforms=HOW, workers=1)
+    for batch in given:
+        found.append(batch)
+        if len(found) == 2:
+            for _, work in given._ahead:  # are done: the next batch is there, and then another one is handed in
+                work.result(60)
+            (process,) = given._pool._processes.values()
+            process.kill()
+            with pytest.raises(BrokenProcessPool):
+                given._pool.submit(int).result(60)
+    assert same(found, expected) and given.deaths == 1
+
+
 class Deadly(Sizes):
     def __getitem__(self, index):
         os._exit(9)
@@ -170,7 +187,7 @@ class Deadly(Sizes):
 
 @pytest.mark.filterwarnings("ignore:a worker process ended")
 def test_a_batch_that_kills_every_worker_is_named():
-    with pytest.raises(RuntimeError, match=r"ended 3 times over the pictures \[\d"):
+    with pytest.raises(OSError, match=r"ended 3 times over the pictures \[\d"):
         next(batches(Deadly(4), 2, seed=0, epoch=0, workers=1))
 
 

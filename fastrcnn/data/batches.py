@@ -192,7 +192,12 @@ class Batches(Iterator[Batch]):
             # A forked worker shares the index of the dataset; another one gets a copy of it.
             context = multiprocessing.get_context("fork" if "fork" in ways else None)
             self._pool = ProcessPoolExecutor(self.workers, context, _begin, self.work)
-        self._ahead.append((indices, self._pool.submit(_in_worker, indices)))
+        try:
+            work = self._pool.submit(_in_worker, indices)
+        except BrokenProcessPool as error:  # said where the batch is wanted: none may be lost
+            work = Future()
+            work.set_exception(error)
+        self._ahead.append((indices, work))
 
     def _fill(self) -> None:
         while len(self._ahead) < self.workers * AHEAD and (indices := next(self.indices, None)) is not None:
@@ -207,8 +212,7 @@ class Batches(Iterator[Batch]):
                     raise StopIteration
                 result = self._ahead[0][1].result()
                 self._ahead.popleft()
-                with contextlib.suppress(BrokenProcessPool):  # which the next batch says
-                    self._fill()
+                self._fill()
                 return result
             except BrokenProcessPool as error:
                 self.deaths += 1
@@ -216,7 +220,7 @@ class Batches(Iterator[Batch]):
                 warnings.warn(f"a worker process ended (of memory or a signal): begun again ({error})", stacklevel=3)
                 self.close()
                 if attempt + 1 == DEATHS:
-                    raise RuntimeError(
+                    raise OSError(
                         f"a worker process ended {DEATHS} times over the pictures {again[0]}: too little memory, or room "
                         "in /dev/shm, for so many workers?"
                     ) from None
@@ -246,7 +250,7 @@ def batches(dataset, batch_size: int, *, seed: int, epoch: int, start: int = 0, 
     pictures that have no objects. workers: processes that read and change pictures, 0: this one.
 
     A picture that cannot be read is left out, named by a warning and in `skipped`; a worker that ends is begun again.
-    Raises ValueError for arguments out of range, RuntimeError where workers end over and over on the same batch.
+    Raises ValueError for arguments out of range, OSError where workers end over and over on the same batch.
     """
     given = ("batch_size", batch_size, 1), ("start", start, 0), ("workers", workers, 0), ("world", world, 1)
     for name, value, least in given:
