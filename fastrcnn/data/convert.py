@@ -16,8 +16,14 @@ import numpy as np
 from fastrcnn.data.dataset import DetectionDataset
 from fastrcnn.data.detect_format import detect_format
 from fastrcnn.data.fetch import read_bytes
+from fastrcnn.data.folders import is_picture
 
+ROUNDING = 1e-6  # pixels
 Part = tuple[str, DetectionDataset, Sequence[int]]  # a split, and which pictures of a dataset are in it
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
 
 
 def _placed(part: Part, folder: Path, taken: set[str], done: Counter) -> list[tuple[int, str]]:
@@ -31,15 +37,15 @@ def _placed(part: Part, folder: Path, taken: set[str], done: Counter) -> list[tu
         name = Path(dataset.table.names[index].replace("\\", "/")).name
         stem, suffix = os.path.splitext(name)
         for k in range(2, len(taken) + 3):
-            if name.rpartition(".")[0] not in taken:
+            if _stem(name) not in taken:
                 break
             name = f"{stem}_{k}{suffix}"
         if not os.path.isfile(source):
             done["pictures that are missing"] += 1
             continue
-        taken.add(name.rpartition(".")[0])
+        taken.add(_stem(name))
         try:
-            os.link(source, folder / name)
+            os.link(os.path.realpath(source), folder / name)  # of a link the file: the link may be a relative one
         except OSError:
             shutil.copyfile(source, folder / name)
         placed.append((index, name))
@@ -73,31 +79,40 @@ def _plain(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _is_whole(boxes: np.ndarray) -> bool:
+    """Of boxes [N, 4]: whether they can be said in pixels counted from 1, so that a reader takes them for that."""
+    return bool((np.abs(boxes - boxes.round()) < ROUNDING).all() and (boxes[:, :2] > -0.5).all())
+
+
 def _to_voc(parts: list[Part], out: Path, done: Counter) -> None:
     """In VOC's pixels counted from 1 where every box is of whole pixels, else as the corners themselves: see
     data/voc.py."""
-    whole = all(not (dataset.table.boxes % 1).any() for _, dataset, _ in parts)
-    taken: set[str] = set()
     for folder in ("Annotations", "ImageSets/Main"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     (out / "labels.txt").write_text("".join(f"{name}\n" for name in parts[0][1].class_names))
-    for part in parts:
-        split, dataset, _ = part
-        placed = _placed(part, out / "JPEGImages", taken, done)
-        for index, name in placed:
+    taken: set[str] = set()
+    placed = [(split, dataset, _placed((split, dataset, indices), out / "JPEGImages", taken, done))
+              for split, dataset, indices in parts]  # fmt: skip
+    whole = all(_is_whole(dataset.table.boxes[slice(*dataset.table.starts[index : index + 2])])
+                for _, dataset, pictures in placed for index, _ in pictures)  # fmt: skip
+    for split, dataset, pictures in placed:
+        for index, name in pictures:
             height, width = dataset.sizes[index]
             objects = []
             for row in dataset.rows([index]):
-                x, y, w, h = row["bbox"]
+                x, y, w, h = map(round, row["bbox"]) if whole else row["bbox"]
+                if whole and not (w and h):
+                    done["boxes that VOC cannot say (no width or height)"] += 1
+                    continue
                 sides = [x + whole, y + whole, x + w, y + h]
-                box = "".join(f"<{k}>{v:.10g}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), sides))
+                box = "".join(f"<{k}>{v:.12g}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), sides))
                 objects.append(f"  <object><name>{escape(dataset.class_names[row['category']])}</name>"
                                f"<difficult>{row['iscrowd']}</difficult><bndbox>{box}</bndbox></object>\n")  # fmt: skip
             done["boxes"] += len(objects)
             text = (f"<annotation>\n  <filename>{escape(name)}</filename>\n  <size><width>{width}</width><height>{height}"
                     f"</height><depth>3</depth></size>\n{''.join(objects)}</annotation>\n")  # fmt: skip
-            (out / "Annotations" / f"{name.rpartition('.')[0]}.xml").write_text(text)
-        stems = "".join(f"{name.rpartition('.')[0]}\n" for _, name in placed)
+            (out / "Annotations" / f"{_stem(name)}.xml").write_text(text)
+        stems = "".join(f"{_stem(name)}\n" for _, name in pictures)
         (out / "ImageSets" / "Main" / f"{split}.txt").write_text(stems)
 
 
@@ -107,6 +122,8 @@ def _to_yolo(parts: list[Part], out: Path, done: Counter) -> None:
         placed = _placed(part, out / "images" / split, set(), done)
         (out / "labels" / split).mkdir(parents=True, exist_ok=True)
         for index, name in placed:
+            if not is_picture(name):
+                done["pictures whose suffix YOLO does not know"] += 1
             height, width = dataset.sizes[index].tolist()
             lines = []
             for row in dataset.rows([index]):
@@ -119,7 +136,7 @@ def _to_yolo(parts: list[Part], out: Path, done: Counter) -> None:
                 values = *middle, (right - left) / width, (bottom - top) / height
                 lines.append(f"{row['category']} " + " ".join(f"{v:.12g}" for v in values) + "\n")
             done["boxes"] += len(lines)
-            (out / "labels" / split / f"{name.rpartition('.')[0]}.txt").write_text("".join(lines))
+            (out / "labels" / split / f"{_stem(name)}.txt").write_text("".join(lines))
     names = "".join(f"  {i}: {json.dumps(name)}\n" for i, name in enumerate(parts[0][1].class_names))
     splits = "".join(f"{split}: images/{split}\n" for split, _, _ in parts)
     (out / "data.yaml").write_text(f"{splits}names:\n{names}")

@@ -115,7 +115,8 @@ def find_voc(folder: Path) -> dict[str | None, Callable[[str], bool]]:
         lists = {}
         for name in ("train", "trainval", "val", "test"):
             if (main / f"{name}.txt").is_file():
-                stems = {line.split()[0] for line in entries(main / f"{name}.txt")}
+                lines = entries(main / f"{name}.txt")  # a name, in which there may be blanks, or a name and a flag
+                stems = {*lines, *(line.split()[0] for line in lines)}
                 stems |= {stem.rpartition("/")[2].rpartition(".")[0] for stem in stems if is_picture(stem)}
                 lists.setdefault(split_of(name), lambda file, stems=stems: Path(file).stem in stems)
         if lists:
@@ -128,12 +129,13 @@ def find_voc(folder: Path) -> dict[str | None, Callable[[str], bool]]:
 
 def _class_names(folder: Path, found: set[str]) -> list[str]:
     """In the order of labels.txt, or of CVAT's labelmap.txt, where there is one; else sorted."""
-    for name in ("labels.txt", "labelmap.txt"):
-        if (folder / name).is_file():
-            listed = [line.split(":")[0] for line in entries(folder / name) if not line.startswith("#")]
-            listed = list(dict.fromkeys(n for n in listed if n != "background" or n in found))
-            return listed + sorted(found - set(listed))
-    return sorted(found)
+    listed: list[str] = []
+    if (folder / "labels.txt").is_file():
+        listed = list(dict.fromkeys(entries(folder / "labels.txt")))
+    elif (folder / "labelmap.txt").is_file():  # name:color:parts:actions, and a class that is none
+        listed = [line.split(":")[0] for line in entries(folder / "labelmap.txt") if not line.startswith("#")]
+        listed = list(dict.fromkeys(n for n in listed if n != "background" or n in found))
+    return listed + sorted(found - set(listed))
 
 
 def read_voc(folder: Path, belongs: Callable[[str], bool], images: Path | None = None, strict: bool = False) -> Table:
