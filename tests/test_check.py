@@ -1,7 +1,9 @@
 """data/check.py, data/convert.py's split, and `fastrcnn data`: each fault by file and entry, counted."""
 
 import json
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastrcnn.cli import app
-from fastrcnn.data import check, open_dataset, split
+from fastrcnn.data import check, open_dataset, read_through, split
 from fastrcnn.data.findings import LISTED, Findings
 
 
@@ -134,6 +136,22 @@ def test_counts_beyond_the_list_reach_the_check(tmp_path):
     picture(tmp_path / "images" / "a.png")
     write(tmp_path, ["a.png"], [dict(image_id=1)] + [dict(image_id=2)] * 1500)
     assert check(tmp_path).counts["unknown image"] == 1500 == open_dataset(tmp_path).left_out["unknown image"]
+
+
+def test_pictures_are_handed_to_the_threads_in_pieces(clean, monkeypatch):
+    """So that ten million of them are not ten million objects at once; and none is missed."""
+    handed, submit = [0], ThreadPoolExecutor.submit
+    monkeypatch.setattr(sys.modules[read_through.__module__], "PIECE", 6)
+    monkeypatch.setattr(
+        ThreadPoolExecutor, "submit", lambda *args: handed.__setitem__(0, handed[0] + 1) or submit(*args)
+    )
+    data = open_dataset(clean / "train.json")
+    target = data.target
+    most = []
+    monkeypatch.setattr(data, "target", lambda i: most.append(handed[0] - i) or target(i))
+    assert read_through(data) == {0: 20, 1: 20} and handed[0] == 20 and max(most) <= 6
+    (clean / "images" / "train17.png").unlink()
+    assert check(clean).counts == {"missing picture": 1}
 
 
 def test_what_is_no_dataset_is_one_sentence(tmp_path):

@@ -8,7 +8,7 @@ anything of the pictures.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fastrcnn.data.findings import Findings
 from fastrcnn.data.images import ImageError, read_image, read_stored_size
 
 FEW = 10  # objects of a class
+PIECE = 4096  # pictures that are handed to the threads at once
 ALIKE = 0.95  # IoU of two boxes of one class that are the same object twice
 # What is said and no fault: pictures and boxes of these are trained on.
 INFORMATION = {"convention", "no size stated", "placeholder category", "empty picture", "class with few objects",
@@ -105,7 +106,7 @@ def _classes(dataset: DetectionDataset, found: Findings) -> None:
 
 def _pictures(dataset: DetectionDataset, split: str | None, seen: dict, found: Findings) -> None:
     named: dict[str, int] = {}
-    for index, (fault, digest) in enumerate(_read_all(dataset, range(len(dataset)))):
+    for index, (fault, digest) in enumerate(_read_all(dataset)):
         path, where = str(dataset.picture(index)), dataset.where(index)
         if (first := named.setdefault(path, index)) != index:
             found.note("picture named twice", *where, f"{path} is {': '.join(dataset.where(first))}'s as well")
@@ -121,7 +122,7 @@ def _pictures(dataset: DetectionDataset, split: str | None, seen: dict, found: F
                 found.note("same picture twice", path, "", f"the same pixels as {other}")
 
 
-def _read_all(dataset: DetectionDataset, indices: Iterable[int]) -> Iterator[tuple[tuple | None, bytes | None]]:
+def _read_all(dataset: DetectionDataset) -> Iterator[tuple[tuple | None, bytes | None]]:
     """((kind, file, entry, message) or None, digest of the pixels) of each picture, in order, read in threads."""
 
     def read(index: int) -> tuple[tuple | None, bytes | None]:
@@ -142,8 +143,15 @@ def _read_all(dataset: DetectionDataset, indices: Iterable[int]) -> Iterator[tup
             str(image.shape), "ascii"
         )
 
+    yield from _in_threads(read, len(dataset))
+
+
+def _in_threads(read: Callable, count: int) -> Iterator:
+    """read(0), read(1) ... read(count - 1), in order; `map` makes an object for each call at once, of which a large dataset
+    has too many."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(read, indices)
+        for first in range(0, count, PIECE):
+            yield from pool.map(read, range(first, min(first + PIECE, count)))
 
 
 def _hint(name: str) -> str:
@@ -167,9 +175,8 @@ def read_through(dataset) -> Counter:
             return error
 
     counts, errors = Counter(), []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for found in pool.map(read, range(len(dataset))):
-            errors.append(found) if isinstance(found, Exception) else counts.update(found)
+    for found in _in_threads(read, len(dataset)):
+        errors.append(found) if isinstance(found, Exception) else counts.update(found)
     if errors:
         more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
         raise ValueError("; ".join(map(str, errors[:3])) + f"{more} ({len(errors)} of {len(dataset)} pictures)")

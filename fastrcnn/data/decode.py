@@ -77,7 +77,7 @@ def size_of(file, turned: bool = True) -> tuple[int, int]:
     with file:
         if file.read(6) == b"\x93NUMPY":
             file.seek(0)
-            return _array(file.read()).shape[:2]
+            return _array_head(file)[:2]
         file.seek(0)
         return _opened(file, lambda image: image.size if turned and _turn(image)[0] else image.size[::-1])
 
@@ -139,21 +139,32 @@ def _jpeg(data: bytes) -> Tensor | None:
         return None
 
 
-def _array(data: bytes) -> np.ndarray:
-    """The array of a .npy file, as long as it says and without objects."""
+def _array_head(file) -> tuple[int, ...]:
+    """The shape [H, W] or [H, W, C] of a .npy file, from its head; raises ValueError where it is none, or as long as it
+    does not say, or holds objects."""
     try:
-        file = io.BytesIO(data)
         version = np.lib.format.read_magic(file)
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, _, dtype = header(file)
-        if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        begin, end = file.tell(), file.seek(0, os.SEEK_END)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != end - begin:
             raise ValueError("its length is not that of its shape")
-        if len(shape) > 1 and shape[0] * shape[1] > max_pixels():
+        if len(shape) not in (2, 3):
+            raise ValueError(f"expected [H, W] or [H, W, C], got {list(shape)}")
+        if shape[0] * shape[1] > max_pixels():
             raise TooManyPixelsError(f"{shape} is more than {max_pixels():,} pixels")
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        return shape
     except TooManyPixelsError:
         raise
     except Exception as error:  # numpy raises many kinds for damaged files
+        raise ValueError(f"damaged array ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+def _array(data: bytes) -> np.ndarray:
+    _array_head(io.BytesIO(data))
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:
         raise ValueError(f"damaged array ({' '.join(str(error).split()) or type(error).__name__})") from None
 
 
