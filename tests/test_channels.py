@@ -1,6 +1,7 @@
 """Grey, 16-bit and other channel counts than three, from the file to the detection."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 
 from fastrcnn import Detector
 from fastrcnn.data import ImageError, as_image, batches, open_dataset, read_image
+from fastrcnn.data.images import read_size
+from fastrcnn.evaluation import evaluate, evaluate_proposals, predict, write_evaluation
 from fastrcnn.models.build import merge
 from fastrcnn.models.preprocess import DataPreprocessor
 from fastrcnn.models.profiles import get_profile
@@ -74,6 +77,24 @@ def test_damaged_arrays_are_refused(tmp_path, damage):
     (tmp_path / "a.npy").write_bytes(damage((tmp_path / "a.npy").read_bytes()))
     with pytest.raises(ImageError, match=r"a\.npy: damaged array"):
         read_image(tmp_path / "a.npy", 6)
+
+
+@pytest.mark.parametrize("shape", [(), (12,), (2, 3, 4, 5)])
+def test_an_array_that_is_no_picture_is_refused(tmp_path, shape):
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
+    for read in (read_size, lambda path: read_image(path, None)):
+        with pytest.raises(ImageError, match=r"a\.npy: damaged array \(expected \[H, W\] or \[H, W, C\]"):
+            read(tmp_path / "a.npy")
+
+
+def test_the_size_of_an_array_is_read_from_its_head(tmp_path):
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(5000, 6000, 30)))
+        file.truncate(file.tell() + 5000 * 6000 * 30)  # a hole: nothing that is worth reading
+    tracemalloc.start()
+    assert read_size(tmp_path / "a.npy") == (5000, 6000)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_arrays_and_tensors():
@@ -157,6 +178,11 @@ def test_from_a_file_through_training_and_back(tmp_path, channels, profile):
     )
     assert len(ours) > 0 and torch.equal(ours.boxes, theirs.boxes)
     assert ours.draw(pictures[0]).shape == (3, 64, 96)
+    fresh = open_dataset(tmp_path)  # nobody has told it of the channels
+    assert 0 <= evaluate(model, fresh)["AP"] <= 100 and fresh.channels == channels
+    assert 0 <= evaluate_proposals(model, open_dataset(tmp_path))["AR@1000"] <= 100
+    pairs = [dataset[i] for i in range(2)]
+    write_evaluation(tmp_path / "pairs", pairs, predict(model, pairs))  # without pictures, which have no colours
     with pytest.raises(ValueError, match=rf"images\[0\]: expected {channels} channels"):
         Detector(model, device="cpu")(np.zeros((20, 30, channels + 1), np.uint8))
 

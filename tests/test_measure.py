@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 from coco_judge import Fixed, crowded, judge, write
 from conftest import tiny_model
 from torch.utils.data import Subset
+from training_stubs import cells, tiny
 
-from fastrcnn.data import CocoDataset
+from fastrcnn import Detector
+from fastrcnn.data import CocoDataset, open_dataset
 from fastrcnn.evaluation import Predictions, as_detector, evaluate, measure, predict
 from fastrcnn.evaluation.coco import judge_dataset
 from fastrcnn.evaluation.predict import opened
@@ -150,6 +153,19 @@ def test_a_model_finds_as_many_objects_as_are_counted():
         model = tiny_model(name)
         assert [most(as_detector(model, max_dets=n).model) for n in (300, 10, 0)] == [300, 100, 100]
         assert most(model) == 100
+
+
+def test_a_detector_that_finds_fewer_objects_than_are_counted_is_warned_of(tmp_path):
+    data = open_dataset(cells(tmp_path, 2))
+    detector = Detector(tiny(), device="cpu")
+    with pytest.warns(
+        UserWarning, match="max_dets: 300 detections a picture are to count, and this Detector gives 100"
+    ):
+        evaluate(detector, data, max_dets=(1, 300))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(detector, data)
+        evaluate(detector, data, max_dets=(1, 50))
 
 
 def test_a_subset_of_a_subset_knows_where_its_pictures_lie(case):

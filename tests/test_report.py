@@ -9,7 +9,6 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -85,6 +84,12 @@ def test_a_page_has_what_the_folder_has_and_nothing_else(run):
                                                      "report.html", "results.csv", "samples"]  # fmt: skip
 
 
+def test_of_equal_epochs_the_first_is_the_best_as_its_weights_are_kept(run):
+    (run / "results.csv").write_text("epoch,AP\n1,20\n2,61.5\n3,61.5\n")
+    said = Page(training_report(run).read_text("utf-8")).said
+    assert said[said.index("best epoch") - 1] == "2"
+
+
 @pytest.mark.parametrize("name", ["config.json", "results.csv", "log.jsonl", "metrics.json", "samples", "all"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "not text", "another shape", "a folder"])
 def test_what_is_missing_or_damaged_is_left_out(run, monkeypatch, name, damage):
@@ -122,7 +127,7 @@ def test_text_is_escaped_and_markup_is_not():
     assert tag("p", "<b>", tag("b", "&"), None, 0.12345, [1, "<"], class_='"') == (
         '<p class="&quot;">&lt;b&gt;<b>&amp;</b>-0.1235[1, &quot;&lt;&quot;]</p>'
     )
-    assert math.isnan(np.nan) and tag("td", math.nan) == "<td>-</td>"
+    assert tag("td", math.nan) == "<td>-</td>"
 
 
 def browse(page, tmp_path) -> tuple[str, list[str]]:

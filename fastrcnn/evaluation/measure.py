@@ -1,5 +1,6 @@
 """A model and a dataset in, COCO's numbers out."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -7,8 +8,17 @@ from torch import distributed
 
 from fastrcnn.data import DetectionDataset, read_through
 from fastrcnn.evaluation.coco import AREAS, MAX_DETS, check_settings, judge_dataset, require_hotcoco
-from fastrcnn.evaluation.predict import Predictions, as_detector, class_names_of, opened, predict, predict_together
+from fastrcnn.evaluation.predict import (
+    Predictions,
+    as_detector,
+    class_names_of,
+    most_detections,
+    opened,
+    predict,
+    predict_together,
+)
 from fastrcnn.evaluation.results import write_evaluation
+from fastrcnn.inference import Detector
 from fastrcnn.inference.output import check_folder
 
 
@@ -34,7 +44,8 @@ def evaluate(
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """COCO's twelve numbers, in percent, of a model on a dataset; model, dataset and batch_size as in `predict`, max_dets
-    and areas as in `measure`: a model of ours then finds as many objects in a picture as max_dets asks for.
+    and areas as in `measure`: a model of ours then finds as many objects in a picture as max_dets asks for; a Detector as
+    many as it was made for, with a warning where that is less.
 
     On a DetectionDataset, or a Subset of one, the file as it is written is the truth, as for pycocotools, and classes are
     matched by name, and every picture is read once before the first is detected in; elsewhere the targets are the truth.
@@ -49,7 +60,12 @@ def evaluate(
         check_folder(Path(out))
     model = as_detector(model, max_dets=0 if max_dets is MAX_DETS else max(max_dets))
     base, places = opened(dataset)
+    if isinstance(model, Detector) and max_dets is not MAX_DETS and (most := most_detections(model)) < max(max_dets):
+        said = f"max_dets: {max(max_dets)} detections a picture are to count, and this Detector gives {most} at most"
+        warnings.warn(said, stacklevel=2)
     if isinstance(base, DetectionDataset):
+        if isinstance(model, Detector):
+            base.channels = model.channels
         base.truth(places)
         class_names_of(model, dataset)
     if group is not None:

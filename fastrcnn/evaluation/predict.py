@@ -107,6 +107,12 @@ def as_detector(model: nn.Module | Detector, precision: str | None = None, max_d
     return detector
 
 
+def most_detections(detector: Detector) -> float:
+    """How many objects it finds in a picture at most."""
+    heads = [getattr(detector.model, name) for name in ("roi_head", "bbox_head") if hasattr(detector.model, name)]
+    return min((head.test_cfg["max_per_img"] for head in heads), default=math.inf)
+
+
 def opened(dataset) -> tuple[object, list[int]]:
     """What a dataset is a Subset of, itself where it is none, and the places of its pictures there. Raises ValueError for
     what cannot be measured on."""

@@ -83,7 +83,7 @@ def evaluate_proposals(
     if not isinstance(base, DetectionDataset):
         found = predict(model, dataset, batch_size, by_class=False, advance=advance)
         return _recall(places, truth_of_targets(found.targets, None, places), found, max_nums)
-    truth = base.truth(places)
+    truth, base.channels = base.truth(places), model.channels
     read_through(dataset)
     found = predict(model, dataset, batch_size, by_class=False, advance=advance)
     return _recall([base.image_ids[p] for p in places], truth, found, max_nums)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from fastrcnn.data import ImageError, read_image
 from fastrcnn.evaluation import plots
 from fastrcnn.inference.output import replace_file
 
@@ -148,19 +149,18 @@ def _inline(content: bytes, kind: str, caption: str) -> Html:
 
 
 def _picture(path: Path, caption: str) -> Html | None:
-    """A picture of a folder, made smaller where it is large; None where it cannot be read."""
+    """A picture of a folder, a photograph made smaller where it is large; None where it cannot be read."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            kind, encoded = image.format, io.BytesIO()
-            if kind == "PNG":
-                return _inline(path.read_bytes(), "png", caption)
-            image = image.convert("RGB")
-            image.thumbnail((SIDE, SIDE))
-            image.save(encoded, "JPEG", quality=85)
-    except Exception:  # damaged pictures fail in many ways
+        pixels = read_image(path)
+        if path.suffix == ".png":  # a chart
+            return _inline(path.read_bytes(), "png", caption)
+    except (ImageError, OSError):
         return None
+    image, encoded = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(encoded, "JPEG", quality=85)
     return _inline(encoded.getvalue(), "jpeg", caption)
 
 
@@ -236,9 +236,9 @@ def training_report(run: Path) -> Path:
     epochs, steps = _csv(run / "results.csv"), _lines(run / "log.jsonl")
     sections, tiles = [], {}
 
-    aps = [(ap, i) for i, ap in enumerate(epochs.get("AP", [])) if not math.isnan(ap)]
+    aps = {i: ap for i, ap in enumerate(epochs.get("AP", [])) if not math.isnan(ap)}
     if aps:
-        _, best = max(aps)
+        best = max(aps, key=aps.get)  # of equal ones the first, whose weights are kept
         tiles = {name: measured(name, epochs[name][best]) for name in ("AP", "AP50", "AP75") if name in epochs}
         tiles["best epoch"] = _shown(epochs["epoch"][best] if "epoch" in epochs else best + 1)
     if epochs:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from fastrcnn.data import DetectionDataset, ImageError, as_image
+from fastrcnn.data import DetectionDataset, as_image
 from fastrcnn.evaluation import diagnosis, plots
 from fastrcnn.evaluation.coco import AREAS, MAX_DETS, Judged, judge_dataset, xywh
 from fastrcnn.evaluation.contact_sheet import contact_sheet
@@ -156,11 +156,11 @@ def write_evaluation(
 
 
 def _image(dataset, place: int) -> Tensor | None:
-    """A picture; None where it can no longer be read."""
+    """A picture; None where it can no longer be read, or has channels that are no colours."""
     base, _ = opened(dataset)
     try:
         return as_image(base.picture(place) if isinstance(base, DetectionDataset) else base[place][0])
-    except ImageError:
+    except (ValueError, TypeError, OSError):
         return None
 
 
