@@ -223,15 +223,21 @@ def as_written(dataset, written: dict) -> None:
     assert len(dataset.class_names) == len(written["categories"])
 
 
+def pictures(folder: Path) -> None:
+    """What the files speak of."""
+    from PIL import Image
+
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (90, 80)).save(folder / "images" / name)
+
+
 def work(first: int, count: int, seed: int, folder: Path) -> None:
     """One batch, in its own process: a line a file."""
     for number in range(first, first + count):
         files, kind = damaged_files(number, seed)
         print(number, flush=True)
-        place = folder / str(number)
-        (place / "images").mkdir(parents=True)
-        for picture in ("a.png", "b.png", "c.png"):
-            (place / "images" / picture).hardlink_to(folder / "picture.png")
+        pictures(place := folder / str(number))
         try:
             result = check(place, files)
         except Exception as error:
@@ -249,14 +255,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.only is not None:
         files, kind = damaged_files(args.only, args.seed)
-        (folder := Path(f"annotations_{args.only}")).mkdir(exist_ok=True)
+        pictures(folder := Path(f"annotations_{args.only}"))
         print(kind, check(folder, files))
         return
     with tempfile.TemporaryDirectory() as folder:
         if args.batch is not None:
-            from PIL import Image
-
-            Image.new("RGB", (90, 80)).save(Path(folder) / "picture.png")
             return work(args.batch, BATCH, args.seed, Path(folder))
         first, tried, findings, end = 0, Counter(), 0, time.time() + args.seconds
         while time.time() < end:
