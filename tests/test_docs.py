@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fastrcnn.cli import app
 from fastrcnn.data.rendered_cells import render_cells
-from fastrcnn.weights import save
+from fastrcnn.weights import infer_model, save
 
 CLASS_NAMES = ["RBC", "WBC", "Platelets"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
     model = tiny_model()
     model.class_names = list(CLASS_NAMES)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    for name in ("coco.safetensors", "runs/mine/best.safetensors"):
+    for name in ("coco.safetensors", "model.safetensors", "runs/mine/best.safetensors"):
         save(model, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -81,7 +81,8 @@ def run_shell(code: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page, place):
-    text, names, run = page.read_text("utf-8"), {"__name__": "docs"}, 0
+    text, run = page.read_text("utf-8"), 0
+    names = {"__name__": "docs", "model_or_detector": infer_model("model.safetensors")}
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == text.count("\n```") // 2
     for block in blocks:
