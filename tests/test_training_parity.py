@@ -24,16 +24,20 @@ SIZES = dict(min_size=64, max_size=96)
 
 @pytest.fixture
 def first_come(monkeypatch):
+    sample_the_first(monkeypatch)
+
+
+def sample_the_first(monkeypatch) -> None:
     """Both sides sample the first boxes that fit, in place of random ones."""
     monkeypatch.setattr(torch, "randperm", lambda n, **options: torch.arange(n, device=options.get("device")))
     keys = lambda matches, front: torch.linspace(0, 0.9, matches.shape[1], dtype=torch.float64).expand(matches.shape)  # noqa: E731
     monkeypatch.setattr(sampling, "_random_keys", keys)
 
 
-def theirs(data, epochs: int, milestones) -> tuple[dict, list[dict]]:
+def theirs(data, epochs: int, milestones, body: str = "resnet18") -> tuple[dict, list[dict]]:
     """(weights at the start, losses of each step) of torchvision's model in torchvision's loop."""
     torch.manual_seed(0)
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=3)
+    backbone = resnet_fpn_backbone(backbone_name=body, weights=None, trainable_layers=3)
     model = FasterRCNN(backbone, box_head=TwoMLPHead(256 * 49, 32), box_predictor=FastRCNNPredictor(32, 4), **SIZES)
     model = model.double().train()
     start = {k: v.clone() for k, v in model.state_dict().items()}
@@ -65,9 +69,9 @@ def ours(start, data, epochs: int, milestones, out) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def worst(data, epochs: int, milestones, out) -> list[float]:
+def worst(data, epochs: int, milestones, out, body: str = "resnet18") -> list[float]:
     """The largest relative difference of a step's losses, norm of the gradients, and rate."""
-    start, expected = theirs(data, epochs, milestones)
+    start, expected = theirs(data, epochs, milestones, body)
     seed_everything(5)
     found = ours(start, data, epochs, milestones, out)
     assert len(found) == len(expected)
