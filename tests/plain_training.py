@@ -14,8 +14,8 @@ STDS = (0.1, 0.1, 0.2, 0.2)
 
 
 def anchors_of(stride: int, height: int, width: int) -> Tensor:
-    """[height x width x 3, 4], row by row, a cell's three one after another; of a cell's own in float32, as peers have
-    them."""
+    """[height x width x 3, 4], row by row, a cell's three one after another; those of a cell as peers keep them, in
+    float32."""
     own = [(stride * SCALE / math.sqrt(ratio) / 2, stride * SCALE * math.sqrt(ratio) / 2) for ratio in RATIOS]
     own = torch.tensor([(-w, -h, w, h) for w, h in own], dtype=torch.float32).double()
     places = [torch.tensor([x, y, x, y]) * stride for y in range(height) for x in range(width)]
@@ -45,7 +45,7 @@ def assigned(boxes: Tensor, truth: Tensor, low: float, high: float, low_quality:
     found = torch.full((len(boxes),), -1)
     if not len(truth):
         return found
-    iou = box_iou(truth.to(boxes.dtype), boxes)
+    iou = box_iou(truth, boxes)
     best, owner = iou.max(0)
     found[best >= low] = -2
     found[best >= high] = owner[best >= high]
@@ -70,10 +70,10 @@ def losses(model, batch: Tensor, targets: list[dict], profile: str) -> dict[str,
     logits = [rpn.rpn_cls(x).permute(0, 2, 3, 1).reshape(len(batch), -1) for x in hidden]
     deltas = [rpn.rpn_reg(x).permute(0, 2, 3, 1).reshape(len(batch), -1, 4) for x in hidden]
     anchors = [anchors_of(stride, *f.shape[2:]) for stride, f in zip(STRIDES, feats)]
-    every = torch.cat(anchors).float()  # as peers match and encode them: several tie then
+    every = torch.cat(anchors)
     objectness, regression, divisor, rois, labels, wanted = 0, 0, 0, [], [], []
     for i, target in enumerate(targets):
-        truth = target["boxes"]
+        truth = target["boxes"].double()
         found = assigned(every, truth, 0.3, 0.7, profile)
         positive, negative = first_come(found, 256, 128)
         picked = torch.cat([positive, negative])
@@ -96,7 +96,6 @@ def losses(model, batch: Tensor, targets: list[dict], profile: str) -> dict[str,
         real = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
         boxes, ranks, levels = boxes[real], ranks[real], levels[real]
         proposals = boxes[batched_nms(boxes, ranks, levels, 0.7)[:1000]]
-        truth = truth.double()
         if mmdet:
             found = torch.cat([torch.arange(len(truth)), assigned(proposals, truth, 0.5, 0.5, None)])
             proposals = torch.cat([truth, proposals])

@@ -71,13 +71,13 @@ class DenseHead(nn.Module):
         return frame.padded if self.profile.strides_from_grid else None
 
     def anchors(self, maps: Sequence[Tensor], frame: Frame) -> list[Tensor]:
-        """All anchors [H * W * A, 4] of each level, for the head's output maps."""
-        device = maps[0].device
+        """All anchors [H * W * A, 4] of each level, for the head's output maps; float64 beside float64, else float32."""
+        device, dtype = maps[0].device, torch.promote_types(torch.float32, maps[0].dtype)
         return self.anchor_generator.grid(
             [x.shape[2:] for x in maps],
             batch_shape=self.grid_shape(frame),
             device=device,
-            bases=self.base_anchors(device),
+            bases=[base.to(dtype) for base in self.base_anchors(device)],
         )
 
     @torch.no_grad()
