@@ -16,6 +16,7 @@ from training_stubs import PLAIN, Scripted, cells, pictures, tiny
 from fastrcnn.data import open_dataset
 from fastrcnn.models import retinanet
 from fastrcnn.training import get_recipe, loop, train
+from fastrcnn.training.auto_batch import auto_batch, fitting
 from fastrcnn.training.state import Losses
 from fastrcnn.training.validate import validation_loss
 from fastrcnn.weights import infer_model
@@ -59,6 +60,9 @@ def test_a_run_leaves_its_folder(data, tmp_path):
     assert evaluation["AP"] == pytest.approx(metrics["best"]["AP"])
     kept = infer_model(out / "last.safetensors")
     assert all(map(torch.equal, kept.state_dict().values(), mean.state_dict().values()))
+    said = " ".join(lines)
+    numbers = {k: v for k, v in dataclasses.asdict(get_recipe(epochs=2, batch_size=2)).items() if v is not None}
+    assert all(f"{k} {v}" in said for k, v in numbers.items() if k != "name") and "full rate 0.0025" in said
     assert lines[0].startswith("6 images") and not mean.training and kept.class_names == data.class_names
 
 
@@ -120,6 +124,23 @@ def test_gradients_that_are_not_finite_stop_training_before_they_are_saved(tmp_p
     with pytest.raises(FloatingPointError, match=r"step 2: .*the norm of the gradients nan"):
         train(Broken(), pictures(), plain(epochs=2), tmp_path, save_every=0.0, log=quiet)
     assert not (tmp_path / "states").exists()
+
+
+def test_out_of_memory_says_what_to_lower(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand so on")
+
+    model = Scripted()
+    monkeypatch.setattr(model, "losses", full)
+    message = r"step 0: out of memory with 1 pictures a step on cpu \(CUDA out of memory.* 20 GiB\)\. Lower the batch"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        train(model, pictures(), plain(), log=quiet)
+
+
+def test_how_many_pictures_fit():
+    assert [fitting(3, 5, room) for room in (1, 3, 20.9, 21, 1e6)] == [1, 1, 9, 10, 256]
+    with pytest.raises(ValueError, match="batch: auto measures a GPU's memory, and the model is on cpu"):
+        auto_batch(tiny(), get_recipe())
 
 
 def test_a_diverged_run_names_its_pictures_and_keeps_the_good_state(data, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from fastrcnn.training.ema import average, averaged_copy
 from fastrcnn.training.log import Log
 from fastrcnn.training.mmdet_recipe import recipe_of
 from fastrcnn.training.pictures import on_device, picture_sizes, training_transforms
-from fastrcnn.training.recipe import Recipe, get_recipe
+from fastrcnn.training.recipe import Recipe, get_recipe, told
 from fastrcnn.training.schedule import base_rate, build_optimizer, rate_factor, set_rate, total_steps
 from fastrcnn.training.state import (
     DTYPES,
@@ -91,8 +91,8 @@ class Run:
         self.log = Log(self.out if self.rank == 0 else None, self.say, s.step, self.tensorboard)
         self.log.json("config.json", self.settings())
         self.say(f"recipe {self.recipe.name}: {self.total} steps of {self.recipe.batch_size} x {self.world} pictures, "
-                 f"{self.epoch_steps} an epoch, lr {self.rate:g}, {self.recipe.optimizer}, {self.recipe.precision}"
-                 + (f"; going on at step {s.step}" if content is not None else ""))  # fmt: skip
+                 f"{self.epoch_steps} an epoch, full rate {self.rate:g}"
+                 + (f"; going on at step {s.step}" if content is not None else "") + f"\n{told(self.recipe)}")  # fmt: skip
         self.log.epochs(s.rows)
 
     def settings(self) -> dict:

@@ -129,3 +129,8 @@ def get_recipe(recipe: str | Recipe = "finetune", **changes) -> Recipe:
         changes = {"steps": None, "milestones": shares, **changes}
         recipe = dataclasses.replace(recipe, steps=None)
     return dataclasses.replace(recipe, **changes)
+
+
+def told(recipe: Recipe) -> str:
+    """Every number of it, on one line."""
+    return ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(recipe).items() if k != "name" and v is not None)
