@@ -104,7 +104,7 @@ def matching(images, args, rates):
         height, width = (800, 1344) if not args.quick else (128, 192)
         sizes = [(-(-height // s), -(-width // s)) for s in (4, 8, 16, 32, 64)]
         generator = OurAnchors(strides=[4, 8, 16, 32, 64], ratios=[0.5, 1.0, 2.0], scales=[8])
-        anchors = torch.cat(generator.grid(sizes, rounded=False, device=args.device))
+        anchors = torch.cat(generator.grid(sizes, device=args.device))
     truth = torch.stack([timing.detector_like_boxes(m, args.device, 3 + i) for i in range(images)])
     matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
 

@@ -30,7 +30,9 @@ def test_the_grid_is_torchvisions_in_its_profile(height, width, device):
     theirs = TorchvisionAnchors(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
     images = ImageList(torch.zeros(1, 3, height, width, device=device), [(height, width)])
     expected = theirs(images, maps)[0]
-    grid = AnchorGenerator(**FPN_ANCHORS).grid(sizes, rounded=True, batch_shape=(height, width), device=device)
+    generator = AnchorGenerator(**FPN_ANCHORS)
+    bases = [base.to(device) for base in generator.base_anchors(rounded=True)]
+    grid = generator.grid(sizes, batch_shape=(height, width), device=device, bases=bases)
     assert torch.equal(torch.cat(grid), expected)
 
 

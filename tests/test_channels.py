@@ -187,6 +187,16 @@ def test_from_a_file_through_training_and_back(tmp_path, channels, profile):
         Detector(model, device="cpu")(np.zeros((20, 30, channels + 1), np.uint8))
 
 
+def test_bytes_and_floats_of_one_shape_are_no_batch(monkeypatch):
+    """What is resized by another rule would change the bytes' pixels."""
+    detector = Detector(named(4, "mmdet", {}), device="cpu")
+    seen, start = [], detector._start
+    monkeypatch.setattr(detector, "_start", lambda images: seen.append([x.dtype for x in images]) or start(images))
+    bytes_ = torch.from_numpy(RNG.integers(0, 256, (4, 50, 70), dtype=np.uint8))
+    detector([bytes_, bytes_ / 255, bytes_], batch_size=2)
+    assert seen == [[torch.uint8, torch.uint8], [torch.float32]]
+
+
 def named(channels, profile, pixels):
     options = merge(
         tiny_options(), dict(backbone=dict(in_channels=channels, frozen_stages=-1), data_preprocessor=pixels)

@@ -10,7 +10,7 @@ from fastrcnn.models import FPN, RetinaHead, RPNHead, retinanet
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder
 from fastrcnn.models.dense_head import flat_levels
 from fastrcnn.models.frame import Frame
-from fastrcnn.models.losses import GIoULoss, SmoothL1Loss
+from fastrcnn.models.losses import GIoULoss, SmoothL1Loss, box_loss
 from fastrcnn.models.profiles import PROFILES
 from fastrcnn.zoo.recipes import model_config
 
@@ -100,15 +100,15 @@ def test_boxes_are_compared_as_deltas_or_decoded():
     anchors = torch.tensor([[0.0, 0.0, 20.0, 10.0], [30.0, 30.0, 50.0, 70.0]])
     boxes = torch.tensor([[4.0, 0.0, 24.0, 10.0], [30.0, 30.0, 50.0, 70.0]])  # moved by a fifth of a width; the same
     deltas = torch.zeros(2, 4, requires_grad=True)
-    assert squares(loss_bbox=dict(type="L1Loss")).box_loss(deltas, anchors, boxes, 2).item() == pytest.approx(0.2 / 2)
+    assert box_loss(squares(loss_bbox=dict(type="L1Loss")), deltas, anchors, boxes, 2).item() == pytest.approx(0.2 / 2)
     decoded = squares(loss_bbox=dict(type="GIoULoss", loss_weight=3.0), reg_decoded_bbox=True)
-    loss = decoded.box_loss(deltas, anchors, boxes, 2)
+    loss = box_loss(decoded, deltas, anchors, boxes, 2)
     # IoU 16 / 24, and no room between the union and the hull.
     assert loss.item() == pytest.approx(3 * (1 - 16 / 24) / 2, rel=1e-5)
     loss.backward()
     assert deltas.grad[0, 0] < 0 and deltas.grad.isfinite().all()
     exact = DeltaXYWHBBoxCoder().encode(anchors, boxes)
-    assert decoded.box_loss(exact, anchors, boxes, 2).item() == pytest.approx(0, abs=1e-6)
+    assert box_loss(decoded, exact, anchors, boxes, 2).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_settings_may_be_modules():

@@ -85,13 +85,17 @@ def test_triton(exported, model, tmp_path, monkeypatch):
     import onnx as package
 
     monkeypatch.setattr(onnx, "build", lambda *_: package.load(exported[1]))
-    export(model, tmp_path / "repository" / "cells", to="triton")
-    folder = tmp_path / "repository" / "cells"
+    folder = tmp_path / "repository" / "cells.v2"
+    export(model, folder, to="triton")
     assert (folder / "1" / "model.onnx").read_bytes() == exported[1].read_bytes()
     config = (folder / "config.pbtxt").read_text()
     assert 'input { name: "images" data_type: TYPE_UINT8 dims: [3, -1, -1] }' in config
     assert 'output { name: "counts" data_type: TYPE_INT64 dims: [1] reshape: { shape: [ ] } }' in config
     assert config.count("{") == config.count("}") and r"[\"red\", \"white\"" in config
+    monkeypatch.setattr(compare, "PIXELS", -1.0)
+    with pytest.raises(ValueError, match="it lacks"):
+        export(model, tmp_path / "repository" / "other", to="triton")
+    assert [p.name for p in (tmp_path / "repository").iterdir()] == ["cells.v2"]
 
 
 def test_a_file_that_differs_is_not_left(model, tmp_path, monkeypatch):
@@ -129,6 +133,8 @@ def found_in(image, model) -> dict:
         (lambda f: f.update({k: v.flip(0) for k, v in f.items()}), "descending"),
         (lambda f: f.update({k: v[1:] for k, v in f.items()}), "lacks"),
         (lambda f: f["boxes"][1].copy_(f["boxes"][0]), "lacks"),
+        (lambda f: f["scores"][2:].fill_(torch.nan), "no finite"),
+        (lambda f: f["boxes"][2].fill_(torch.inf), "no finite"),
     ],
 )
 def test_what_counts_as_a_difference(model, change, said):
@@ -141,6 +147,26 @@ def test_what_counts_as_a_difference(model, change, said):
     if said == "lacks":
         with pytest.raises(ValueError, match=r"lacks|has besides"):
             compare.difference(expected, same, 0.05, 100)
+    if said == "no finite":
+        with pytest.raises(ValueError, match="the model's boxes or scores are no finite"):
+            compare.difference(expected, same, 0.05, 100)
+
+
+def test_the_largest_of_both_directions_is_told():
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 20, 40, 40]])
+    expected = dict(boxes=boxes, scores=torch.tensor([0.9, 0.8]), labels=torch.tensor([0, 1]))
+    found = {k: torch.cat([v, v[1:]]) for k, v in expected.items()}
+    found["boxes"][1] += 0.02  # and a third that is the second
+    assert compare.difference(expected, found, 0.05, 100).pixels == pytest.approx(0.02, abs=1e-5)
+    assert compare.difference(found, expected, 0.05, 100).pixels == pytest.approx(0.02, abs=1e-5)
+
+
+def test_nothing_to_compare_is_said(model):
+    empty = [torch.zeros(1, 3, *end) for end in ((4,), (), ())]
+    detector = Detector(model, device="cpu", score_threshold=1.0)
+    with pytest.warns(UserWarning, match="finds no object in the pictures rendered to compare in"):
+        found = compare.compare(lambda images: (*empty, torch.tensor([0])), detector, "fp32", compare.CASES[:1])
+    assert found == (1, 0, 0.0, 0.0)
 
 
 def test_limits_excuse_what_the_last_digit_decides():
@@ -172,6 +198,12 @@ def test_what_is_refused(model, tmp_path, options, error, said):
     with pytest.raises(error, match=said):
         export(model, path, **options)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_model_of_other_channels_is_refused(tmp_path):
+    model = tiny_model("r18_fpn", backbone=dict(in_channels=4))
+    with pytest.raises(ValueError, match="model_or_detector: programs read RGB, expected a model of 3 channels, got 4"):
+        export(model, tmp_path / "model.onnx")
 
 
 def test_what_onnx_cannot_say_is_named(tmp_path):

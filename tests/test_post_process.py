@@ -95,9 +95,11 @@ def test_without_a_limit_every_survivor_comes_back():
     assert finish(given, frame, cfg, get_profile("mmdet")).boxes[0, :, 0].tolist() == [20, 40, 0]
 
 
-@pytest.mark.parametrize("nms, most, expected", [("nms", 2, [False, False, True]), ("nms", -1, [False, True, True]),
-                                                 ("soft", 2, [False, True, True])])  # fmt: skip
+@pytest.mark.parametrize("nms, most, expected", [("nms", 2, [0, 0, 1, 1]), ("nms", -1, [0, 1, 1, 1]),
+                                                 ("soft", 2, [0, 1, 1, 1])])  # fmt: skip
 def test_candidates_that_were_left_out_matter_where_a_detection_is_missing(nms, most, expected):
-    found = Padded(torch.zeros(3, 2, 4), torch.zeros(3, 2), torch.zeros(3, 2), torch.tensor([1, 2, 1]))
-    over = torch.tensor([False, True, True])
-    assert lost(found, over, dict(nms=NMS[nms], max_per_img=most)).tolist() == expected
+    """The last image is full, too, but of lower scores than what was left out."""
+    scores = torch.tensor([[0.9, 0.0], [0.9, 0.8], [0.9, 0.0], [0.9, 0.6]])
+    found = Padded(torch.zeros(4, 2, 4), scores, torch.zeros(4, 2), torch.tensor([1, 2, 1, 2]))
+    left_out = torch.tensor([0.0, 0.7, 0.7, 0.7])
+    assert lost(found, left_out, dict(nms=NMS[nms], max_per_img=most)).tolist() == expected

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,14 @@ def test_losses_by_hand_with_one_positive(profile, cls_factor, box_factor):
     beta = 1 / 9
     moved = (0.5 - beta / 2) + 0.5 * 0.05**2 / beta if profile == "torchvision" else 0.55
     assert box.item() == pytest.approx(moved / box_factor, rel=1e-5)
+
+
+def test_detectron2_divides_by_the_whole_of_an_odd_number_of_samples():
+    sampler = dict(type="RandomSampler", num=255, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False)
+    head = one_level("detectron2", sampler=sampler)
+    target, maps = [dict(boxes=torch.zeros(0, 4))] * 2, ([torch.zeros(2, 1, 2, 3)], [torch.zeros(2, 4, 2, 3)])
+    cls, _ = head.loss(*maps, Frame(torch.tensor([[64, 96]] * 2), (64, 96)), target)
+    assert cls.item() == pytest.approx(12 * math.log(2) / (2 * 255), rel=1e-6)
 
 
 @pytest.mark.parametrize("profile, factor", [("mmdet", 6 + 1), ("torchvision", 6), ("detectron2", 256)])

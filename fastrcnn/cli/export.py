@@ -7,8 +7,6 @@ import typer
 
 from fastrcnn.cli.common import Json, Model, fail, open_detector, say, say_json
 
-ENDINGS = dict(pt2=".pt2", onnx=".onnx", openvino=".xml", triton="")
-
 
 def export(
     weights: Annotated[str, typer.Argument(help="checkpoint of MMDetection, torchvision or Detectron2: file or https "
@@ -32,11 +30,12 @@ def export(
       fastrcnn export runs/mine/best.safetensors --to onnx --out mine.onnx
       fastrcnn export runs/mine/best.safetensors --to openvino --out mine.xml
     """
+    from fastrcnn.export import TARGETS
     from fastrcnn.export import export as write
 
-    if to not in ENDINGS:
-        fail(f"--to: expected one of {', '.join(ENDINGS)}, got {to!r}")
-    out = out or Path(Path(weights).stem + ENDINGS[to])
+    if to not in TARGETS:
+        fail(f"--to: expected one of {', '.join(TARGETS)}, got {to!r}")
+    out = out or Path(Path(weights).stem + TARGETS[to].SUFFIX)
     detector = open_detector(model, weights, "cpu", "fp32", score)
     try:
         found = write(detector, out, to, precision, raw, dynamic)

@@ -42,13 +42,14 @@ def export(
 
     Raises ValueError for what the target cannot say, before anything is compiled, and where the file finds other objects
     than the model, which is then not left there; RuntimeError where torch or the target fails on the model; TypeError or
-    OSError for a wrong model or path, ImportError naming the extra to install.
+    OSError for a wrong model or path, ImportError naming the extra to install. Warns where there was nothing to compare.
     """
     if to not in TARGETS:
         raise ValueError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
     target, path = TARGETS[to], Path(path).expanduser()
-    if path.suffix.lower() != target.SUFFIX:
-        expected = f"a name that ends in {target.SUFFIX}" if target.SUFFIX else "a folder's name, without an ending"
+    endings = [other.SUFFIX for other in TARGETS.values() if other.SUFFIX]
+    if path.suffix.lower() != target.SUFFIX if target.SUFFIX else path.suffix.lower() in endings:
+        expected = f"a name that ends in {target.SUFFIX}" if target.SUFFIX else "a folder's name, not a file's"
         raise ValueError(f"path: expected {expected}, got {path}")
     if target.SUFFIX and path.exists() and not path.is_file():
         raise OSError(f"{path}: is no file")
@@ -56,6 +57,10 @@ def export(
         raise ValueError(f"precision: {to} has {', '.join(target.PRECISIONS)}, got {precision!r}")
     target.require()
     detector = _detector(model_or_detector)
+    if detector.channels != 3:
+        raise ValueError(
+            f"model_or_detector: programs read RGB, expected a model of 3 channels, got {detector.channels}"
+        )
     target.refuse(detector.model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

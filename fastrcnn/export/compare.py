@@ -1,5 +1,6 @@
 """Whether an exported file finds what the detector finds, in pictures of several sizes and batches."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,12 @@ PIXELS, SCORE = 0.05, 1e-3  # at most between two programs of one precision
 ROUNDED = 2.0, 0.05  # and between float32 and a lower precision, of objects that float32 is sure of
 SURE = 0.5
 CASES = ((1, 480, 640), (2, 600, 451), (1, 333, 500))  # images, height, width
+
+
+def cases(model: BaseDetector, dynamic: bool) -> tuple:
+    """Those that a program takes: a static one only as many pixels as the model sees at most."""
+    p = model.data_preprocessor
+    return CASES if dynamic else ((1, p.min_size, p.max_size),)
 
 
 class Difference(NamedTuple):
@@ -48,10 +55,14 @@ def difference(found: dict, expected: dict, floor: float, most: int, rounded: bo
     """How far two programs' objects in a picture are apart; dicts of boxes [N, 4], scores [N], labels [N].
 
     floor: the score threshold, most: how many objects there can be. Objects that the last digits of a score may put on
-    either side of these two limits need no partner. Raises ValueError naming the first object that lacks one.
+    either side of these two limits need no partner. Raises ValueError naming the first object that lacks one, and for boxes
+    or scores that are no finite numbers.
     """
     pixels, score = ROUNDED if rounded else (PIXELS, SCORE)
     result = Difference(1, 0, 0.0, 0.0)
+    for objects, whose in ((expected, "the model's"), (found, "its")):
+        if not all(bool(objects[key].isfinite().all()) for key in ("boxes", "scores")):
+            raise ValueError(f"{whose} boxes or scores are no finite numbers")
     for these, those, what in ((expected, found, "lacks"), (found, expected, "has besides")):
         scores = these["scores"]
         if bool((scores[1:] > scores[:-1] + SCORE).any()):
@@ -65,7 +76,8 @@ def difference(found: dict, expected: dict, floor: float, most: int, rounded: bo
             box = [round(x, 2) for x in these["boxes"][k].tolist()]
             raise ValueError(f"it {what} label {int(these['labels'][k])} with score {scores[k]:.4f} at {box}")
         if needed.any():
-            result = Difference(1, int(needed.sum()), float(nearest[needed].max()), float(apart[needed].max()))
+            most_apart = max(result.pixels, float(nearest[needed].max())), max(result.score, float(apart[needed].max()))
+            result = Difference(1, max(result.objects, int(needed.sum())), *most_apart)
     return result
 
 
@@ -81,7 +93,7 @@ def compare(
     """The largest differences between an exported program and the detector's own model, float32 and eager.
 
     run: images uint8 [B, 3, H, W] -> boxes [B, D, 4], scores [B, D], labels [B, D], counts [B]. Raises ValueError where
-    they do not find the same.
+    they do not find the same; warns where there was no object to compare.
     """
     model, result = detector.model, Difference(0, 0, 0.0, 0.0)
     floor = score_threshold(model)
@@ -102,4 +114,8 @@ def compare(
                 raise ValueError(f"the exported program differs from the model: {said}") from None
             sums = result.images + 1, result.objects + new.objects
             result = Difference(*sums, max(result.pixels, new.pixels), max(result.score, new.score))
+    if result.objects == 0:
+        sure = "is sure of" if precision != "fp32" else "finds"
+        warnings.warn(f"the model {sure} no object in the pictures rendered to compare in: the file was run, but what it "
+                      "finds was not checked", stacklevel=2)  # fmt: skip
     return result

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastrcnn.export.compare import CASES, Difference, compare
+from fastrcnn.export.compare import Difference, cases, compare
 from fastrcnn.export.onnx_ops import to_onnx
-from fastrcnn.export.program import OUTPUTS, RAW_INPUTS, metadata, program
+from fastrcnn.export.program import OUTPUTS, RAW_INPUTS, metadata, prepared, program
 from fastrcnn.inference import Detector
 from fastrcnn.inference.detector import PRECISIONS as DTYPES
 from fastrcnn.layers import (
@@ -53,17 +53,6 @@ def build(detector: Detector, precision: str, raw: bool, dynamic: bool):
     whole.producer_name, whole.graph.name = "fastrcnn", "detector"
     onnx.checker.check_model(whole, full_check=True)
     return whole
-
-
-def prepared(model: BaseDetector, images: Tensor) -> dict[str, Tensor]:
-    """A raw program's inputs, by name."""
-    batch, geometry = model.prepare(list(images))
-    return dict(zip(RAW_INPUTS, (batch, geometry.sizes, geometry.factors)))
-
-
-def cases(model: BaseDetector, dynamic: bool) -> tuple:
-    p = model.data_preprocessor
-    return CASES if dynamic else ((1, p.min_size, p.max_size),)
 
 
 def session(path: Path):

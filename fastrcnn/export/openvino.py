@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fastrcnn.export import onnx
-from fastrcnn.export.compare import Difference, compare
-from fastrcnn.export.program import OUTPUTS, metadata
+from fastrcnn.export.compare import Difference, cases, compare
+from fastrcnn.export.program import OUTPUTS, metadata, prepared
 from fastrcnn.inference import Detector
 
 SUFFIX, PRECISIONS = ".xml", ("fp32", "fp16")
@@ -38,11 +38,11 @@ def write(detector: Detector, path: Path, folder: Path, precision: str, raw: boo
     runtime = compiled(part)
 
     def run(images: Tensor) -> list:
-        inputs = onnx.prepared(detector.model, images) if raw else dict(images=images)
+        inputs = prepared(detector.model, images) if raw else dict(images=images)
         found = runtime({name: x.numpy() for name, x in inputs.items()})
         return [found[name] for name in OUTPUTS]
 
-    found = compare(run, detector, precision, onnx.cases(detector.model, dynamic))
+    found = compare(run, detector, precision, cases(detector.model, dynamic))
     part.with_suffix(".bin").replace(path.with_suffix(".bin"))
     part.replace(path)
     return found

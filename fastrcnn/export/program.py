@@ -57,6 +57,12 @@ def program(model: BaseDetector, raw: bool, dynamic: bool) -> ExportedProgram:
     return torch.export.export(Core(model).eval(), inputs, dynamic_shapes=shapes if dynamic else None)
 
 
+def prepared(model: BaseDetector, images: Tensor) -> dict[str, Tensor]:
+    """A raw program's inputs, by name, for images uint8 [B, 3, H, W]."""
+    batch, geometry = model.prepare(list(images))
+    return dict(zip(RAW_INPUTS, (batch, geometry.sizes, geometry.factors)))
+
+
 def metadata(detector: Detector, precision: str, raw: bool) -> dict[str, str]:
     """Texts that a file keeps: names of the classes by label, and how pixels are prepared."""
     model = detector.model

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastrcnn.export.compare import Difference, compare
-from fastrcnn.export.onnx import cases, prepared
-from fastrcnn.export.program import RAW_INPUTS, metadata, program
+from fastrcnn.export.compare import Difference, cases, compare
+from fastrcnn.export.program import RAW_INPUTS, metadata, prepared, program
 from fastrcnn.inference import Detector
 from fastrcnn.inference.detector import PRECISIONS as DTYPES
 from fastrcnn.models.base_detector import BaseDetector

@@ -40,9 +40,11 @@ def config(name: str, texts: dict[str, str], precision: str, raw: bool) -> str:
 def write(detector: Detector, path: Path, folder: Path, precision: str, raw: bool, dynamic: bool) -> Difference:
     if not dynamic:
         raise ValueError("dynamic: Triton joins images into batches of any size, expected dynamic=True")
-    version, part = path / "1", folder / "config.pbtxt"
-    version.mkdir(parents=True, exist_ok=True)
-    found = onnx.write(detector, version / "model.onnx", folder, precision, raw, dynamic)
+    made, part = folder / "made", folder / "config.pbtxt"
+    made.mkdir()
+    found = onnx.write(detector, made / "model.onnx", folder, precision, raw, dynamic)
     part.write_text(config(path.name, metadata(detector, precision, raw), precision, raw), encoding="utf-8")
+    (path / "1").mkdir(parents=True, exist_ok=True)
+    (made / "model.onnx").replace(path / "1" / "model.onnx")
     part.replace(path / "config.pbtxt")
     return found

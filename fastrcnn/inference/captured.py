@@ -47,9 +47,10 @@ class Graph:
 
 
 class Captured:
-    """Runs `program`: uint8 images [B, 3, H, W] on the current CUDA device -> a tensor there.
+    """Runs `program`: images [B, C, H, W] on the current CUDA device -> a tensor there.
 
-    A shape's second batch is captured, and the graph runs all that follow; MOST_GRAPHS shapes are kept, those used last.
+    The second batch of a shape and dtype is captured, and the graph runs all that follow; MOST_GRAPHS are kept, those used
+    last.
     Where a program cannot be captured it runs as it is, and a warning says why.
     """
 
@@ -58,16 +59,16 @@ class Captured:
         self.graphs: OrderedDict[tuple, Graph | None] = OrderedDict()  # None: seen once
 
     def __call__(self, images: Tensor) -> Tensor:
-        shape = tuple(images.shape)
-        if self.possible and shape in self.graphs:
-            self.graphs.move_to_end(shape)
-            if self.graphs[shape] is None:
-                self.graphs[shape] = self._capture(images)
+        kind = *images.shape, images.dtype
+        if self.possible and kind in self.graphs:
+            self.graphs.move_to_end(kind)
+            if self.graphs[kind] is None:
+                self.graphs[kind] = self._capture(images)
         elif self.possible:
-            self.graphs[shape] = None
+            self.graphs[kind] = None
             if len(self.graphs) > MOST_GRAPHS:
                 self.graphs.popitem(last=False)
-        return (self.graphs.get(shape) or self.program)(images)
+        return (self.graphs.get(kind) or self.program)(images)
 
     def _capture(self, images: Tensor) -> Graph | None:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
@@ -80,8 +81,8 @@ class Captured:
             return None
 
     def start(self, images: Sequence[Tensor]) -> Callable[[], Tensor]:
-        """Begins with images [3, H, W] of one shape; what is returned waits for the answer and gives it on the host. The
-        copy to the device goes on while the batch before it is computed."""
+        """Begins with images [C, H, W] of one shape and dtype; what is returned waits for the answer and gives it on the
+        host. The copy to the device goes on while the batch before it is computed."""
         device, current = torch.device("cuda", torch.cuda.current_device()), torch.cuda.current_stream()
         self.copies = self.copies or torch.cuda.Stream()
         batch = torch.empty((len(images), *images[0].shape), dtype=images[0].dtype, pin_memory=True)

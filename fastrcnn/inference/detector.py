@@ -247,17 +247,17 @@ class Detector:
 
     @staticmethod
     def _groups(pictures: Iterable[_Picture], batch_size: int) -> Iterator[list[_Picture] | Answer]:
-        """Pictures of one shape, and the answers of those that cannot be read."""
-        waiting: dict[tuple, list[_Picture]] = {}  # by shape
+        """Pictures of one shape and dtype, and the answers of those that cannot be read."""
+        waiting: dict[tuple, list[_Picture]] = {}
         for picture in pictures:
             if isinstance(picture.image, Exception):
                 yield picture.index, None, picture.image
                 continue
-            shape = tuple(picture.image.shape)
-            group = waiting.setdefault(shape, [])
+            kind = *picture.image.shape, picture.image.dtype
+            group = waiting.setdefault(kind, [])
             group.append(picture)
             if len(group) == batch_size:
-                yield waiting.pop(shape)
+                yield waiting.pop(kind)
             elif sum(map(len, waiting.values())) > WAITING * batch_size:
                 yield waiting.pop(next(iter(waiting)))
         yield from waiting.values()

@@ -73,12 +73,13 @@ class AnchorGenerator:
             return self.strides
         return [(batch_shape[1] // w, batch_shape[0] // h) for h, w in sizes]
 
-    def grid(self, sizes, rounded: bool = False, batch_shape=None, device=None, bases=None) -> list[Tensor]:
-        """All anchors [H * W * A, 4] a level, for maps of `sizes` (height, width); bases: base anchors on the device."""
+    def grid(self, sizes, batch_shape=None, device=None, bases=None) -> list[Tensor]:
+        """All anchors [H * W * A, 4] a level, for maps of `sizes` (height, width); bases: base anchors on the device, None
+        for those of `base_anchors()`."""
         grids = []
         strides = self.level_strides(sizes, batch_shape)
         if bases is None:
-            bases = [base.to(device) for base in self.base_anchors(rounded)]
+            bases = [base.to(device) for base in self.base_anchors()]
         for base, (h, w), (sx, sy) in zip(bases, sizes, strides):
             x = torch.arange(w, device=device, dtype=torch.float32) * sx
             y = torch.arange(h, device=device, dtype=torch.float32) * sy

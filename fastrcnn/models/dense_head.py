@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastrcnn.models.anchors import AnchorGenerator, build_anchor_generator
 from fastrcnn.models.box_coder import DeltaXYWHBBoxCoder, build_box_coder
 from fastrcnn.models.frame import Frame
-from fastrcnn.models.losses import box_loss, build_loss
+from fastrcnn.models.losses import build_loss
 from fastrcnn.models.matching import assign, check_assigner
 from fastrcnn.models.profiles import Profile, get_profile
 
@@ -91,10 +91,3 @@ class DenseHead(nn.Module):
             candidates = torch.where(inside[..., None], anchors, -1e6)
         matches, max_iou = assign(candidates, targets, self.train_cfg["assigner"], self.profile)
         return anchors, matches if inside is None else torch.where(inside, matches, -2), max_iou
-
-    def box_loss(
-        self, deltas: Tensor, anchors: Tensor, boxes: Tensor, avg_factor, positive: Tensor | None = None
-    ) -> Tensor:
-        """deltas [P, 4] of the anchors [P, 4], boxes [P, 4] their ground truth; compared as deltas or boxes. positive [P]:
-        the rows that count, None for all."""
-        return box_loss(self, deltas, anchors, boxes, avg_factor, positive)

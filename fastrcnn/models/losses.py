@@ -247,8 +247,11 @@ def build_loss(cfg: dict | nn.Module) -> nn.Module:
     return build(options, LOSSES, "loss")
 
 
-def box_loss(head, deltas: Tensor, anchors: Tensor, boxes: Tensor, avg_factor, positive: Tensor | None) -> Tensor:
-    """The loss of a head with `bbox_coder`, `loss_bbox` and `reg_decoded_bbox`: see `DenseHead.box_loss`."""
+def box_loss(
+    head, deltas: Tensor, anchors: Tensor, boxes: Tensor, avg_factor, positive: Tensor | None = None
+) -> Tensor:
+    """The loss of a head with `bbox_coder`, `loss_bbox` and `reg_decoded_bbox`. deltas [P, 4] of the anchors [P, 4], boxes
+    [P, 4] their ground truth; compared as deltas or boxes. positive [P]: the rows that count, None for all."""
     if positive is not None:  # rows that do not count compare a box with itself: what they hold may be no box at all
         rows, unit = positive[:, None], torch.arange(4, device=anchors.device) // 2  # xyxy 0, 0, 1, 1
         anchors, boxes = (torch.where(rows, x, unit.to(x.dtype)) for x in (anchors, boxes))

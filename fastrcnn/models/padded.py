@@ -43,9 +43,10 @@ class Padded(NamedTuple):
         return Padded(boxes, scores.masked_fill(beyond, 0), self.labels.gather(1, row).masked_fill(beyond, 0), counts)
 
     def only(self, keep: Tensor) -> "Padded":
-        """The valid rows where keep [B, N] holds, by descending score, equal ones in their order. Scores are above -1."""
-        scores = torch.where(keep & self.valid(), self.scores, -1.0)
-        scores, index, counts, _ = select_candidates(scores, -1.0, scores.shape[1])
+        """The valid rows where keep [B, N] holds, by descending score, equal ones in their order."""
+        least = torch.finfo(self.scores.dtype).min  # below every score, which may be a logit
+        scores = torch.where(keep & self.valid(), self.scores, least)
+        scores, index, counts, _ = select_candidates(scores, least, scores.shape[1])
         return self.take(index, scores, counts)
 
     def lists(self, lost: Tensor) -> list[dict[str, Tensor]]:

@@ -79,8 +79,11 @@ def finish(found: Padded, frame: Frame, cfg: dict, profile: Profile, min_size: f
     return found
 
 
-def lost(found: Padded, over: Tensor, cfg: dict) -> Tensor:
-    """[B] bool: the images among `over` (of which candidates were left out, those with the lowest scores) where one of
-    these might have become a detection. NMS takes the best first: where max_per_img were found, none had a place left."""
-    limit = nms_limit(cfg["nms"], cfg["max_per_img"])
-    return over if limit is None or cfg["nms"].get("type", "nms") != "nms" else over & (found.counts < limit)
+def lost(found: Padded, left_out: Tensor, cfg: dict) -> Tensor:
+    """[B] bool: the images where a candidate that was left out might have become a detection; left_out [B]: the score that
+    none of these is above, 0 where there are none. NMS takes the best first: where max_per_img of higher scores were found,
+    none had a place left."""
+    any_left = left_out > 0
+    if nms_limit(cfg["nms"], cfg["max_per_img"]) is None or cfg["nms"].get("type", "nms") != "nms":
+        return any_left
+    return any_left & (left_out > found.scores[:, -1])  # 0 where fewer were found

@@ -13,7 +13,7 @@ from fastrcnn.models.anchors import build_anchor_generator
 from fastrcnn.models.build import settings
 from fastrcnn.models.dense_head import DenseHead, flat_levels, init_normal
 from fastrcnn.models.frame import Frame
-from fastrcnn.models.losses import avg_factor, build_loss, positive_weight, processes
+from fastrcnn.models.losses import avg_factor, box_loss, build_loss, positive_weight, processes
 from fastrcnn.models.padded import Padded
 from fastrcnn.models.post_process import MOST_CANDIDATES, check_nms, finish, lost
 from fastrcnn.models.profiles import Profile
@@ -132,14 +132,14 @@ class RetinaHead(DenseHead):
     def predict(self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame) -> tuple[Padded, Tensor]:
         """Detections (see `BaseDetector.detect`), labels from 0: of each level the nms_pre best scores above score_thr (all
         where it is not above 0), then NMS within each class."""
-        cfg, levels, over = self.test_cfg, [], torch.zeros_like(frame.sizes[:, 0], dtype=torch.bool)
+        cfg, levels, left_out = self.test_cfg, [], torch.zeros_like(frame.sizes[:, 0], dtype=torch.float32)
         limits = None if self.profile.clip_after_rescale else frame.sizes.float()  # Detectron2 clips at the end only
         for logit, delta, anchors in zip(logits, deltas, self.anchors(logits, frame)):
             scores = coordinates(logit.permute(0, 2, 3, 1).flatten(1)).sigmoid()
             wanted = cfg["nms_pre"] if cfg["nms_pre"] > 0 else scores.shape[1]
             most = torch.sym_min(torch.sym_min(wanted, scores.shape[1]), MOST_CANDIDATES)
             scores, index, counts, number = select_candidates(scores, cfg["score_thr"], most)
-            over = over | (number.clamp(max=wanted) > most)
+            left_out = torch.where(number.clamp(max=wanted) > most, torch.maximum(left_out, scores[:, -1]), left_out)
             index = index.clamp(min=0)
             row = index // self.num_classes
             moves = coordinates(take_boxes(delta.permute(0, 2, 3, 1).reshape(delta.shape[0], -1, 4), row))
@@ -147,7 +147,7 @@ class RetinaHead(DenseHead):
             levels.append(Padded(boxes, scores, index % self.num_classes, counts))
         least = cfg["min_bbox_size"] if self.profile.dense_drops_small else -1
         found = finish(Padded.cat(levels), frame, cfg, self.profile, least)
-        return found, lost(found, over, cfg)
+        return found, lost(found, left_out, cfg)
 
     def loss(
         self, logits: Sequence[Tensor], deltas: Sequence[Tensor], frame: Frame, targets: list[dict]
@@ -185,4 +185,4 @@ class RetinaHead(DenseHead):
     def _losses(self, logits, labels, deltas, anchors, boxes, matches, divisor) -> tuple[Tensor, Tensor]:
         positive = matches >= 0
         weight = positive_weight(positive, self.train_cfg["pos_weight"]) * (matches >= -1)
-        return self.loss_cls(logits, labels, divisor, weight), self.box_loss(deltas, anchors, boxes, divisor, positive)
+        return self.loss_cls(logits, labels, divisor, weight), box_loss(self, deltas, anchors, boxes, divisor, positive)

@@ -117,11 +117,12 @@ class StandardRoIHead(nn.Module):
 
     def finish(self, found: Padded, number: Tensor, frame: Frame) -> tuple[Padded, Tensor]:
         """Detections from candidates (see `post_process.finish`), and whether there were too many of them."""
-        p = self.profile
+        p, most, last = self.profile, found.scores.shape[1], found.scores[:, -1]
         if p.min_box_size is not None:
             found = found.only((found.boxes[..., 2:] - found.boxes[..., :2] >= p.min_box_size).all(-1))
         detections = finish(found, frame, self.test_cfg, p)
-        return detections, lost(detections, number > found.scores.shape[1], self.test_cfg)
+        left_out = torch.where(number > most, last, 0.0)
+        return detections, lost(detections, left_out, self.test_cfg)
 
     def loss(
         self, feats: Sequence[Tensor], proposals: Tensor, counts: Tensor, targets: list[dict]

@@ -11,7 +11,7 @@ from fastrcnn.layers import ConvModule, conv_norm_act
 from fastrcnn.models.build import settings
 from fastrcnn.models.dense_head import DenseHead, flat_levels, init_normal
 from fastrcnn.models.frame import Frame
-from fastrcnn.models.losses import avg_factor, build_loss, positive_weight
+from fastrcnn.models.losses import avg_factor, box_loss, build_loss, positive_weight
 from fastrcnn.models.post_process import check_nms, nms_limit
 from fastrcnn.models.profiles import Profile
 from fastrcnn.models.sampling import build_sampler, sample_images
@@ -148,7 +148,7 @@ class RPNHead(DenseHead):
         anchors, matches, max_iou = self.assigned(logits, frame, targets)
         flat_logits, flat_deltas = flat_levels(logits, 1)[..., 0], flat_levels(deltas, 4)
         indices, counts = sample_images(matches, self.sampler, max_iou)
-        divisor = dict(floored=counts.clamp(min=1), sampled=counts, num=torch.full_like(counts, self.sampler.num / 2))
+        divisor = dict(floored=counts.clamp(min=1), sampled=counts, num=torch.full_like(counts[:, 0], self.sampler.num))
         factor = avg_factor(divisor[self.profile.rpn_divisor].sum(), 1, self.training)
         picked = indices.clamp(min=0)  # of what is no sample the weight is zero
         owners = matches.gather(1, picked)
@@ -163,4 +163,4 @@ class RPNHead(DenseHead):
         )  # a row more: of what has no object
         truth = take_boxes(gts, owners[:, : first.shape[1]].clamp(min=0)).flatten(0, 1)
         moves = take_boxes(flat_deltas, first).flatten(0, 1)
-        return loss_cls, self.box_loss(moves, anchors[first].flatten(0, 1), truth, factor, positive.flatten())
+        return loss_cls, box_loss(self, moves, anchors[first].flatten(0, 1), truth, factor, positive.flatten())

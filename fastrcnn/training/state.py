@@ -95,8 +95,9 @@ def adapt(model: BaseDetector, recipe: Recipe) -> None:
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     if recipe.compile:
-        for part in filter(None, (body, model.neck)):
-            part.compile()
+        for part in model.children():
+            if part is not model.data_preprocessor:
+                part.compile()
 
 
 def seed_everything(seed: int) -> None:

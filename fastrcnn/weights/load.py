@@ -8,7 +8,7 @@ from torch import nn
 
 from fastrcnn.checkpoints.checkpoint import ANCHORS, Checkpoint, as_checkpoint, load_checkpoint, metadata_json
 from fastrcnn.checkpoints.peer_options import PeerOptions
-from fastrcnn.checkpoints.pretrained import CLASSIFIER, pretrained_state
+from fastrcnn.checkpoints.pretrained import CLASSIFIER, SHORT_NAMES, pretrained_state
 from fastrcnn.checkpoints.read import check_finite, read_tensors, within
 from fastrcnn.models.pretrained import load_classifier
 from fastrcnn.weights.describe import CLASS_LAYERS, check_keys, config_of
@@ -62,11 +62,41 @@ def pretrained_model(
             return _apply(model, Checkpoint({**others, **body}, model.profile.name, PeerOptions(), {}), source)
     checkpoint = as_checkpoint(tensors, meta, source)
     model = detector(config_of(checkpoint, num_classes, name, overrides, source))
+    return _apply(model, _with_fresh_classes(checkpoint, model, class_names), source)
+
+
+def start_from(
+    model: Detector, path_or_url: str | Path | Mapping, class_names: Sequence[str] | None = None
+) -> Detector:
+    """Puts what `pretrained_model` takes, or a short name such as "torchvision://resnet50", into a model to train, in
+    place, and returns it. Raises ValueError where it does not fit."""
+    source = _name(path_or_url)
+    if source in SHORT_NAMES:
+        return _with_backbone(model, pretrained_state(source), source)
+    tensors, meta = read_tensors(path_or_url)
+    if not any(key.endswith(ANCHORS) for key in tensors):
+        classifier = within(tensors, CLASSIFIER, source)
+        if CLASSIFIER[0] in classifier:
+            check_finite(classifier, source)
+            return _with_backbone(model, classifier, source)
+    checkpoint = as_checkpoint(tensors, meta, source)
+    return _apply(model, _with_fresh_classes(checkpoint, model, class_names), source)
+
+
+def _with_backbone(model: Detector, classifier: dict, source: str) -> Detector:
+    load_classifier(model.backbone, classifier, source)
+    return model
+
+
+def _with_fresh_classes(checkpoint: Checkpoint, model: Detector, class_names: Sequence[str] | None) -> Checkpoint:
+    """The checkpoint, with the model's own last layers where its classes are others, or in another order."""
     theirs = checkpoint.categories()[0]
-    if checkpoint.num_classes != num_classes or (class_names and theirs and list(class_names) != list(theirs)):
-        fresh = {k: v for k, v in model.state_dict().items() if k.startswith(CLASS_LAYERS)}
-        checkpoint = dataclasses.replace(checkpoint, state={**checkpoint.state, **fresh})
-    return _apply(model, checkpoint, source)
+    if checkpoint.num_classes == model.num_classes and not (
+        class_names and theirs and list(class_names) != list(theirs)
+    ):
+        return checkpoint
+    fresh = {k: v for k, v in model.state_dict().items() if k.startswith(CLASS_LAYERS)}
+    return dataclasses.replace(checkpoint, state={**checkpoint.state, **fresh})
 
 
 def load_weights(model: Detector, path_or_url: str | Path | Mapping, norm_eps: float | None = None) -> Detector:

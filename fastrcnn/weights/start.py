@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastrcnn.weights.load import coco_address, load_pretrained, load_weights, pretrained_model
+import torch
+
+from fastrcnn.models.build import merge
+from fastrcnn.weights.load import coco_address, pretrained_model, start_from
 from fastrcnn.weights.named import named_model
 from fastrcnn.zoo.config_file import read_config
 from fastrcnn.zoo.mmdet_config import from_mmdet_config
-from fastrcnn.zoo.recipes import RPNS, Detector
+from fastrcnn.zoo.recipes import RPNS, Detector, detector
+
+ALL_TRAINS = dict(frozen_stages=-1, norm_eval=False, norm_cfg=dict(requires_grad=True))  # of random weights
 
 
 def is_config(name: str | None) -> bool:
@@ -21,17 +26,18 @@ def model_to_train(name: str | None, weights: str | Path | None, class_names: Se
     random values. overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError or OSError."""
     classes = 1 if name in RPNS else len(class_names)
     if is_config(name):
-        return _of_config(name, weights, classes, overrides)
+        if weights == "coco":
+            raise ValueError("weights: 'coco' are a named model's, expected a file or an address beside a config")
+        return _of_config(name, weights, class_names, overrides)
     if weights == "coco":
         weights = coco_address(name or "r50_fpn")
     if weights is not None:
         return pretrained_model(weights, classes, name, class_names, **overrides)
-    backbone = dict(frozen_stages=-1, norm_eval=False, norm_cfg=dict(requires_grad=True))
-    return named_model(name or "r50_fpn", classes, backbone=backbone, **overrides)
+    return named_model(name or "r50_fpn", classes, **merge(dict(backbone=ALL_TRAINS), overrides))
 
 
-def _of_config(path: str, weights, classes: int, overrides: dict) -> Detector:
-    config = read_config(path)
+def _of_config(path: str, weights, class_names: Sequence[str], overrides: dict) -> Detector:
+    content = read_config(path)
 
     def with_classes(part):
         if isinstance(part, list | tuple):
@@ -39,18 +45,18 @@ def _of_config(path: str, weights, classes: int, overrides: dict) -> Detector:
         if not isinstance(part, dict):
             return part
         return {
-            k: classes if k == "num_classes" else v if k == "rpn_head" else with_classes(v) for k, v in part.items()
+            k: len(class_names) if k == "num_classes" else v if k == "rpn_head" else with_classes(v)
+            for k, v in part.items()
         }
 
-    model = from_mmdet_config({**config, "model": with_classes(config.get("model"))})
-    for side in ("min_size", "max_size"):
-        if side in overrides:
-            setattr(model.data_preprocessor, side, overrides[side])
-    if weights is None:
-        model.init_weights()  # from what the config names
-        return model
-    try:
-        return load_weights(model, weights)
-    except ValueError:
-        load_pretrained(model.backbone, weights)
-        return model
+    with torch.device("meta"):  # for the arguments that the config stands for
+        told = from_mmdet_config({**content, "model": with_classes(content.get("model"))})
+    config = merge(told.built.arguments, overrides)
+    if weights is None and told.backbone.pretrained is None:
+        config = merge(config, dict(backbone=ALL_TRAINS))
+    model = detector(config)
+    model.config = told.config
+    if weights is not None:
+        return start_from(model, weights, class_names)
+    model.init_weights()  # from what the config names
+    return model
