@@ -7,6 +7,7 @@ import torch
 from conftest import picture, tiny_model
 from test_static import MODELS
 from torch import nn
+from torch.export import Dim
 
 from fastrcnn import Detector
 from fastrcnn.models.frame import Frame
@@ -64,7 +65,11 @@ def test_ten_sizes_are_compiled_at_most_three_times(compiler):
     assert 1 < compiler.programs <= 3
 
 
-@pytest.mark.parametrize("kind, profile", [("dcn", "torchvision"), ("fcos", "mmdet")])
+EACH = [("r18_fpn", "torchvision"), ("retinanet", "mmdet"), ("rpn", "detectron2"), ("c4", "detectron2"), ("dc5", "mmdet"),
+        ("fcos", "mmdet"), ("dcn", "torchvision"), ("x101", "torchvision")]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, profile", EACH)
 def test_a_detector_is_one_graph(kind, profile, compiler):
     model, images = MODELS[kind](profile), [picture(64, 96, seed=1), picture(64, 96, seed=2)]
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
@@ -81,13 +86,12 @@ class Exported(nn.Module):
         return tuple(self.model.predict_padded(batch, sizes, factors))
 
 
-@pytest.mark.parametrize("kind, profile", [("r18_fpn", "torchvision"), ("retinanet", "mmdet")])
+@pytest.mark.parametrize("kind, profile", EACH)
 def test_export_with_dynamic_batch_height_and_width(kind, profile):
     model = MODELS[kind](profile, **ROOM)
-    batch, height, width = (
-        torch.export.Dim(n, min=low, max=40) for n, low in (("batch", 1), ("height", 5), ("width", 5))
-    )
-    shapes = {0: batch, 2: 32 * height, 3: 32 * width}, {0: batch}, {0: batch}
+    step = max(model.data_preprocessor.pad_size_divisor, 2)
+    batch, (height, width) = Dim("batch", min=1, max=40), (Dim(n, min=65 // step + 1, max=900) for n in ("y", "x"))
+    shapes = {0: batch, 2: step * height, 3: step * width}, {0: batch}, {0: batch}
     given, frame = model.prepare([picture(140, 200, seed=1), picture(140, 200, seed=2)])
     program = torch.export.export(Exported(model), (given, frame.sizes, frame.factors), dynamic_shapes=shapes).module()
     for images in ([picture(150, 300, seed=3)], [picture(200, 140, seed=i) for i in range(3)]):
@@ -95,6 +99,21 @@ def test_export_with_dynamic_batch_height_and_width(kind, profile):
         arguments = given, frame.sizes, frame.factors
         for actual, expected in zip(program(*arguments), model.predict_padded(*arguments)):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["r18_fpn", "rpn"])
+def test_export_of_a_list_of_images(kind):
+    """As many as were given, of any one size: `forward` itself, whose lists have as many rows as there are objects."""
+    model, sides = (
+        MODELS[kind]("mmdet", **ROOM),
+        {1: Dim("height", min=100, max=900), 2: Dim("width", min=100, max=900)},
+    )
+    program = torch.export.export(
+        model, ([picture(140, 200, seed=i) for i in range(2)],), dynamic_shapes=dict(images=[sides, sides])
+    )
+    for size in ((140, 200), (210, 150)):
+        images = [picture(*size, seed=i + 5) for i in range(2)]
+        assert_equal_lists(program.module()(images), model(images))
 
 
 def test_export_from_pixels_of_one_size():

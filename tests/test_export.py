@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture, tiny_model
+from conftest import picture, tiny_model, tiny_options
 from test_cli import run
 
 from fastrcnn import Detector, save
 from fastrcnn.export import compare, export, onnx, pt2, triton
 from fastrcnn.export.program import OUTPUTS
+from fastrcnn.models.build import merge
+from fastrcnn.weights.named import named_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["red", "white", "platelet"]
@@ -201,7 +203,7 @@ def test_what_is_refused(model, tmp_path, options, error, said):
 
 
 def test_a_model_of_other_channels_is_refused(tmp_path):
-    model = tiny_model("r18_fpn", backbone=dict(in_channels=4))
+    model = named_model("r18_fpn", 3, **merge(tiny_options(), dict(backbone=dict(in_channels=4))))
     with pytest.raises(ValueError, match="model_or_detector: programs read RGB, expected a model of 3 channels, got 4"):
         export(model, tmp_path / "model.onnx")
 
