@@ -130,7 +130,7 @@ def counted(host: str, port: int) -> int:
 def main() -> None:
     args = arguments(__doc__.partition("\n\n")[0])
     height, width = (120, 160) if args.quick else (480, 640)
-    requests = 64 if args.quick else 384
+    requests = 64 if args.quick else 192
     files, rows = pictures(height, width), []
     keep_memory()  # as the command does
     detector = Detector(WEIGHTS, device=args.device)
@@ -140,6 +140,7 @@ def main() -> None:
             Path(path).write_bytes(data)
         bare_loop(detector, paths, 1)
         loops = [bare_loop(detector, paths, max(requests // PICTURES // 2, 1))]
+        print(f"bare loop {1 / loops[0][0]:.1f} pictures/s", flush=True)
         server, host, port = start_server(args.device)
         try:
             load(host, port, files, 1, PICTURES)
@@ -152,6 +153,7 @@ def main() -> None:
                 error = check("boxes", difference(answers, loops[0][1]), 0.01)
                 tenths = statistics.quantiles(each, n=100)
                 shape = f"{clients} clients, {width}x{height}, p50 {tenths[49] * 1e3:.0f} p99 {tenths[98] * 1e3:.0f} ms"
+                print(f"{shape}, {requests / seconds:.1f} pictures/s", flush=True)
                 rows.append((shape, 1e3 * seconds / requests, error))
         finally:
             server.terminate()

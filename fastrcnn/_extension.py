@@ -32,7 +32,13 @@ def _load(name: str) -> str:
     return ""
 
 
+# Devices of torch's for which there are no kernels: the references answer, slowly and right.
+OTHERS = ("mps", "xpu")
+
+
 def _cuda_reason() -> str:
+    if torch.version.hip:
+        return f"torch {torch.__version__} is a ROCm build, for which there are no kernels"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a CPU-only build"
     return _load("_C_cuda")
@@ -70,6 +76,17 @@ def kernel_tables() -> dict[str, dict[str, dict[str, str]]]:
 def reasons() -> dict[str, str]:
     """Why a reference answers, per device; "" where the compiled library is loaded."""
     return {"cpu": CPU_REASON, "cuda": CUDA_REASON}
+
+
+def devices() -> list[str]:
+    """The devices that torch sees here; those without kernels say that the references answer."""
+    found = [f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"]
+    rest = " by ROCm: no kernels, the references answer" if torch.version.hip else ""
+    found += [f"cuda:{i} ({torch.cuda.get_device_name(i)}{rest})" for i in range(torch.cuda.device_count())]
+    for name in OTHERS:
+        if (module := getattr(torch, name)).is_available():
+            found += [f"{name}:{i} (no kernels, the references answer)" for i in range(module.device_count())]
+    return found
 
 
 def built_with_torch() -> str | None:

@@ -20,7 +20,7 @@ TIERS = [
     {"weights"},
     {"data"},
     {"inference"},
-    {"evaluation", "export"},
+    {"evaluation", "export", "ray"},
     {"training"},
     {"serve"},
     {"cli"},
@@ -128,6 +128,8 @@ print(*sorted({name.split(".")[0] for name in sys.modules} - before))
         "fastapi",
         "uvicorn",
         "prometheus_client",
+        "ray",
+        "pyarrow",
     }
 
 

@@ -30,8 +30,7 @@ def info(
     import fastrcnn
     from fastrcnn import _extension
 
-    devices = [f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"]
-    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    devices = _extension.devices()
     facts = dict(
         fastrcnn=fastrcnn.__version__,
         torch=torch.__version__,

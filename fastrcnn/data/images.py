@@ -56,7 +56,7 @@ def _read(source: str | os.PathLike, fetch, look):
 
 
 def as_image(source, name: str = "image", channels: int = 3) -> Tensor:
-    """uint8 [3, H, W] RGB from a path, an address, a PIL image, an array or a tensor.
+    """uint8 [3, H, W] RGB from a path, an address, the bytes of a file, a PIL image, an array or a tensor.
 
     Arrays are [H, W, 3] in the order red, green, blue (cv2's are the other way round: `array[..., ::-1]`), [H, W, 4]
     (the alpha channel is dropped) or [H, W] (grey); tensors [3, H, W], [4, H, W] or [1, H, W]. Values are uint8,
@@ -67,6 +67,11 @@ def as_image(source, name: str = "image", channels: int = 3) -> Tensor:
     if isinstance(source, str | os.PathLike):
         return read_image(source, channels)
     try:
+        if isinstance(source, bytes):
+            try:
+                return decode(source, channels)
+            except (TypeError, ValueError) as error:
+                raise ImageError(str(error)) from None
         if hasattr(source, "convert") and hasattr(source, "getexif"):  # a PIL image, without importing PIL
             try:
                 return pixels_of(source, channels)
@@ -79,7 +84,7 @@ def as_image(source, name: str = "image", channels: int = 3) -> Tensor:
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
     raise TypeError(
-        f"{name}: expected a path, an address, a PIL image, an array or a tensor, got {type(source).__name__}"
+        f"{name}: expected a path, an address, bytes, a PIL image, an array or a tensor, got {type(source).__name__}"
     )
 
 

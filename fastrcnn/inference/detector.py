@@ -186,7 +186,7 @@ class Detector:
         Raises ImageError for an image that cannot be read, before any is looked at, and for one that the model fails on,
         with what it said as the cause; `stream` goes on instead.
         """
-        single = not isinstance(images, Iterable) or isinstance(images, str) or hasattr(images, "shape")
+        single = not isinstance(images, Iterable) or isinstance(images, str | bytes) or hasattr(images, "shape")
         read = []
         for index, image in enumerate([images] if single else images):
             read.append(_read(index, image, self.channels))

@@ -37,37 +37,43 @@ def _comparable(threshold: float, like: Tensor) -> float:
     return rounded.item()
 
 
-def _iou_with_rest(boxes: Tensor, areas: Tensor, i: int) -> Tensor:
-    """IoU of box i with boxes i+1.. [N - i - 1]; boxes [N, 4], areas [N]."""
-    box, rest = boxes[i], boxes[i + 1 :]
-    size = (torch.minimum(box[2:], rest[:, 2:]) - torch.maximum(box[:2], rest[:, :2])).clamp(min=0)
-    inter = size[:, 0] * size[:, 1]
-    return inter / (areas[i] + areas[i + 1 :] - inter)
+BLOCK = 256  # boxes that are compared with each other at a time
+
+
+def _overlap(
+    boxes: Tensor, others: Tensor, group: Tensor | None, other_group: Tensor | None, threshold: float
+) -> Tensor:
+    """[N, M]: whether the IoU of boxes [N, 4] with others [M, 4] is above the threshold, and their groups are the same."""
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
+    u1, v1, u2, v2 = others.unbind(1)
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp_(min=0)
+    inter = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp_(min=0).mul_(width)
+    over = inter / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter) > threshold
+    return over if group is None or other_group is None else over & (group[:, None] == other_group)
 
 
 def _greedy(
     boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float, max_output: int | None
 ) -> Tensor:
+    """Block by block of the sorted boxes: those that an earlier survivor covers fall out, and among the others the answer
+    settles from the best downwards, a box's as soon as those of all above it that cover it have."""
     boxes = coordinates(boxes)
-    scores = scores.to(boxes.dtype)
-    order = torch.sort(scores, descending=True, stable=True).indices
-    boxes = boxes[order]
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    group = None if groups is None else groups[order]
+    order = torch.sort(scores.to(boxes.dtype), descending=True, stable=True).indices
+    boxes, group = boxes[order], None if groups is None else groups[order]
     threshold = _comparable(iou_threshold, boxes)
-    dead = torch.zeros(len(order), dtype=torch.bool, device=boxes.device)
-    kept: list[int] = []
-    for i in range(len(order)):
+    kept = torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    for start in range(0, len(order), BLOCK):
         if max_output is not None and len(kept) >= max_output:
             break
-        if dead[i]:
-            continue
-        kept.append(i)
-        over = _iou_with_rest(boxes, areas, i) > threshold
-        if group is not None:
-            over &= group[i + 1 :] == group[i]
-        dead[i + 1 :] |= over
-    return order[torch.tensor(kept, dtype=torch.int64, device=order.device)]
+        own, own_group = boxes[start : start + BLOCK], None if group is None else group[start : start + BLOCK]
+        before = None if group is None else group[kept]
+        free = ~_overlap(boxes[kept], own, before, own_group, threshold).any(0)
+        over = _overlap(own, own, own_group, own_group, threshold).triu(1)
+        alive, last = free, None
+        while last is None or not torch.equal(alive, last):
+            alive, last = free & ~over[alive].any(0), alive
+        kept = torch.cat([kept, start + alive.nonzero()[:, 0]])
+    return order[kept[:max_output]]
 
 
 def _plain_reference(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

@@ -1,0 +1,86 @@
+"""Where there are no kernels: the references find the same, in one dtype that every device has, and `info` says who answers."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import picture, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastrcnn import Detector, _extension
+from fastrcnn.weights import save
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = """
+import sys
+import torch
+import fastrcnn
+from fastrcnn._extension import CPU_REASON, kernel_table
+sys.path.insert(0, sys.argv[3])
+from test_other_devices import NoDoubles
+images = torch.load(sys.argv[2])
+detector = fastrcnn.Detector(sys.argv[1], device="cpu", score_threshold=0.2)
+assert CPU_REASON.endswith("is not built") and kernel_table()["nms_padded"]["cpu"] == "reference"
+with NoDoubles():
+    found = detector(images)
+torch.save([(d.boxes, d.scores, d.labels) for d in found], sys.argv[2])
+"""
+
+
+class NoDoubles(TorchDispatchMode):
+    """A device without float64, as MPS is one: every tensor that an operator makes is looked at."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64 and x.dim():
+                raise TypeError(f"{function}: a tensor in float64, which MPS does not have")
+        return made
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The package as FASTRCNN_BUILD=none installs it."""
+    place = tmp_path_factory.mktemp("bare")
+    shutil.copytree(ROOT / "fastrcnn", place / "fastrcnn", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return place
+
+
+@pytest.mark.parametrize("name, profile", [("r18_fpn", "mmdet"), ("r18_fpn", "torchvision"), ("r18_fpn", "detectron2"),
+                                           ("retinanet_r18_fpn", "mmdet")])  # fmt: skip
+def test_references_alone_find_what_kernels_find_without_float64(name, profile, bare, tmp_path):
+    weights = save(tiny_model(name, profile), tmp_path / "tiny.safetensors")
+    images = [picture(64, 96, 1), picture(80, 60, 2)]
+    torch.save(images, tmp_path / "images.pt")
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, weights, tmp_path / "images.pt", ROOT / "tests"]
+    done = subprocess.run([str(word) for word in command], cwd=bare, env={"PYTHONPATH": str(bare), "PATH": ""},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = torch.load(tmp_path / "images.pt")
+    expected = Detector(weights, device="cpu", score_threshold=0.2)(images)
+    assert sum(map(len, expected)) > 10
+    for (boxes, scores, labels), wanted in zip(found, expected):
+        ours = torch.cat([boxes, 1e3 * labels[:, None], 1e2 * scores[:, None]], 1)
+        theirs = torch.cat([wanted.boxes, 1e3 * wanted.labels[:, None], 1e2 * wanted.scores[:, None]], 1)
+        apart = torch.cdist(
+            ours.double(), theirs.double(), compute_mode="donot_use_mm_for_euclid_dist"
+        )  # scores that are nearly equal may change places
+        assert len(ours) == len(theirs) and apart.amin(0).max() < 0.02 and apart.amin(1).max() < 0.02
+
+
+def test_devices_without_kernels_are_named_as_such(monkeypatch):
+    there = SimpleNamespace(is_available=lambda: True, device_count=lambda: 2)
+    monkeypatch.setattr(torch, "xpu", there)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "MI300X")
+    said = _extension.devices()
+    assert said[0].startswith("cpu (")
+    assert said[1:] == ["cuda:0 (MI300X by ROCm: no kernels, the references answer)",
+                        "xpu:0 (no kernels, the references answer)", "xpu:1 (no kernels, the references answer)"]  # fmt: skip
+    assert "a ROCm build, for which there are no kernels" in _extension._cuda_reason()
