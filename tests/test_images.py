@@ -323,7 +323,7 @@ def test_a_pil_image_with_a_palette_or_alpha(picture):
         (None, TypeError),
         (17, TypeError),
         ([[1, 2], [3, 4]], TypeError),
-        (b"bytes", TypeError),
+        (bytearray(b"bytes"), TypeError),
         (np.zeros((4, 5, 2), np.uint8), ValueError),
         (np.zeros((3, 40, 60), np.uint8), ValueError),  # channels first
         (np.zeros((4, 5, 3), np.int64), TypeError),

@@ -14,6 +14,7 @@ from serving import encoded
 
 import fastrcnn.ray
 from fastrcnn import Detector
+from fastrcnn.data.decode import decode
 from fastrcnn.data.images import read_image
 from fastrcnn.ray import find_pictures
 from fastrcnn.weights import save
@@ -88,6 +89,7 @@ def check(out, pictures, weights) -> None:
 def test_a_batch_of_arrays_and_one_of_bytes_give_what_a_detector_finds(weights):
     detector, plain = fastrcnn.ray.Detector(weights, **OPTIONS), Detector(weights, **OPTIONS)
     files = [encoded(i) for i in range(4)]
+    assert fastrcnn.data.as_image(files[0]).equal(decode(files[0])) and len(plain(files[0])) == 1
     arrays = np.stack([image.permute(1, 2, 0).numpy() for image in (fastrcnn.data.as_image(data) for data in files)])
     arrays.flags.writeable = False  # as Ray's are
     found = detector(dict(image=arrays, id=np.arange(4)))
