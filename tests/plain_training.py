@@ -71,7 +71,7 @@ def losses(model, batch: Tensor, targets: list[dict], profile: str) -> dict[str,
     deltas = [rpn.rpn_reg(x).permute(0, 2, 3, 1).reshape(len(batch), -1, 4) for x in hidden]
     anchors = [anchors_of(stride, *f.shape[2:]) for stride, f in zip(STRIDES, feats)]
     every = torch.cat(anchors)
-    objectness, regression, divisor, rois, labels, wanted = 0, 0, 0, [], [], []
+    objectness, regression, divisor, rois, labels, wanted = 0, deltas[0].sum() * 0, 0, [], [], []
     for i, target in enumerate(targets):
         truth = target["boxes"].double()
         found = assigned(every, truth, 0.3, 0.7, profile)
