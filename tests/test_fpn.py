@@ -110,6 +110,30 @@ def test_activation_follows_every_convolution_and_precedes_the_sum():
         torch.testing.assert_close(fpn(maps)[2], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes, halves", [(SIZES, 3), ([(16, 24), (8, 12), (4, 7), (4, 7)], 1)])
+@pytest.mark.parametrize("act", [None, dict(type="ReLU")])
+def test_a_coarser_map_of_half_the_size_rides_on_the_convolution(monkeypatch, sizes, halves, act):
+    """No upsampled map is made then; one of another size is upsampled, and nothing passes an activation."""
+    made, interpolate = [], F.interpolate
+    monkeypatch.setattr(F, "interpolate", lambda *a, **k: made.append(a) or interpolate(*a, **k))
+    for norm in (None, dict(type="BN")):
+        fpn = FPN(CHANNELS, 12, 4, act_cfg=act, norm_cfg=norm).eval()
+        for m in fpn.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.running_mean.normal_()
+        maps = [torch.randn(2, c, *size, requires_grad=True) for c, size in zip(CHANNELS, sizes)]
+        made.clear()
+        got = fpn(maps)
+        assert len(made) == (3 if act else 3 - halves)
+        laterals = [conv(x) for conv, x in zip(fpn.lateral_convs, maps)]
+        for i in (2, 1, 0):
+            laterals[i] = laterals[i] + interpolate(laterals[i + 1], size=sizes[i], mode="nearest")
+        expected = [conv(x) for conv, x in zip(fpn.fpn_convs, laterals)]
+        gradients = [torch.autograd.grad([x.sum() for x in maps_], maps) for maps_ in (got, expected)]
+        for a, b in zip([*got, *gradients[0]], [*expected, *gradients[1]]):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_upsampling_by_a_factor_and_by_another_mode():
     maps = [torch.randn(1, c, 16 >> i, 24 >> i) for i, c in enumerate(CHANNELS)]
     by_size, by_factor = FPN(CHANNELS, 12, 4), FPN(CHANNELS, 12, 4, upsample_cfg=dict(scale_factor=2, mode="nearest"))

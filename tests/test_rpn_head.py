@@ -10,6 +10,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.rpn import RPNHead as TorchvisionHead
 from torchvision.ops import box_iou
 
+from fastrcnn.layers import fold_batch_norm
 from fastrcnn.models import RPNHead
 from fastrcnn.models.frame import Frame
 from fastrcnn.models.profiles import PROFILES
@@ -280,3 +281,21 @@ def test_unknown_nms_and_assigner_are_refused():
         RPNHead(4, 4, test_cfg=dict(max_per_img=-1))
     with pytest.raises(ValueError, match="clip_border"):
         RPNHead(4, 4, bbox_coder=dict(clip_border=False))
+
+
+def test_a_folded_head_has_one_output_convolution(device):
+    """The same maps, as views of one; the keys of a model that is not folded stay MMDetection's."""
+    head = RPNHead(8, feat_channels=16).to(device).eval()
+    with torch.no_grad():
+        for conv in (head.rpn_cls, head.rpn_reg):
+            conv.weight.normal_()
+            conv.bias.normal_()
+    feats = [torch.randn(2, 8, *size, device=device) for size in ((6, 8), (3, 4))]
+    before, keys = head(feats), set(head.state_dict())
+    assert {"rpn_cls.weight", "rpn_reg.bias"} <= keys and not any("both" in key for key in keys)
+    after = fold_batch_norm(fold_batch_norm(head))(feats)
+    assert {key.split(".")[0] for key in head.state_dict()} == {"rpn_conv", "rpn_both"}
+    for a, b in zip([*before[0], *before[1]], [*after[0], *after[1]]):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    logits, deltas = after[0][0], after[1][0]
+    assert deltas.data_ptr() - logits.data_ptr() == 3 * 4 and logits.stride(3) == deltas.stride(3) == 16

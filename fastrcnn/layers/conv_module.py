@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastrcnn.layers.builders import build_activation, build_conv, build_norm
 from fastrcnn.ops import conv_bn_relu
+from fastrcnn.ops.conv_tile import upsampled
 
 
 def _has_fixed_statistics(norm: nn.Module | None) -> bool:
@@ -15,21 +16,27 @@ def _has_fixed_statistics(norm: nn.Module | None) -> bool:
 
 
 def conv_norm_act(
-    x: Tensor, conv: nn.Module, norm: nn.Module | None, relu: bool = True, residual: Tensor | None = None
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    relu: bool = True,
+    residual: Tensor | None = None,
+    upsample_residual: bool = False,
 ) -> Tensor:
     """relu(norm(conv(x)) + residual): one fused pass where `norm` is absent or a batch norm in eval mode, plain modules
-    where it trains or is of another kind. x [B, C, H, W], residual of the output's shape."""
+    where it trains or is of another kind. x [B, C, H, W], residual of the output's shape, or with upsample_residual of
+    half its height and width, rounded up, read by nearest neighbour."""
     plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     if plain and _has_fixed_statistics(norm) and not torch.is_autocast_enabled(x.device.type):
-        where = conv.stride, conv.padding, conv.dilation, conv.groups
+        where, epilogue = (conv.stride, conv.padding, conv.dilation, conv.groups), (residual, relu, upsample_residual)
         if norm is None or isinstance(norm, nn.Identity):
-            return conv_bn_relu(x, conv.weight, None, conv.bias, None, None, 0.0, *where, residual, relu)
+            return conv_bn_relu(x, conv.weight, None, conv.bias, None, None, 0.0, *where, *epilogue)
         if conv.bias is None:
             statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
-            return conv_bn_relu(x, conv.weight, *statistics, *where, residual, relu)
+            return conv_bn_relu(x, conv.weight, *statistics, *where, *epilogue)
     out = conv(x) if norm is None else norm(conv(x))
     if residual is not None:
-        out = out + residual
+        out = out + (upsampled(residual, out.shape[2:]) if upsample_residual else residual)
     return torch.relu(out) if relu else out
 
 
@@ -86,17 +93,18 @@ class ConvModule(nn.Module):
         if self.norm_name is not None:
             yield self.conv, self, self.norm_name
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [B, in, H, W] -> [B, out, H', W']; `residual` is added before the activation."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, upsample_residual: bool = False) -> Tensor:
+        """x [B, in, H, W] -> [B, out, H', W']; `residual` is added before the activation, see `conv_norm_act`."""
         relu = isinstance(self.activate, nn.ReLU)
-        out = conv_norm_act(x, self.conv, self.norm, relu, residual)
+        out = conv_norm_act(x, self.conv, self.norm, relu, residual, upsample_residual)
         return out if relu or self.activate is None else self.activate(out)
 
 
 @torch.no_grad()
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Writes every batch norm into its convolution, in place, for a model that will only predict: the weights are then
-    folded once instead of at every call. State-dict keys change, so this is for the deployed copy. Returns `model`."""
+    """Writes every batch norm into its convolution and joins convolutions that read one map (`join_outputs`), in place, for
+    a model that will only predict: this is then done once instead of at every call. State-dict keys change, so it is for
+    the deployed copy. Returns `model`."""
     for module in list(model.modules()):
         for conv, owner, name in getattr(module, "norm_pairs", tuple)():
             norm = getattr(owner, name)
@@ -111,4 +119,6 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
             conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
             conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
             setattr(owner, name, nn.Identity())
+        if hasattr(module, "join_outputs"):
+            module.join_outputs()
     return model

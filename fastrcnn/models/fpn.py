@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrcnn.layers import ConvModule
+from fastrcnn.ops.conv_tile import half_size
 
 INITS = {"Xavier": nn.init.xavier_uniform_, "Caffe2Xavier": partial(nn.init.kaiming_uniform_, a=1)}
 UPSAMPLE = {"mode", "scale_factor", "align_corners", "recompute_scale_factor", "antialias"}
@@ -88,16 +89,25 @@ class FPN(nn.Module):
             return F.interpolate(x, **self.upsample_cfg)
         return F.interpolate(x, size=tuple(size), **self.upsample_cfg)
 
+    def _doubles(self, coarse: Tensor, size: Sequence[int]) -> bool:
+        """Whether `_upsample` reads pixel i of each axis from i // 2."""
+        return self.upsample_cfg == dict(mode="nearest") and [half_size(n) for n in size] == list(coarse.shape[-2:])
+
     def _laterals(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The top-down pass. Where a lateral is linear, the upsampled map rides on its convolution as the residual."""
+        """The top-down pass. Where a lateral is linear, the coarser map rides on its convolution as the residual, which
+        reads it upsampled where it is of half the size."""
         laterals: list[Tensor] = []
         for i in reversed(range(self.used)):
             x, lateral = inputs[i + self.start_level], self.lateral_convs[i]
-            up = self._upsample(laterals[0], x.shape[-2:]) if laterals else None
-            if lateral.activate is None:
-                out = lateral(x, residual=up)
+            coarse, size = laterals[0] if laterals else None, x.shape[-2:]
+            if coarse is None:
+                out = lateral(x)
+            elif lateral.activate is None and self._doubles(coarse, size):
+                out = lateral(x, coarse, upsample_residual=True)
+            elif lateral.activate is None:
+                out = lateral(x, self._upsample(coarse, size))
             else:
-                out = lateral(x) if up is None else lateral(x) + up
+                out = lateral(x) + self._upsample(coarse, size)
             laterals.insert(0, out)
         return laterals
 

@@ -80,6 +80,7 @@ class RPNHead(DenseHead):
             self.rpn_conv = nn.Sequential(*(ConvModule(a, b, 3, padding=1) for a, b in zip(widths, widths[1:])))
         self.rpn_cls = nn.Conv2d(feat_channels, self.num_anchors, 1)
         self.rpn_reg = nn.Conv2d(feat_channels, self.num_anchors * 4, 1)
+        self.rpn_both: nn.Conv2d | None = None
         self.init_weights()
 
     def take_defaults(self, profile: Profile) -> None:
@@ -96,14 +97,35 @@ class RPNHead(DenseHead):
     def init_weights(self) -> None:
         init_normal(self)
 
+    @torch.no_grad()
+    def join_outputs(self) -> None:
+        """Makes the two 1x1 convolutions one, `rpn_both`, in their place: for a model that will only predict. Its outputs
+        are a multiple of 8, the last ones zeros: a pixel of them is a whole number of 16 bytes."""
+        if self.rpn_both is None:
+            convs = self.rpn_cls, self.rpn_reg
+            outputs = sum(c.out_channels for c in convs)
+            self.rpn_both = nn.Conv2d(convs[0].in_channels, outputs + -outputs % 8, 1)
+            for name in ("weight", "bias"):
+                rows = [getattr(c, name) for c in convs]
+                rows.append(rows[0].new_zeros(-outputs % 8, *rows[0].shape[1:]))
+                setattr(self.rpn_both, name, nn.Parameter(torch.cat(rows), False))
+            del self.rpn_cls, self.rpn_reg
+
+    def _outputs(self, x: Tensor) -> Sequence[Tensor]:
+        if self.rpn_both is None:
+            return [conv_norm_act(x, conv, None, relu=False) for conv in (self.rpn_cls, self.rpn_reg)]
+        both = conv_norm_act(x, self.rpn_both, None, relu=False)
+        a = self.num_anchors
+        return both[:, :a], both[:, a : 5 * a]
+
     def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level: objectness logits [B, A, H, W] and deltas [B, 4 A, H, W]."""
         logits, deltas = [], []
         for x in feats:
             plain = isinstance(self.rpn_conv, nn.Conv2d)
             x = conv_norm_act(x, self.rpn_conv, None) if plain else self.rpn_conv(x)
-            logits.append(conv_norm_act(x, self.rpn_cls, None, relu=False))
-            deltas.append(conv_norm_act(x, self.rpn_reg, None, relu=False))
+            both = self._outputs(x)
+            logits.append(both[0]), deltas.append(both[1])
         return logits, deltas
 
     def predict(
