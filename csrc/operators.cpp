@@ -22,6 +22,14 @@ bool narrow(const Tensor& x, const Tensor& w, IntArrayRef stride, IntArrayRef pa
   return stride[1] > 1 && width <= 2;
 }
 
+// Without AVX-512 oneDNN has no bfloat16.
+bool takes_bf16() {
+  const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""});
+  torch::jit::Stack stack;
+  if (op) op->callBoxed(&stack);
+  return op && stack[0].toBool();
+}
+
 Tensor fused(const c10::OperatorHandle& op, torch::jit::Stack stack) {
   op.callBoxed(&stack);
   return stack[0].toTensor();
@@ -37,7 +45,7 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const optional<Te
   const optional<Tensor> bias = bn_bias ? bn_bias->to(weight.scalar_type()) : bn_bias;
   const auto plain = c10::Dispatcher::singleton().findSchema({"mkldnn::_convolution_pointwise", ""});
   const auto adding = c10::Dispatcher::singleton().findSchema({"mkldnn::_convolution_pointwise", "binary"});
-  const bool known = input.scalar_type() == at::kFloat || input.scalar_type() == at::kBFloat16;
+  const bool known = input.scalar_type() == at::kFloat || (input.scalar_type() == at::kBFloat16 && takes_bf16());
   Tensor out;
   if (!plain || !adding || !known || input.numel() == 0 || narrow(input, weight, stride, padding, dilation)) {
     const optional<Tensor> wide = bias ? bias->to(at::kDouble) : bias;
@@ -55,7 +63,7 @@ Tensor conv_bn_relu(const Tensor& input, const Tensor& weight, const optional<Te
       if (residual) out.add_(*residual);
     }
   }
-  if (upsample_residual) out.add_(at::upsample_nearest2d(*addend, {out.size(2), out.size(3)}));
+  if (upsample_residual) out.add_(at::upsample_nearest2d(*addend, {out.size(2), out.size(3)}, 2.0, 2.0));
   return relu ? out.relu_() : out;
 }
 

@@ -85,6 +85,19 @@ def need_kernel():
     return check
 
 
+@pytest.fixture
+def need_cuda_kernel(need_kernel, request):
+    """need_cuda_kernel("_conv_tile", device): the same for what CUDA alone has, which a CPU runs with --emulate-cuda."""
+
+    def check(op: str, device: str) -> None:
+        emulated = has_kernel(op, device) or request.config.getoption("--emulate-cuda")
+        if device == "cpu" and not emulated:
+            pytest.skip("the kernel is CUDA's: run on a GPU, or with --emulate-cuda")
+        need_kernel(op, device)
+
+    return check
+
+
 def random_boxes(n: int, width: float = 640, height: float = 480, largest: float = 120, seed: int = 0) -> torch.Tensor:
     """[n, 4] xyxy boxes of 2..largest pixels, some of which leave the frame."""
     g = torch.Generator().manual_seed(seed)

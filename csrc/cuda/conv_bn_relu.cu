@@ -2,6 +2,7 @@
 // and wide groups (conv_gemm.cuh), one for narrow groups (conv_groups.cuh), each in the tiles named here.
 #include "conv_gemm.cuh"
 #include "conv_groups.cuh"
+#include "conv_launch.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -27,17 +28,10 @@ void with_tile(int64_t tile, bool packed, Run run) {
   refuse("tile must be one that the dtype has, got ", tile);
 }
 
-void check_channels_last(const Tensor& t, const char* name) {
-  const int64_t strides[] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
-  for (int i = 0; i < 4; ++i)
-    CHECK_ARGUMENT(t.size(i) < 2 || t.stride(i) == strides[i], name, " must be channels-last");
-}
-
-bool lies_on_chunks(const void* p) { return reinterpret_cast<uintptr_t>(p) % kChunkBytes == 0; }
-
 Conv make_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& residual, const std::vector<int64_t>& stride,
-               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups, bool upsample_residual, bool relu) {
+               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+               bool upsample_residual, bool relu) {
   CHECK_ARGUMENT(input.dim() == 4 && weight.dim() == 4, "input and weight must have 4 dimensions");
   CHECK_ARGUMENT(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride must have 2 numbers");
   CHECK_ARGUMENT(groups > 0 && weight.size(0) % groups == 0 && weight.size(1) * groups == input.size(1),
@@ -69,7 +63,7 @@ Conv make_conv(const Tensor& input, const Tensor& weight, const std::optional<Te
   p.depth = as_int("weight", weight.size(1) * weight.size(2) * weight.size(3) + kRowBytes) - kRowBytes;
   p.relu = relu;
   const int pack = input.scalar_type() == ScalarType::Float ? kPack<float> : kPack<Half>;
-  p.packed_input = p.group_channels % pack == 0 && lies_on_chunks(p.input) && lies_on_chunks(p.weight);
+  p.packed_input = p.group_channels % pack == 0 && lies_on(p.input, kChunkBytes) && lies_on(p.weight, kChunkBytes);
   p.packed_output = p.group_outputs % pack == 0;
   if (bias) {
     check_shape(*bias, "bias", "O", p.outputs);
@@ -85,19 +79,9 @@ Conv make_conv(const Tensor& input, const Tensor& weight, const std::optional<Te
     check_channels_last(*residual, "residual");
     if (upsample_residual) p.residual_h = h, p.residual_w = w;
     p.residual = residual->const_data_ptr();
-    p.packed_output = p.packed_output && lies_on_chunks(p.residual);
+    p.packed_output = p.packed_output && lies_on(p.residual, kChunkBytes);
   }
   return p;
-}
-
-template <class Kernel, class... Arguments>
-void launch(Kernel kernel, dim3 grid, int threads, int shared, const Tensor& out, const Arguments&... arguments) {
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess) {
-    cudaGetLastError();  // it is told here
-    refuse("tile needs ", shared, " bytes of shared memory, more than this card has");
-  }
-  kernel<<<grid, threads, shared, current_stream(out)>>>(arguments...);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <class F>
@@ -118,10 +102,10 @@ constexpr int kSpan = 16, kMostShared = 99 << 10, kEnoughBlocks = 1056;
 template <class F>
 void launch_groups(const Conv& p, int64_t images, const Tensor& out) {
   const int width = p.group_channels;
-  CHECK_ARGUMENT(width == p.group_outputs && kSpan % width == 0 && p.channels % kPack<F> == 0 && lies_on_chunks(p.input),
+  CHECK_ARGUMENT(width == p.group_outputs && kSpan % width == 0 && p.channels % kPack<F> == 0 && lies_on(p.input, kChunkBytes),
                  "tile is for groups of 1, 2, 4, 8 or 16 channels and outputs, 16 bytes of channels at a time");
   Conv q = p;
-  q.packed_output = p.outputs % kPack<F> == 0 && lies_on_chunks(p.residual);
+  q.packed_output = p.outputs % kPack<F> == 0 && lies_on(p.residual, kChunkBytes);
   const Patch patch = make_patch<F>(q, images, kSpan);
   CHECK_ARGUMENT(patch.all_bytes <= kMostShared, "tile takes smaller kernels, strides and dilations");
   const int parts = (p.channels + kRowDepth<F> - 1) / kRowDepth<F>;

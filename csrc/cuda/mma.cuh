@@ -73,6 +73,11 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool zero
   FASTRCNN_PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(zeros ? 0 : 16)
                : "memory");
 }
+// 4 bytes likewise.
+__device__ __forceinline__ void copy_word_async(void* to, const void* from, bool zeros) {
+  FASTRCNN_PTX("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(zeros ? 0 : 4)
+               : "memory");
+}
 // The thread's copies since the last commit are a group.
 __device__ __forceinline__ void commit_copies() { FASTRCNN_PTX("cp.async.commit_group;" ::: "memory"); }
 // Until all groups of this thread but the last kPending are done; what other threads copied takes a barrier as well.
@@ -91,6 +96,7 @@ void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2])
 }
 inline unsigned round_to_tf32(float x) { return emulated::round_to_tf32(x); }
 inline void copy_async(void* to, const void* from, bool zeros) { emulated::copy_async(to, from, 16, zeros); }
+inline void copy_word_async(void* to, const void* from, bool zeros) { emulated::copy_async(to, from, 4, zeros); }
 inline void commit_copies() { emulated::commit_copies(); }
 template <int kPending>
 void wait_for_copies() {

@@ -73,5 +73,5 @@ def show_plan(path: Path, as_json: bool) -> None:
         say_json(plan)
         return
     for kind, times in plan.items():
-        fastest_first = ", ".join(f"{name} {ms:.4g} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
+        fastest_first = ", ".join(f"{name} {ms:.4g} ms" for name, ms in times.items())
         say(f"{kind}: {fastest_first}")

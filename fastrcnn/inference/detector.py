@@ -17,6 +17,7 @@ from fastrcnn.layers import fold_batch_norm
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
 from fastrcnn.models.padded import Padded
 from fastrcnn.models.rpn import RPN
+from fastrcnn.ops.conv_plan import load_plan, plan_beside
 from fastrcnn.weights.load import coco_address, infer_model
 from fastrcnn.weights.named import named_model
 from fastrcnn.zoo.recipes import NAMES, RPNS
@@ -108,7 +109,9 @@ class Detector:
     gives its old numbers, and bf16 on CUDA. Objects below score_threshold are left out. compile: the whole way from
     pixels to detections goes through torch.compile, once for each batch size, which takes minutes for a large network.
 
-    On CUDA the way from bytes to detections is one CUDA graph a shape (`captured`).
+    On CUDA the way from bytes to detections is one CUDA graph a shape (`captured`), and a shape's first call measures which
+    convolutions are the fastest. `fastrcnn.ops.conv_plan.save_plan` keeps that; a plan that lies beside the weights, under
+    their name and `.plan.json`, is loaded with them.
     """
 
     def __init__(
@@ -130,6 +133,9 @@ class Detector:
         if precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of auto, {', '.join(PRECISIONS)}, got {precision!r}")
         self.precision = precision
+        for source in (model_or_name, weights):
+            if isinstance(source, str | os.PathLike) and plan_beside(source).is_file():
+                load_plan(plan_beside(source))
         model = self._model(model_or_name, weights).eval()
         model.requires_grad_(False)
         self.score_threshold = score_threshold

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastrcnn.layers import build_conv, build_norm, build_plugin, conv_norm_act
 from fastrcnn.models.pretrained import pretrained_source, take_pretrained
+from fastrcnn.ops.conv_stem import stem
 
 POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 
@@ -324,15 +325,22 @@ class ResNet(nn.Module):
                     m.eval()
         return self
 
+    def _stem(self, x: Tensor) -> Tensor:
+        norm = getattr(self, self.norm1_name)
+        folded = isinstance(norm, nn.Identity) and type(self.conv1) is nn.Conv2d
+        if folded and not torch.is_autocast_enabled(x.device.type):
+            return stem(x, self.conv1.weight, self.conv1.bias)
+        return self.maxpool(conv_norm_act(x, self.conv1, norm))
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, in_channels, H, W] -> one [B, C_i, H / stride_i, W / stride_i] for each of `out_indices`."""
         x = x.contiguous(memory_format=torch.channels_last)
         if self.deep_stem:
             for i in (0, 3, 6):
                 x = conv_norm_act(x, self.stem[i], self.stem[i + 1])
+            x = self.maxpool(x)
         else:
-            x = conv_norm_act(x, self.conv1, getattr(self, self.norm1_name))
-        x = self.maxpool(x)
+            x = self._stem(x)
         outs = []
         for i, name in enumerate(self.res_layers):
             x = getattr(self, name)(x)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastrcnn._extension import TAKES
 from fastrcnn.ops._bind import bind
 from fastrcnn.ops._checks import check_flag, check_int, check_number, check_pair, check_same_device, check_tensor
-from fastrcnn.ops.conv_tile import half_size, out_size, upsampled
+from fastrcnn.ops.conv_tile import half_size, out_shape, upsampled
 
 HALF = {torch.float16: ("fp16", -1024), torch.bfloat16: ("bf16", -128)}  # oneDNN's name; -infinity's bits as an int16
 
@@ -77,11 +77,6 @@ def _checked(
 
 _, *_PARAMETERS = inspect.signature(_checked).parameters.values()
 Call = namedtuple("Call", [p.name for p in _PARAMETERS])  # the operator's arguments, or their gradients
-
-
-def out_shape(input, weight, stride, padding, dilation):
-    axes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return [input.shape[0], weight.shape[0], *(out_size(*axis) for axis in axes)]
 
 
 def full_residual(call: Call) -> Tensor | None:
@@ -208,14 +203,18 @@ def _gradients(ctx, grad):
     if need.residual and call.upsample_residual:  # of up to four pixels each
         found["residual"] = F.avg_pool2d(grad, 2, ceil_mode=True, divisor_override=1)
     found["weight"] = folded.to(call.weight.dtype) if need.weight else None
-    shift = grad.sum((0, 2, 3), dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
-    found["bn_bias"] = shift.to(call.bn_bias.dtype) if need.bn_bias else None
+    sums = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if need.bn_bias or of_scale or need.bn_mean:  # where the norm is frozen nobody reads the whole map for them
+        shift = grad.sum((0, 2, 3), dtype=sums)
+        found["bn_bias"] = shift.to(call.bn_bias.dtype) if need.bn_bias else None
     if call.bn_weight is not None:
-        scale, inverse = _scale(call), torch.rsqrt(call.bn_var + call.eps)
-        found["bn_mean"] = (-shift * scale).to(call.bn_mean.dtype)
+        scale = _scale(call)
         if need.weight:
-            found["weight"] = (folded * scale.to(shift.dtype)[:, None, None, None]).to(call.weight.dtype)
+            found["weight"] = (folded * scale.to(sums)[:, None, None, None]).to(call.weight.dtype)
+        if need.bn_mean:
+            found["bn_mean"] = (-shift * scale).to(call.bn_mean.dtype)
         if of_scale:
+            inverse = torch.rsqrt(call.bn_var + call.eps)
             slope = (folded * call.weight).sum((1, 2, 3), dtype=shift.dtype) - shift * call.bn_mean
             found["bn_weight"] = (slope * inverse).to(call.bn_weight.dtype)
             found["bn_var"] = (slope * call.bn_weight * -0.5 * inverse**3).to(call.bn_var.dtype)

@@ -1,18 +1,21 @@
 """conv_bn_relu on CUDA: cuDNN's fused convolution, or a tile of csrc/cuda/conv_bn_relu.cu where the plan has measured that
-it is faster. Unmeasured, cuDNN answers.
+it is faster; and the stem of a ResNet likewise. Unmeasured, cuDNN answers.
 """
 
 import math
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from fastrcnn._extension import has_kernel
 from fastrcnn.ops import conv_plan
-from fastrcnn.ops.conv_bn_relu import OPERATOR, Call, full_residual, operands, out_shape
-from fastrcnn.ops.conv_tile import FLOAT_TILES, TILES, conv_tile
+from fastrcnn.ops.conv_bn_relu import HALF, OPERATOR, Call, full_residual, operands
+from fastrcnn.ops.conv_stem import conv_stem, separate
+from fastrcnn.ops.conv_tile import FLOAT_TILES, TILES, conv_tile, out_shape
 
-CUDNN = "cudnn"
+CUDNN, SEPARATE = "cudnn", "separate"
 
 
 def _cuda(*args) -> Tensor:
@@ -28,25 +31,57 @@ def _cuda(*args) -> Tensor:
         return run(CUDNN)
     residual = "" if call.residual is None else " + half residual" if call.upsample_residual else " + residual"
     epilogue = " + bias" * (bias is not None) + residual + ", relu" * call.relu
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    dtype = "tf32" if tf32 else str(x.dtype).removeprefix("torch.")
-    kind = conv_plan.kind_of(torch.cuda.get_device_name(x.device), dtype, w.shape, pixels, call[7:11], epilogue)
-    return run(conv_plan.choose(kind, names, run))
+    return run(conv_plan.choose(_kind(x, w, pixels, call[7:11], epilogue), names, run))
+
+
+def _kind(x: Tensor, w: Tensor, pixels: int, where: Sequence, epilogue: str) -> str:
+    pairs = *map(tuple, where[:3]), where[3]
+    return conv_plan.kind_of(_card(x.device), x.dtype, tuple(w.shape), pixels, pairs, epilogue)
+
+
+@cache
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+@cache
+def _has(kernel: str, device: torch.device) -> bool:
+    """From Ampere on."""
+    return has_kernel(kernel, device.type) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _stem(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """conv_stem.stem: two operators one after the other, or one kernel."""
+
+    def run(name: str) -> Tensor:
+        if name == SEPARATE:
+            return separate(input, weight, bias)
+        return conv_stem(*(t.contiguous(memory_format=torch.channels_last) for t in (input, weight)), bias)
+
+    takes = input.dtype in HALF and input.shape[1] == 3 and input.shape[3] % 2 == 0 and input.data_ptr() % 4 == 0
+    if not takes or not input.numel() or not _has("_conv_stem", input.device):
+        return run(SEPARATE)
+    shape = out_shape(input, weight, *(where := ((2, 2), (3, 3), (1, 1), 1))[:3])
+    epilogue = " + bias" * (bias is not None) + ", relu, max pool"
+    kind = _kind(input, weight, math.prod(shape[::3]) * shape[2], where, epilogue)
+    return run(conv_plan.choose(kind, [SEPARATE, "stem"], run))
 
 
 if torch.backends.cudnn.is_available() and torch.version.cuda:  # on AMD cuDNN's name stands for another library
     OPERATOR.register_kernel("cuda")(_cuda)
+    torch.library.impl("fastrcnn::_stem", "cuda", _stem)
 
 
-def _tiles(x: Tensor, w: Tensor, groups: int) -> list[str]:
-    """Ours that may answer: from Ampere on, and narrow groups in a tile of their own."""
-    if x.dtype == torch.float64 or not has_kernel("_conv_tile", x.device.type):
+def _tiles(x: Tensor, w: Tensor, groups: int) -> Sequence[str]:
+    """Ours that may answer, narrow groups in a tile of their own. In float32 they are exact: three products for the one
+    of cuDNN's TF32, which they neither beat nor agree with."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    if x.dtype == torch.float64 or tf32 or not _has("_conv_tile", x.device):
         return []
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return []
-    narrow = groups > 1 and w.shape[1] * groups == w.shape[0] and 16 % w.shape[1] == 0
-    dense = FLOAT_TILES if x.dtype == torch.float32 else TILES[:-1]
-    return [TILES[-1]] if narrow else list(dense)
+    if groups > 1 and w.shape[1] * groups == w.shape[0] and 16 % w.shape[1] == 0:
+        chunks = x.data_ptr() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0
+        return TILES[-1:] if chunks else []
+    return FLOAT_TILES if x.dtype == torch.float32 else TILES[:-1]
 
 
 def _tile(name: str, call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,9 +8,9 @@ doubling, so that pictures of many sizes are few kinds.
 import json
 import math
 import os
-import tempfile
+import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -32,19 +32,22 @@ def choose(kind: str, names: Sequence[str], run: Callable[[str], Tensor]) -> str
 def save_plan(path: str | os.PathLike) -> None:
     """JSON of what has been measured or loaded; a file that is there is replaced at once or not at all."""
     path = Path(path)
-    text = json.dumps(PLAN, indent=1)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name[:80]}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        part.write_text(json.dumps(PLAN, indent=1), encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def plan_beside(weights: str | os.PathLike) -> Path:
+    """Where a plan lies that is loaded with a file of weights: `model.safetensors.plan.json`."""
+    return Path(f"{os.fspath(weights)}.plan.json")
 
 
 def load_plan(path: str | os.PathLike) -> dict[str, dict[str, float]]:
-    """Adds a saved plan to this process's, and returns it. Raises ValueError naming the file and what is wrong in it."""
+    """Adds a saved plan to this process's, and returns it, the fastest of each kind first. Raises ValueError naming the
+    file and what is wrong in it."""
     try:
         plan = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -54,20 +57,26 @@ def load_plan(path: str | os.PathLike) -> dict[str, dict[str, float]]:
     for kind, times in plan.items():
         if not isinstance(times, dict) or not times or not all(map(_is_time, times.values())):
             raise ValueError(f"{path}: {kind}: expected the milliseconds of each candidate, got {times!r:.80}")
-    PLAN.update((kind, dict(sorted(times.items(), key=lambda item: item[1]))) for kind, times in plan.items())
+    plan = {kind: _fastest_first(times) for kind, times in plan.items()}
+    PLAN.update(plan)
     return plan
 
 
 def _is_time(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
-def kind_of(device: str, dtype: str, weight: Sequence[int], pixels: int, where: Sequence, epilogue: str) -> str:
+def _fastest_first(times: dict[str, float]) -> dict[str, float]:
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+@cache
+def kind_of(device: str, dtype: torch.dtype, weight: tuple, pixels: int, where: tuple, epilogue: str) -> str:
     """weight: its shape; pixels: of all images' outputs; where: stride, padding, dilation, groups."""
     size = round(4 * math.log2(max(pixels, 1))) / 4
     stride, padding, dilation = map(_short, where[:3])
     kernel = f"{weight[1] * where[3]}->{weight[0]} {weight[2]}x{weight[3]} /{stride} p{padding} d{dilation} g{where[3]}"
-    return f"{device}, {dtype}, {kernel}, 2^{size:g} pixels{epilogue}"
+    return f"{device}, {str(dtype).removeprefix('torch.')}, {kernel}, 2^{size:g} pixels{epilogue}"
 
 
 def _short(pair: Sequence[int]) -> str:
@@ -84,12 +93,11 @@ def _measured(names: Sequence[str], run: Callable[[str], Tensor]) -> dict[str, f
     times, right = {}, run(names[0])
     for name in names:
         try:
-            agrees = name == names[0] or _agree(run(name), right)
-        except ValueError:  # a shape that this one does not take
+            if name == names[0] or _agree(run(name), right):
+                times[name] = milliseconds(partial(run, name))
+        except (ValueError, torch.OutOfMemoryError):  # a shape that this one does not take, or no room for two results
             continue
-        if agrees:
-            times[name] = milliseconds(partial(run, name))
-    return dict(sorted(times.items(), key=lambda item: item[1]))
+    return _fastest_first(times)
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

@@ -7,7 +7,8 @@ cd "$(dirname "$0")/../.." || exit 1
 out=${OUT:-$(mktemp -d)}
 mkdir -p "$out"
 (($#)) || set -- tests/test_{nms,soft_nms,decode_boxes,decode_proposals,match_boxes,preprocess_op}.py \
-  tests/test_{roi_align,multilevel_roi_align,deform_conv2d,deform_roi_pool}.py \
+  tests/test_{roi_align,multilevel_roi_align,deform_conv2d,deform_roi_pool,select_candidates}.py \
+  tests/test_{conv_tile,conv_stem}.py \
   -k "not compiles and not exports and not opcheck and not gradcheck and not long_lists"
 
 # Only the kernels are instrumented: what torch and Python do among themselves is not looked at.
