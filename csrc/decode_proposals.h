@@ -73,7 +73,7 @@ inline ProposalInputs make_proposal_inputs(const std::vector<Tensor>& cls_logits
                                            const std::vector<int64_t>& batch_shape, bool convert) {
   const size_t levels = cls_logits.size();
   CHECK_ARGUMENT(levels > 0 && bbox_deltas.size() == levels && base_anchors.size() == levels &&
-                     strides.size() == (batch_shape.empty() ? 2 * levels : 0) && batch_shape.size() % 2 == 0,
+                     strides.size() == (batch_shape.empty() ? 2 * levels : 0) && (batch_shape.empty() || batch_shape.size() == 2),
                  "cls_logits, bbox_deltas, base_anchors and strides must have one entry a level");
   const int64_t batch = cls_logits[0].size(0);
   CHECK_SHAPE(image_sizes, batch, 2);

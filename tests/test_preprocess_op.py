@@ -196,6 +196,16 @@ def test_padding_is_zero(device):
     assert out[:, :, :70, :66].any() and not out[:, :, 70:].any() and not out[:, :, :, 66:].any()
 
 
+def test_mean_and_std_may_be_arrays(device, need_kernel):
+    need_kernel("preprocess", device)
+    images, mean, std = [noise(8, 9).to(device)], [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]
+    expected = preprocess(images, [(8, 9)], (8, 9), mean, std)
+    assert torch.equal(preprocess(images, [(8, 9)], (8, 9), np.array(mean), np.array(std)), expected)
+    four = [torch.cat([images[0], images[0][:1]])]
+    out = preprocess(four, [(8, 9)], (8, 9), np.array([*mean, 1.0]), np.array([*std, 4.0]))
+    assert torch.equal(out, torch.cat([expected, expected[:, :1]], 1))
+
+
 # --- on a GPU
 
 

@@ -11,6 +11,7 @@ order. float64 images are normalised and interpolated in float64, all others in 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -168,8 +169,10 @@ def _preprocess(
     the network's channel order and value range (0..1 for "interpolate", else 0..255); resize: "opencv", "interpolate" or
     "pillow"; bgr: the network wants blue first. Raises TypeError or ValueError naming the argument.
     """
-    told = isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std)
+    mean, std = (values.tolist() if isinstance(values, np.ndarray) else values for values in (mean, std))
+    told = all(isinstance(values, (list, tuple)) for values in (mean, std)) and len(mean) == len(std) > 0
     channels = len(mean) if told else 3
+    numbers = check_numbers("mean", mean, channels), check_numbers("std", std, channels)
     check_images(images, channels)
     images = list(images)
     height, width = _check_size("batch_size", batch_size, (MOST, MOST))
@@ -177,7 +180,6 @@ def _preprocess(
         got = len(sizes) if isinstance(sizes, (list, tuple)) else type(sizes).__name__
         raise ValueError(f"sizes: expected a list with (height, width) of each of {len(images)} images, got {got}")
     flat = [n for i, size in enumerate(sizes) for n in _check_size(f"sizes[{i}]", size, (height, width))]
-    numbers = check_numbers("mean", mean, channels), check_numbers("std", std, channels)
     rules = check_choice("resize", resize, RULES), check_flag("bgr", bgr)
     if dtype not in FLOATING:
         raise TypeError(f"dtype: expected a floating point type, got {dtype}")
