@@ -1,6 +1,6 @@
 """Builds fastrcnn._C (CPU kernels) and, where wanted, fastrcnn._C_cuda (CUDA kernels).
 
-FASTRCNN_BUILD=auto (default): CPU kernels, and CUDA kernels where torch is a CUDA build, an nvcc of its major version is
+FASTRCNN_BUILD=auto (default): CPU kernels where there is a compiler, and CUDA kernels where torch is a CUDA build, an nvcc of its major version is
 found and either a GPU that can run them is visible or TORCH_CUDA_ARCH_LIST is set.  =cpu: CPU kernels alone.  =cuda: both,
 or an error.  =none: no kernels, no compiler.
 """
@@ -48,6 +48,11 @@ def check_compiler():
         stop(f"{found} does not work ({error}). {advice}")
     if clang == "__clang__" and gnu.isdigit() and int(gnu) < 11:
         stop(f"{found} is g++ {gnu}. {advice}")
+
+
+def compiler_is_missing():
+    """Whether nobody named a compiler and there is none: on Windows, say, or in a small image."""
+    return "CXX" not in os.environ and not shutil.which("c++")
 
 
 def import_torch():
@@ -170,6 +175,10 @@ if MODE not in ("auto", "cpu", "cuda", "none"):
 # A source distribution needs neither torch nor a compiler: MANIFEST.in names its files. Only the hook's name on the command
 # line tells that one is asked for.
 if MODE == "none" or "sdist" in sys.argv or any("build_sdist" in word for word in sys.orig_argv):
+    setup()
+elif MODE == "auto" and compiler_is_missing():
+    print("fastrcnn: no C++ compiler was found: installing without kernels, the slow references will answer (see "
+          "`fastrcnn info`). For the kernels install g++ >= 11, then fastrcnn again.", file=sys.stderr)  # fmt: skip
     setup()
 else:
     check_compiler()

@@ -130,7 +130,7 @@ def counted(host: str, port: int) -> int:
 def main() -> None:
     args = arguments(__doc__.partition("\n\n")[0])
     height, width = (120, 160) if args.quick else (480, 640)
-    requests = 64 if args.quick else 192
+    requests = 64 if args.quick else 128
     files, rows = pictures(height, width), []
     keep_memory()  # as the command does
     detector = Detector(WEIGHTS, device=args.device)

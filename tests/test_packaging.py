@@ -63,6 +63,17 @@ def test_editable_install_is_found_from_the_folder_above_the_clone(clone, tmp_pa
     assert done.stdout.strip() == str(clone / "fastrcnn/__init__.py"), done.stderr
 
 
+@pytest.mark.parametrize("mode, status", [("auto", 0), ("none", 0), ("cpu", 1)])
+def test_where_there_is_no_compiler_auto_installs_without_kernels_and_says_so(mode, status, clone, tmp_path):
+    environ = {k: v for k, v in os.environ.items() if k != "CXX"} | dict(PATH=str(tmp_path), FASTRCNN_BUILD=mode)
+    run = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path / "build")]
+    done = subprocess.run(run, cwd=clone, env=environ, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert ("no C++ compiler was found: installing without kernels" in done.stderr) == (mode == "auto")
+    built = [path.name for path in (tmp_path / "build").rglob("*") if path.is_file()]
+    assert ("nms.py" in built) == (status == 0) and not [name for name in built if name.endswith(".so")]
+
+
 def old_compiler(folder: Path) -> str:
     return script(folder / "old-c++", "echo 9 __clang__")
 
