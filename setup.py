@@ -1,8 +1,8 @@
 """Builds fastrcnn._C (CPU kernels) and, where wanted, fastrcnn._C_cuda (CUDA kernels).
 
-FASTRCNN_BUILD=auto (default): CPU kernels where there is a compiler, and CUDA kernels where torch is a CUDA build, an nvcc of its major version is
-found and either a GPU that can run them is visible or TORCH_CUDA_ARCH_LIST is set.  =cpu: CPU kernels alone.  =cuda: both,
-or an error.  =none: no kernels, no compiler.
+FASTRCNN_BUILD=auto (default): CPU kernels where there is a compiler, and CUDA kernels where torch is a CUDA build, an nvcc
+of its major version is found and either a GPU that can run them is visible or TORCH_CUDA_ARCH_LIST is set.  =cpu: CPU
+kernels alone.  =cuda: both, or an error.  =none: no kernels, no compiler.
 """
 
 import os

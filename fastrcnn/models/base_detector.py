@@ -16,9 +16,10 @@ from fastrcnn.models.padded import Padded
 from fastrcnn.models.preprocess import DataPreprocessor
 from fastrcnn.models.profiles import get_profile
 from fastrcnn.models.resnet import ResNet, ResNetV1d, ResNeXt
+from fastrcnn.models.timm_backbone import TimmBackbone
 from fastrcnn.ops._checks import coordinates
 
-BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNeXt, "ResNetV1d": ResNetV1d}
+BACKBONES = {"ResNet": ResNet, "ResNeXt": ResNeXt, "ResNetV1d": ResNetV1d, "timm": TimmBackbone}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class BaseDetector(nn.Module):
         self.backbone = build(backbone, BACKBONES, "backbone")
         pixels = {"in_channels": getattr(self.backbone, "in_channels", 3), **(data_preprocessor or {})}
         self.data_preprocessor = DataPreprocessor(self.profile, min_size, max_size, **pixels)
+        if isinstance(self.backbone, TimmBackbone) and isinstance(neck, dict):
+            neck = dict(neck, in_channels=self.backbone.channels)
         self.neck = None if neck is None else build(neck, {"FPN": FPN}, "neck")
         self.class_names: list[str] | None = None
         self.category_ids: list[int] | None = None  # by label, of the annotations that it was trained on
