@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from fastrcnn import ops as ops
     from fastrcnn.inference import Detections as Detections
     from fastrcnn.inference import Detector as Detector
-    from fastrcnn.weights import load_weights as load_weights
-    from fastrcnn.weights import save as save
+    from fastrcnn.weights.load import load_weights as load_weights
+    from fastrcnn.weights.save import save as save
 
 __version__ = "0.1.0"
 __all__ = ["Detections", "Detector", "load_weights", "models", "ops", "save"]

@@ -17,8 +17,8 @@ console = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 Weights = Annotated[
     str | None,
-    typer.Option(help="checkpoint of MMDetection, torchvision or Detectron2, or trained here: file or https address "
-                 "[default: torchvision's COCO weights, fetched once]"),
+    typer.Option(help="checkpoint of MMDetection, torchvision or Detectron2, or trained here: file, https address, or "
+                 "coco [default: torchvision's COCO weights, fetched once]"),
 ]  # fmt: skip
 Model = Annotated[str | None, typer.Option(help="name from `fastrcnn models` [default: told by the weights]")]
 Score = Annotated[float, typer.Option(min=0.0, max=1.0, help="leave out objects below this score")]
@@ -83,7 +83,7 @@ def open_detector(model: str | None, weights: str | None, device: str, precision
     from fastrcnn.inference.memory import keep_memory
 
     keep_memory()
-    if weights is None:
+    if weights in (None, "coco"):
         model, weights = model or "r50_fpn", "coco"
     try:
         if model is None:

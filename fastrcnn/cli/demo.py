@@ -29,7 +29,7 @@ def demo(
 
     start = time.perf_counter()
     detector = open_detector(None, str(ASSETS / "demo.safetensors"), device, precision, 0.5)
-    images, objects = run_detector(detector, [str(ASSETS / "demo.jpg")], out, None, None, True)
+    images, objects = run_detector(detector, [str(ASSETS / "demo.jpg")], out)
     if not images["done"]:
         raise typer.Exit(1)
     kernels = kernel_table()

@@ -35,20 +35,18 @@ def selected(names: list[str], wanted: str | None) -> set[int] | None:
     return {i for i, name in enumerate(names) if name in asked}
 
 
-def run_detector(
-    detector, sources: list[str], out: Path, classes: set[int] | None, batch: int | None, pictures: bool
-) -> tuple[Counter, Counter]:
-    """`write_detections` with a progress bar, and what failed named. Returns how many images were "done", "unreadable"
-    and "not written", and how many objects there are of each name. Ends the command where results cannot be
-    written."""
-    from fastrcnn.inference.output import write_detections
+def run_detector(detector, sources: list[str], out: Path, **options) -> tuple[Counter, Counter]:
+    """`write_detections` (options: its further arguments) with a progress bar, and what failed named. Returns how many
+    images were "done", "unreadable", "not written", of "videos" and "frames", and how many objects there are of each
+    name. Ends the command where results cannot be written."""
+    from fastrcnn.inference.output import Video, write_detections
 
     warnings.filterwarnings("ignore", module="PIL")  # about what is in a picture: it is read, or it is named below
     images, objects = Counter(), Counter()
     try:
         with (
             progress_bar(len(sources)) as progress,
-            closing(write_detections(detector, sources, out, classes, batch, pictures)) as results,
+            closing(write_detections(detector, sources, out, say=warn, **options)) as results,
         ):
             task = progress.add_task("detecting", total=len(sources))
             for found in results:
@@ -56,55 +54,121 @@ def run_detector(
                 if isinstance(found, Exception):
                     images["not written" if isinstance(found, OSError) else "unreadable"] += 1
                     warn(f"skipped {found}")
+                elif isinstance(found, Video):
+                    images.update(done=1, videos=1, frames=found.frames)
+                    objects.update(found.objects)
                 else:
                     images["done"] += 1
                     objects.update(found.names)
-    except OSError as error:
+    except (OSError, ValueError, ImportError) as error:
         fail(error)
     return images, objects
 
 
+def find(sources: list[str], recursive: bool, shard: str | None) -> tuple[list[str], list[int]]:
+    """The pictures and videos asked for and their numbers; ends the command where there are none."""
+    from fastrcnn.data import find_sources, shard_of
+    from fastrcnn.data.sources import is_image
+    from fastrcnn.inference.video import is_video
+
+    try:
+        paths, below = find_sources(sources, recursive, lambda name: is_image(name) or is_video(name))
+        chosen = shard_of(paths, shard or "1/1")
+    except (ValueError, OSError) as error:
+        fail(error)
+    if below:
+        warn(f"{below} more in sub-folders are left out: --recursive takes them")
+    if not paths:
+        fail(f"no images found in {' '.join(sources)}")
+    return chosen
+
+
 def detect(
-    sources: Annotated[list[str], typer.Argument(help="images, folders, glob patterns, http(s) addresses")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="pictures, videos, folders, glob patterns, http(s) addresses, lists of them in a .txt, or - "
+                       "for one on standard input"),
+    ],
     weights: Weights = None,
     model: Model = None,
-    out: Annotated[Path, typer.Option(help="folder for the pictures and detections.json")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="folder for everything that is written")] = Path("out"),
+    formats: Annotated[
+        str, typer.Option("--format", help="beside pictures: json (COCO, always), csv, parquet, yolo, crops; with commas")
+    ] = "json",
     score: Score = 0.5,
+    iou: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="overlap that NMS lets stand [default: the model's]")
+    ] = None,
+    max_det: Annotated[int | None, typer.Option(min=1, help="objects a picture at most [default: the model's]")] = None,
     classes: Annotated[str | None, typer.Option(help="names of the classes to keep, comma-separated")] = None,
+    tile: Annotated[int | None, typer.Option(min=32, help="look at larger pictures in tiles of so many pixels")] = None,
+    overlap: Annotated[float, typer.Option(min=0.0, max=0.9, help="part of a tile that its neighbour sees, too")] = 0.2,
+    recursive: Annotated[bool, typer.Option("--recursive", help="sub-folders, too")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: every n-th picture, from the i-th, into shard-i-of-n below --out")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out, nothing twice")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="delete an earlier run's results in --out")] = False,
+    pictures: Annotated[bool, typer.Option(help="write the pictures with their boxes")] = True,
+    line_width: Annotated[int | None, typer.Option(min=1, help="pixels [default: by the picture's size]")] = None,
+    hide_labels: Annotated[bool, typer.Option("--hide-labels", help="boxes alone")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
     batch: Annotated[int | None, typer.Option(min=1, help="images of one shape per step")] = None,
-    pictures: Annotated[bool, typer.Option(help="write pictures as well as detections.json")] = True,
     as_json: Json = False,
-) -> None:
-    """Find objects in pictures.
+) -> None:  # fmt: skip
+    """Find objects in pictures and videos.
 
-    Writes pictures with boxes, names and scores, and what was found in COCO's format.
+    Writes pictures with boxes, names and scores, and what was found as tables; a video as a video.
 
     \b
     Examples
       fastrcnn detect street.jpg
+      fastrcnn detect photos --recursive --format json,csv --score 0.3 --classes RBC,WBC
       fastrcnn detect photos/valid --weights runs/mine/best.safetensors --out found --json
+      fastrcnn detect street.jpg --tile 64 --overlap 0.25 --out tiles
+      fastrcnn detect list.txt --shard 1/2 --resume
     """
-    from fastrcnn.data import list_images
+    from fastrcnn.inference.formats import check_formats
     from fastrcnn.inference.output import check_folder
+    from fastrcnn.inference.tiles import Tiled
 
-    paths = [path for source in sources for path in list_images(source)]
-    if not paths:
-        fail(f"no images found in {' '.join(sources)}")
+    kinds = tuple(dict.fromkeys(("json", *filter(None, map(str.strip, formats.split(","))))))
     try:
+        check_formats(kinds)
+        if resume and overwrite:
+            raise ValueError("--resume keeps the earlier results and --overwrite deletes them: give one")
+        paths, ids = find(sources, recursive, shard)
+        out = out if shard is None else out / f"shard-{shard.replace('/', '-of-')}"
         check_folder(out)
-    except OSError as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
-    detector = open_detector(model, weights, device, precision, score)
+    limits = dict(max_per_img=max_det, iou_threshold=iou)
+    detector = open_detector(model, weights, device, precision, score, **limits)
+    kept = selected(detector.class_names, classes)
+    if tile is not None:
+        detector = Tiled(detector, tile, overlap, max_det)
+    settings = dict(
+        weights=weights, model=model, score=score, classes=classes, tile=tile, formats=sorted(kinds), **limits
+    )
+    if tile is not None:
+        settings["overlap"] = overlap
     start = time.perf_counter()
-    images, objects = run_detector(detector, paths, out, selected(detector.class_names, classes), batch, pictures)
+    images, objects = run_detector(
+        detector, paths, out, classes=kept, batch_size=batch, pictures=pictures, formats=kinds, resume=resume,
+        overwrite=overwrite, ids=ids, settings=settings, line_width=line_width, labels=not hide_labels,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
+    failed = [f"{images[k]} {k}" for k in ("unreadable", "not written") if images[k]]
+    before = len(paths) - images["done"] - images["unreadable"] - images["not written"]
     if as_json:
-        say_json(dict(out=str(out), images=len(paths), **images, objects=objects, seconds=seconds))
+        say_json(dict(out=str(out), sources=len(paths), before=before, **images, objects=objects, seconds=seconds))
     else:
         what = ", ".join(f"{n} {name}" for name, n in objects.most_common(6)) or "nothing"
-        failed = "".join(f", {images[k]} {k} (named above)" for k in ("unreadable", "not written") if images[k])
-        say(f"{images['done']} of {len(paths)} images in {seconds:.1f} s{failed}: {what}. See {out}/")
-    if images["done"] < len(paths):
+        frames = f" ({images['frames']} frames of {images['videos']} videos)" if images["videos"] else ""
+        extra = "".join(f", {part} (named above)" for part in failed) + (
+            f", {before} were done before" if before else ""
+        )
+        say(f"{images['done']} of {len(paths)} images{frames} in {seconds:.1f} s{extra}: {what}. See {out}/")
+    if failed:
         raise typer.Exit(1)

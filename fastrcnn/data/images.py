@@ -1,15 +1,13 @@
 """Images from anywhere as uint8 [3, H, W] RGB tensors: files, addresses, PIL images, arrays, tensors."""
 
-import glob
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastrcnn.data.decode import SUFFIXES, decode, in_range, max_bytes, pixels_of, planes_of, size_of
-from fastrcnn.data.fetch import is_address, open_regular, read_bytes
+from fastrcnn.data.fetch import open_regular, read_bytes
 
 IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 
@@ -112,20 +110,3 @@ def _from_tensor(tensor: Tensor, channels: int) -> Tensor:
     elif tensor.dtype != torch.uint8:
         raise TypeError(f"expected uint8, uint16 or floats in 0..1, got {tensor.dtype}")
     return tensor.to(torch.uint8).expand(3, -1, -1)
-
-
-def list_images(source: str | os.PathLike) -> list[str]:
-    """The image files of a folder (by suffix, not recursive), a glob pattern, or the file or address itself; sorted.
-    What is not there, or may not be looked into, is given as it is: reading it says what is wrong."""
-    text = os.fsdecode(source)
-    if is_address(text):
-        return [text]
-    path = Path(os.path.expanduser(text))
-    try:
-        if path.is_dir():
-            return sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        if not path.exists() and glob.has_magic(text):
-            return sorted(glob.glob(str(path), recursive=True))
-    except (OSError, ValueError):
-        pass
-    return [str(path)]

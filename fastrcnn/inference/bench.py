@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,9 @@ from fastrcnn.inference.detector import Detector
 WARM_UP, FEWEST = 2, 3  # passes
 
 
-def time_detector(detector: Detector, images: Sequence[Tensor], batch_size: int | None = None, seconds: float = 10.0):
+def time_detector(
+    detector: Detector, images: Sequence[Tensor], batch_size: int | None = None, seconds: float = 10.0
+) -> dict[str, Any]:
     """A dict: `ms_per_image` (median of the passes), `fastest_ms_per_image`, `images_per_second`, `passes`, `images`,
     `objects`, `device`, `precision` and `kernels` (operators that compiled kernels answer, of all).
 

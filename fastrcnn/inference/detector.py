@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from fastrcnn.data.images import ImageError, as_image
 from fastrcnn.inference.captured import Captured, pack, unpack
 from fastrcnn.inference.detections import Detections
+from fastrcnn.inference.features import find_with_features
 from fastrcnn.layers import fold_batch_norm
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
+from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.padded import Padded
 from fastrcnn.models.rpn import RPN
 from fastrcnn.ops.conv_plan import load_plan, plan_beside
@@ -24,6 +26,8 @@ from fastrcnn.zoo.recipes import NAMES, RPNS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READERS = 2  # threads that decode ahead of the model
+Source = str | os.PathLike[str]
+State = Mapping[str, Any]
 Answer = tuple[int, Tensor | None, Detections | Exception]
 WAITING = 4  # full batches' worth of images that wait for others of their shape
 
@@ -37,7 +41,7 @@ def _coco_names() -> tuple[list[str], list[str]]:
     return by_id, [name for name in by_id if name != "N/A"]
 
 
-def _names_and_ids(model: BaseDetector) -> tuple[list[str], list[int]]:
+def _names_and_ids(model: Any) -> tuple[list[str], list[int]]:
     """Class names and COCO category ids by label: the checkpoint's own names, COCO's by their number, or numbers."""
     by_id, in_use = _coco_names()
     names = model.class_names
@@ -74,13 +78,26 @@ def as_device(device: str | torch.device) -> torch.device:
     return found
 
 
+def _test_cfg(
+    cfg: dict[str, Any], score_thr: float, max_per_img: int | None, iou_threshold: float | None
+) -> dict[str, Any]:
+    """A head's test_cfg with a caller's numbers; an RPN's has no score_thr. Raises ValueError naming the argument."""
+    if max_per_img is not None and (not isinstance(max_per_img, int) or max_per_img < 1):
+        raise ValueError(f"max_per_img: expected a whole number above 0, got {max_per_img!r}")
+    if iou_threshold is not None and not (isinstance(iou_threshold, int | float) and 0 <= iou_threshold <= 1):
+        raise ValueError(f"iou_threshold: expected a number in [0, 1], got {iou_threshold!r}")
+    cfg = {**cfg, **({"score_thr": score_thr} if "score_thr" in cfg else {})}
+    cfg |= {} if max_per_img is None else {"max_per_img": max_per_img}
+    return cfg if iou_threshold is None else cfg | {"nms": {**cfg["nms"], "iou_threshold": iou_threshold}}
+
+
 class _Picture(NamedTuple):
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of this name, which nobody asks
     name: str  # for messages
-    image: Tensor | Exception  # uint8 [C, H, W], or why it cannot be read
+    image: Any  # uint8 [C, H, W], or the Exception why it cannot be read
 
 
-def _read(index: int, source, channels: int) -> _Picture:
+def _read(index: int, source: Any, channels: int) -> _Picture:
     name = os.fsdecode(source) if isinstance(source, str | os.PathLike) else f"images[{index}]"
     try:
         return _Picture(index, name, as_image(source, name, channels))
@@ -108,6 +125,8 @@ class Detector:
     "auto", "cpu", "cuda", "cuda:1"... precision: "fp32", "bf16", "fp16"; "auto" is fp32 on a CPU, so that a checkpoint
     gives its old numbers, and bf16 on CUDA. Objects below score_threshold are left out. compile: the whole way from
     pixels to detections goes through torch.compile, once for each batch size, which takes minutes for a large network.
+    features: of a Faster R-CNN, Detections have class_scores and features, of the proposal that each object was made from.
+    max_per_img, iou_threshold (of NMS): the model's own where they are None.
 
     On CUDA the way from bytes to detections is one CUDA graph a shape (`captured`), and a shape's first call measures which
     convolutions are the fastest. `fastrcnn.ops.conv_plan.save_plan` keeps that; a plan that lies beside the weights, under
@@ -116,12 +135,15 @@ class Detector:
 
     def __init__(
         self,
-        model_or_name: nn.Module | str | os.PathLike | Mapping,
-        weights: str | os.PathLike | Mapping | None = None,
+        model_or_name: nn.Module | Source | State,
+        weights: Source | State | None = None,
         device: str | torch.device = "auto",
         precision: str = "auto",
         score_threshold: float = 0.05,
         compile: bool = False,
+        features: bool = False,
+        max_per_img: int | None = None,
+        iou_threshold: float | None = None,
     ):
         if not isinstance(score_threshold, int | float) or not 0.0 <= score_threshold <= 1.0:
             raise ValueError(f"score_threshold: expected a number in [0, 1], got {score_threshold!r}")
@@ -138,14 +160,19 @@ class Detector:
                 load_plan(plan_beside(source))
         model = self._model(model_or_name, weights).eval()
         model.requires_grad_(False)
-        self.score_threshold = score_threshold
-        for name in ("roi_head", "bbox_head"):  # of two stages, of one; an RPN alone has neither
+        if features and (compile or not isinstance(model, FasterRCNN)):
+            raise ValueError("features: expected a Faster R-CNN without compile, " + ("got compile" if compile else
+                             f"got a {type(model).__name__}, which has no second stage"))  # fmt: skip
+        self.score_threshold, self.features = score_threshold, features
+        for name in ("roi_head", "bbox_head", "rpn_head"):  # of two stages, of one, of an RPN alone
             if hasattr(model, name):
                 head = getattr(model, name)
-                head.test_cfg = {**head.test_cfg, "score_thr": score_threshold}
+                head.test_cfg = _test_cfg(head.test_cfg, score_threshold, max_per_img, iou_threshold)
+                self.iou_threshold = head.test_cfg["nms"].get("iou_threshold", 0.5)
+                break
         self.class_names, self.category_ids = _names_and_ids(model)
         # Batch norms are folded in float32, before the weights are rounded.
-        self.model = fold_batch_norm(model.float()).to(self.device, PRECISIONS[precision])
+        self.model: Any = fold_batch_norm(model.float()).to(self.device, PRECISIONS[precision])
         for m in self.model.modules():
             if type(m) is nn.Conv2d:  # the layout that the fused convolution reads, once instead of at every call
                 m.to(memory_format=torch.channels_last)
@@ -154,14 +181,15 @@ class Detector:
 
     def _found(self, images: Sequence[Tensor]) -> tuple[Padded, Tensor]:
         """Images [3, H, W] uint8 on the detector's device -> what is found there."""
-        return self.model.find(*self.model.prepare(images))
+        found: tuple[Padded, Tensor] = self.model.find(*self.model.prepare(images))
+        return found
 
     def _packed(self, images: Tensor) -> Tensor:
         """The same for a batch [B, 3, H, W], in one tensor: what is captured."""
         return pack(*self._program(images.unbind(0)))
 
     @staticmethod
-    def _model(model_or_name, weights) -> BaseDetector:
+    def _model(model_or_name: Any, weights: Any) -> Any:
         model = unwrapped(model_or_name)
         if isinstance(model, BaseDetector):
             if weights is not None:
@@ -181,9 +209,11 @@ class Detector:
             return infer_model(name)
         if weights is None:
             return named_model(name)
-        return infer_model(coco_address(name) if isinstance(weights, str) and weights == "coco" else weights, name)
+        if isinstance(weights, os.PathLike):
+            weights = os.fsdecode(weights)
+        return infer_model(coco_address(name) if weights == "coco" else weights, name)
 
-    def __call__(self, images, batch_size: int | None = None) -> list[Detections]:
+    def __call__(self, images: Any, batch_size: int | None = None) -> list[Detections]:
         """Objects of each image, in order. images: one or a list of paths, addresses, PIL images, arrays [H, W, 3] and
         tensors [3, H, W], both with the colours in the order red, green, blue (turn cv2's arrays: `array[..., ::-1]`);
         uint8, or floats in 0..1. PIL images are turned as their EXIF orientation says, as files are; an alpha channel
@@ -193,19 +223,20 @@ class Detector:
         with what it said as the cause; `stream` goes on instead.
         """
         single = not isinstance(images, Iterable) or isinstance(images, str | bytes) or hasattr(images, "shape")
-        read = []
-        for index, image in enumerate([images] if single else images):
+        read, sources = [], [images] if single else list(images)
+        for index, image in enumerate(sources):
             read.append(_read(index, image, self.channels))
             if isinstance(read[-1].image, Exception):
                 raise read[-1].image
-        results: list = [None] * len(read)
+        results: list[Any] = [None] * len(read)
         for index, _, found in self._detect_all(read, self._batch_size(batch_size)):
             if isinstance(found, Exception):
                 raise found
+            found.source = sources[index]
             results[index] = found
         return results
 
-    def stream(self, images: Iterable, batch_size: int | None = None) -> Iterator[Answer]:
+    def stream(self, images: Iterable[Any], batch_size: int | None = None) -> Iterator[Answer]:
         """(index, image uint8 [3, H, W], Detections), or (index, None, the error) for an image that cannot be read or
         looked at, as they are done: images of one shape wait for each other until there are `batch_size` (default 8 on
         CUDA, 1 on a CPU, where a batch gains nothing), or too many wait. Reading runs ahead in threads.
@@ -223,9 +254,9 @@ class Detector:
     @property
     def channels(self) -> int:
         """Of the images that the model takes; 3 are RGB."""
-        return self.model.data_preprocessor.in_channels
+        return int(self.model.data_preprocessor.in_channels)
 
-    def _read_ahead(self, images: Iterable, batch_size: int) -> Iterator[_Picture]:
+    def _read_ahead(self, images: Iterable[Any], batch_size: int) -> Iterator[_Picture]:
         pending: deque[Future[_Picture]] = deque()
         pool = ThreadPoolExecutor(READERS)
         try:
@@ -240,7 +271,7 @@ class Detector:
 
     def _detect_all(self, pictures: Iterable[_Picture], batch_size: int) -> Iterator[Answer]:
         ahead = 1 if self.device.type == "cuda" else 0  # batches that are begun before one is waited for
-        begun: deque = deque()
+        begun: deque[Any] = deque()
         for group in self._groups(pictures, batch_size):
             if isinstance(group, tuple):
                 yield group
@@ -254,7 +285,7 @@ class Detector:
     @staticmethod
     def _groups(pictures: Iterable[_Picture], batch_size: int) -> Iterator[list[_Picture] | Answer]:
         """Pictures of one shape and dtype, and the answers of those that cannot be read."""
-        waiting: dict[tuple, list[_Picture]] = {}
+        waiting: dict[tuple[Any, ...], list[_Picture]] = {}
         for picture in pictures:
             if isinstance(picture.image, Exception):
                 yield picture.index, None, picture.image
@@ -269,14 +300,14 @@ class Detector:
         yield from waiting.values()
 
     @staticmethod
-    def _try(function: Callable, *arguments):
+    def _try(function: Callable[..., Any], *arguments: Any) -> Any:
         """What it gives, or its error."""
         try:
             return function(*arguments)
         except (RuntimeError, ValueError, MemoryError, FloatingPointError) as error:
             return error
 
-    def _answers(self, group: list[_Picture], begun) -> Iterator[Answer]:
+    def _answers(self, group: list[_Picture], begun: Any) -> Iterator[Answer]:
         """Those of a group; one by one where it fails together, so that each picture answers for itself."""
         results = begun if isinstance(begun, Exception) else self._try(begun)
         if not isinstance(results, Exception):
@@ -290,6 +321,10 @@ class Detector:
     @torch.inference_mode()
     def _start(self, images: list[Tensor]) -> Callable[[], list[Detections]]:
         """Begins with images of one shape: on CUDA the host goes on, and the next batch is read and copied meanwhile."""
+        if self.features:
+            batch, frame = self.model.prepare([image.to(self.device) for image in images])
+            found, lost, *more = find_with_features(self.model, batch, frame)
+            return lambda: self._results(Padded(*(t.cpu() for t in found)), lost.cpu(), *more)
         if self.device.type != "cuda":
             found, lost = self._program([image.to(self.device) for image in images])
             return lambda: self._results(Padded(*(t.cpu() for t in found)), lost.cpu())
@@ -297,12 +332,14 @@ class Detector:
             answer = self._captured.start(images)
         return lambda: self._results(*unpack(answer()))
 
-    def _results(self, found: Padded, lost: Tensor) -> list[Detections]:
-        return [self._above_threshold(**row) for row in found.lists(lost)]
+    def _results(self, found: Padded, lost: Tensor, *more: list[Tensor]) -> list[Detections]:
+        rows = found.lists(lost)
+        return [self._above_threshold(**row, more=[part[i] for part in more]) for i, row in enumerate(rows)]
 
-    def _above_threshold(self, boxes: Tensor, labels: Tensor, scores: Tensor) -> Detections:
+    def _above_threshold(self, boxes: Tensor, labels: Tensor, scores: Tensor, more: list[Tensor]) -> Detections:
         kept = scores > self.score_threshold
         boxes, scores = boxes[kept].float(), scores[kept].float()
         if not bool(boxes.isfinite().all() and scores.isfinite().all()):
             raise FloatingPointError(f"the model gives boxes that are no numbers, in {self.precision}")
-        return Detections(boxes, scores, labels[kept], self.class_names, self.category_ids)
+        extra = [part.cpu()[kept] for part in more]
+        return Detections(boxes, scores, labels[kept], self.class_names, self.category_ids, *extra)

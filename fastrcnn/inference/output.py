@@ -1,23 +1,29 @@
 """Results on disk: pictures, and COCO-format JSON that is whole at every moment.
 
-While a run lasts, detections.jsonl has a line for every image that is done: it is what a killed process leaves.
-detections.json is made from it at the end, however the run ends, and now and then before.
+While a run lasts, detections.jsonl has a line for every image that is done: it is what a killed process leaves, and what
+`resume` goes on with. detections.json is made from it at the end, however the run ends, and now and then before.
 """
 
 import fcntl
 import io
-import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 from torch import Tensor
 
 from fastrcnn.data.fetch import is_address
+from fastrcnn.data.images import ImageError
 from fastrcnn.inference.detections import Detections
 from fastrcnn.inference.detector import Detector
+from fastrcnn.inference.earlier import add_line, check_foreign, go_on, put_aside
+from fastrcnn.inference.formats import OF_A_RUN, check_formats, write_coco, write_crops, write_yolo
+from fastrcnn.inference.video import is_video, open_video, video_writer
 
 NAME_BYTES = 200  # of a picture's name without its number and suffix; file systems take 255 in all
 
@@ -40,12 +46,12 @@ def _resolved(path: str | Path) -> str:
         return str(path)
 
 
-def picture_path(folder: Path, source: str, taken: set[str]) -> Path:
+def picture_path(folder: Path, source: str, taken: set[str], suffix: str | None = None) -> Path:
     """Where a source's picture goes in `folder`: under the source's own name, shortened where no file could be called
     so, and numbered where that path is in `taken` (resolved paths: sources and pictures so far). The path is added to
     `taken`."""
     name = Path(urlsplit(source).path if is_address(source) else source)
-    suffix = ".jpg" if name.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif") else ".png"
+    suffix = suffix or (".jpg" if name.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif") else ".png")
     stem = os.fsdecode(os.fsencode(name.stem or "picture")[:NAME_BYTES])
     path, n = folder / f"{stem}{suffix}", 2
     while _resolved(path) in taken:
@@ -83,7 +89,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _open_lines(folder: Path) -> BinaryIO:
-    """detections.jsonl, emptied, for this process alone. Raises OSError, also where another process has it."""
+    """detections.jsonl, as it is, for this process alone. Raises OSError, also where another process has it."""
     path = folder / "detections.jsonl"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +105,57 @@ def _open_lines(folder: Path) -> BinaryIO:
         raise OSError(f"{folder}: another process writes its results there; choose another folder") from None
     except OSError:  # a file system without locks
         pass
-    lines.truncate(0)
     return lines
+
+
+class Video(NamedTuple):
+    """A video that is done: how many frames, and how many objects of each name in all of them."""
+
+    source: str
+    frames: int
+    objects: Counter[str]
+
+
+@dataclass
+class _Run:
+    """What a run writes, where and how; `count` images are done."""
+
+    folder: Path
+    lines: BinaryIO
+    categories: list[dict[str, Any]]
+    info: dict[str, Any]
+    pictures: bool
+    formats: tuple[str, ...]
+    line_width: int | None
+    labels: bool
+    count: int = 0
+
+    def keep(self, image: Tensor, found: Detections, entry: dict[str, Any], path: Path) -> OSError | None:
+        """Everything of an image that is done, its picture at `path`; returns why a part of it is not written."""
+        failed = None
+        try:
+            if self.pictures and "frame" not in entry:
+                write_picture(path, found.draw(image, self.line_width, self.labels))
+                entry["picture"] = path.name
+            if "yolo" in self.formats:
+                write_yolo(found, image, self.folder, path.stem)
+            if "crops" in self.formats:
+                write_crops(found, image, self.folder, path.stem, write_picture)
+        except OSError as error:
+            failed = error
+        except (MemoryError, ValueError) as error:
+            failed = OSError(f"{entry['file_name']}: its picture cannot be drawn ({error})")
+        add_line(self.lines, dict(image=entry, annotations=found.to_coco(entry["id"])))
+        self.count += 1
+        if self.count & (self.count - 1) == 0:
+            write_coco(self.lines, self.folder / "detections.json", self.categories, self.info)
+        return failed
+
+    def finish(self) -> None:
+        for name in dict.fromkeys(("json", *self.formats)):
+            if name in OF_A_RUN:
+                OF_A_RUN[name](self.lines, self.folder / f"detections.{name}", self.categories, self.info)
+        Path(self.lines.name).unlink(missing_ok=True)
 
 
 def write_detections(
@@ -110,59 +165,107 @@ def write_detections(
     classes: set[int] | None = None,
     batch_size: int | None = None,
     pictures: bool = True,
-) -> Iterator[Detections | Exception]:
-    """Detects in `sources` and gives, for each as it is done, its Detections, why nothing was found out about it, or,
-    an OSError, why its picture could not be written.
+    formats: tuple[str, ...] = ("json",),
+    resume: bool = False,
+    overwrite: bool = False,
+    ids: Sequence[int] | None = None,
+    settings: dict[str, Any] | None = None,
+    line_width: int | None = None,
+    labels: bool = True,
+    say: Callable[[str], object] = lambda line: None,
+) -> Iterator[Detections | Video | Exception]:
+    """Detects in `sources` and gives, for each as it is done, its Detections (of a video, which come last, a `Video`), why
+    nothing was found out about it, or, an OSError, why its picture could not be written.
 
-    Pictures (with `pictures`) and a line of detections.jsonl go to `folder` as they are done; detections.json at the
-    end or when it is interrupted, and after the first, second, fourth, eighth... image. Objects of other labels than
-    `classes` are left out. Raises OSError where the results cannot be written, or another process writes to the same
-    folder.
+    Pictures (with `pictures`; line_width and labels as in `Detections.draw`), YOLO's text, crops and a line of
+    detections.jsonl go to `folder` as they are done; detections.json, and .csv and .parquet where `formats` has them, at
+    the end or when it is interrupted; the first also after the first, second, fourth, eighth... image. Objects of other
+    labels than `classes` are left out. ids: of the images (default: their places in `sources`, from 1).
+
+    resume: images that an earlier run in the folder has done are left out, its results are kept, and where it had other
+    `settings` that is a ValueError. Without it an earlier run's files are put aside, or deleted (overwrite), and `say` gets
+    a sentence. Raises OSError where the results cannot be written, or another process writes to the same folder.
     """
-    taken = {_resolved(source) for source in sources}
+    check_formats(formats)
     categories = [dict(id=i, name=name) for i, name in zip(detector.category_ids, detector.class_names)]
-    done = 0
+    info: dict[str, Any] = dict(settings=settings or {}, formats=list(formats), videos={})
     with _open_lines(folder) as lines:
+        taken, used = {_resolved(source) for source in sources}, {0}
+        done: Counter[str] = Counter()
+        if resume:
+            done, images, info["videos"] = go_on(folder, lines, info["settings"])
+            pictures_before = [i["picture"] for i in images if "picture" in i] + list(info["videos"].values())
+            taken |= {_resolved(folder / name) for name in pictures_before}
+            used |= {image["id"] for image in images}
+        else:
+            if (aside := put_aside(folder, lines, overwrite)) is not None:
+                say(f"{folder} had the results of an earlier run: they are in {aside} now (--overwrite deletes them)")
+            check_foreign(folder, formats)
+        todo = []
+        for source, number in zip(sources, ids or range(1, len(sources) + 1)):
+            if done[source]:
+                done[source] -= 1
+                continue
+            number = max(used) + 1 if number in used else number
+            used.add(number)
+            todo.append((source, number))
+        run = _Run(folder, lines, categories, info, pictures, formats, line_width, labels)
         try:
-            for index, image, found in detector.stream(sources, batch_size):
-                if isinstance(found, Detections):
-                    if classes is not None:
-                        found = found[[i for i, label in enumerate(found.labels.tolist()) if label in classes]]
-                    height, width = image.shape[1:]
-                    entry = dict(id=index + 1, file_name=sources[index], width=width, height=height)
-                    _add_line(lines, dict(image=entry, annotations=found.to_coco(index + 1)))
-                    done += 1
-                    if done & (done - 1) == 0:
-                        _write_coco(lines, folder, categories)
-                    if pictures:
-                        try:
-                            write_picture(picture_path(folder, sources[index], taken), found.draw(image))
-                        except OSError as error:
-                            found = error
-                        except (MemoryError, ValueError) as error:
-                            found = OSError(f"{sources[index]}: its picture cannot be drawn ({error})")
-                yield found
+            singles = [(source, number) for source, number in todo if not is_video(source)]
+            for index, image, found in detector.stream([source for source, _ in singles], batch_size):
+                source, number = singles[index]
+                if isinstance(found, Exception) or image is None:
+                    yield found
+                    continue
+                found, (height, width) = _of(found, classes), image.shape[1:]
+                entry = dict(id=number, file_name=source, width=width, height=height)
+                yield run.keep(image, found, entry, picture_path(folder, source, taken)) or found
+            first = max(used)  # frames have ids beyond those of all sources
+            for source in [source for source, _ in todo if is_video(source)]:
+                try:
+                    video = _detect_video(detector, source, first, run, taken, classes, batch_size)
+                    first += video.frames
+                    yield video
+                except (ImageError, ImportError) as error:
+                    yield error
         finally:
-            _write_coco(lines, folder, categories)
-            Path(lines.name).unlink(missing_ok=True)
+            run.finish()
 
 
-def _add_line(lines: BinaryIO, content: dict) -> None:
-    line = json.dumps(content, allow_nan=False).encode() + b"\n"
-    try:
-        while line:
-            line = line[lines.write(line) :]
-    except OSError as error:
-        raise OSError(f"{lines.name}: cannot be written ({error.strerror or error})") from None
+def _of(found: Detections, classes: set[int] | None) -> Detections:
+    if classes is None:
+        return found
+    return found[[i for i, label in enumerate(found.labels.tolist()) if label in classes]]
 
 
-def _write_coco(lines: BinaryIO, folder: Path, categories: list[dict]) -> None:
-    """detections.json, a COCO file of the detections (with scores) in the order of the images' ids, from
-    detections.jsonl."""
-    lines.seek(0)
-    whole = lines.read().split(b"\n")[:-1]  # what follows the last line's end is a line that could not be finished
-    rows = sorted(map(json.loads, whole), key=lambda row: row["image"]["id"])
-    annotations = [a for row in rows for a in row["annotations"]]
-    annotations = [dict(id=n, area=a["bbox"][2] * a["bbox"][3], iscrowd=0, **a) for n, a in enumerate(annotations, 1)]
-    content = dict(images=[row["image"] for row in rows], annotations=annotations, categories=categories)
-    replace_file(folder / "detections.json", json.dumps(content).encode())
+def _detect_video(
+    detector: Detector,
+    source: str,
+    first: int,
+    run: _Run,
+    taken: set[str],
+    classes: set[int] | None,
+    batch_size: int | None,
+) -> Video:
+    """Every frame of a video: a line of its own, and with pictures an .mp4 of them with their boxes."""
+    frames = open_video(source)
+    path, objects = picture_path(run.folder, source.replace(":", "_"), taken, ".mp4"), Counter[str]()
+    count = 0
+    with video_writer(path, frames.size, frames.rate) if run.pictures else nullcontext() as write:
+        for index, image, found in detector.stream(frames.read, batch_size):
+            if isinstance(found, Exception) or image is None:
+                raise ImageError(f"{source}: frame {index}: {found}")
+            found, (height, width) = _of(found, classes), image.shape[1:]
+            entry = dict(id=first + index + 1, file_name=source, width=width, height=height, frame=index)
+            entry["seconds"] = round(index / frames.rate, 3)
+            if write is not None:
+                entry["picture"] = path.name
+            if failed := run.keep(image, found, entry, path.with_stem(f"{path.stem}_{index:06d}")):
+                raise failed
+            if write is not None:
+                write(found.draw(image, run.line_width, run.labels))
+            objects.update(found.names)
+            count += 1
+    run.info["videos"][source] = path.name if run.pictures else ""
+    add_line(run.lines, dict(finished=source, picture=run.info["videos"][source]))
+    return Video(source, count, objects)

@@ -1,6 +1,7 @@
 """One peer's checkpoint as another's."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,9 @@ def _byte_input(profile: Profile, options: PeerOptions) -> tuple[Tensor, Tensor]
     return tuple(values if options.bgr_to_rgb else values.flip(1))
 
 
-def _fold_input(weight: Tensor, mine: tuple[Tensor, Tensor, bool], theirs: tuple[Tensor, Tensor, bool]) -> Tensor:
+def _fold_input(
+    weight: Tensor, mine: tuple[Tensor, Tensor, bool | None], theirs: tuple[Tensor, Tensor, bool | None]
+) -> Tensor:
     """The first convolution's weight for another order and division of its input: (mean, std, whether it is RGB)."""
     rgb = weight.double() if mine[2] else weight.double().flip(1)
     rgb = rgb * (theirs[1] / mine[1])[:, None, None]
@@ -131,7 +134,7 @@ def convert_checkpoint(source: str | Path, to: str, out: str | Path) -> list[str
     elif to != "mmdet":
         notes.append(f"the classes are, in this order: {', '.join(names)}")
     o = model.peer_options
-    meta = dict(cfg=INPUT.format(style=o.style, mean=list(o.mean), std=list(o.std), rgb=o.bgr_to_rgb))
+    meta: dict[str, Any] = dict(cfg=INPUT.format(style=o.style, mean=o.mean, std=o.std, rgb=o.bgr_to_rgb))
     if names is not None:
         meta["dataset_meta"] = dict(CLASSES=tuple(names))
     content = dict(mmdet=dict(meta=meta, state_dict=state), torchvision=state, detectron2=dict(model=state))[to]

@@ -1,0 +1,77 @@
+"""What a user names, as paths and addresses of pictures: files, folders, patterns, addresses, lists of them."""
+
+import glob
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from fastrcnn.data.fetch import is_address
+from fastrcnn.data.folders import entries, files_under
+from fastrcnn.data.images import IMAGE_SUFFIXES
+
+
+def list_images(
+    source: str | os.PathLike[str],
+    recursive: bool = False,
+    wanted: Callable[[str], bool] | None = None,
+) -> list[str]:
+    """The image files of a folder (by suffix; recursive: of its sub-folders, too), a glob pattern, or the file or address
+    itself; sorted. What is not there, or may not be looked into, is given as it is: reading it says what is wrong.
+    wanted: which names of a folder count (default: those of images)."""
+    text = os.fsdecode(source)
+    if "://" in text:
+        return [text]
+    path, wanted = Path(os.path.expanduser(text)), wanted or is_image
+    try:
+        if path.is_dir() and recursive:
+            return [str(path / name) for name in sorted(files_under(path)) if wanted(name)]
+        if path.is_dir():
+            return sorted(str(p) for p in path.iterdir() if wanted(p.name) and p.is_file())
+        if not path.exists() and glob.has_magic(text):
+            return sorted(glob.glob(str(path), recursive=True))
+    except (OSError, ValueError):
+        pass
+    return [str(path)]
+
+
+def is_image(name: str) -> bool:
+    """Whether a name is that of a picture, by its suffix."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def find_sources(
+    asked: Sequence[str],
+    recursive: bool = False,
+    wanted: Callable[[str], bool] | None = None,
+) -> tuple[list[str], int]:
+    """`list_images` of all that is asked for, and how many more lie in sub-folders of what is a folder. A file in .txt is a
+    list with a source a line, "-" such a list on standard input. Raises ValueError or OSError for a list that cannot be
+    read."""
+    found: list[str] = []
+    below = 0
+    for source in _lines_of(asked):
+        own = list_images(source, recursive, wanted)
+        found += own
+        if not recursive and not is_address(source) and os.path.isdir(os.path.expanduser(source)):
+            below += len(list_images(source, True, wanted)) - len(own)
+    return found, below
+
+
+def _lines_of(asked: Sequence[str]) -> Iterator[str]:
+    for source in asked:
+        if source == "-":
+            yield from (line.strip() for line in sys.stdin if line.strip())
+        elif source.lower().endswith(".txt") and not is_address(source):
+            yield from entries(Path(os.path.expanduser(source)))
+        else:
+            yield source
+
+
+def shard_of(items: Sequence[str], shard: str) -> tuple[list[str], list[int]]:
+    """Part i of n, from "i/n" with i from 1, of items: every n-th, and their places among all from 1. Raises ValueError."""
+    first, slash, count = shard.partition("/")
+    if not (slash and first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise ValueError(f"shard: expected i/n with i from 1 to n, as 2/8, got {shard!r}")
+    places = list(range(int(first) - 1, len(items), int(count)))
+    return [items[k] for k in places], [k + 1 for k in places]
