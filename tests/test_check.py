@@ -205,3 +205,13 @@ def test_splits_that_cannot_be_made(clean, tmp_path):
     with pytest.raises(ValueError, match="20 pictures leave none for val"):
         split(clean / "train.json", tmp_path / "o", val=0.01)
     assert not (tmp_path / "o").exists()
+
+
+def test_what_to_do_is_said_of_a_labelling_servers_names_and_of_a_class_without_objects(clean):
+    change(clean, lambda c: c["images"][0].update(file_name="/data/upload/1/0a1b-cat.png"))
+    change(clean, lambda c: c["categories"].insert(0, dict(id=9, name="cells")))
+    found = check(clean)
+    (missing,) = [f.message for f in found if f.kind == "missing picture"]
+    assert "/data/upload/1/0a1b-cat.png" in missing and "--images" in missing
+    unused = [f.message for f in found if f.kind == "unused class" and "'cells'" in f.message]
+    assert len(unused) == 1 and "placeholder" in unused[0]

@@ -30,6 +30,13 @@ def test_sub_folders_are_counted_or_taken(folder):
     ]
 
 
+def test_the_results_are_no_sources(folder):
+    found = ["a.png", "b.jpg"]
+    assert find_sources(["."], True, beside="in") == (found, 0) and find_sources(["."], beside="in") == (found, 0)
+    assert find_sources(["in"], True, beside="in")[0] == ["in/c.jpg", "in/deep/d.jpg"]  # asked for by name
+    assert find_sources([".", "in/c.jpg"], True, beside="in/deep")[0] == [*found, "in/c.jpg", "in/c.jpg"]
+
+
 def test_a_list_in_a_file_and_on_standard_input(folder, monkeypatch):
     (folder / "list.txt").write_text("b.jpg\n\n  in \nhttps://example.com/a.txt\n")
     wanted = ["b.jpg", "in/c.jpg", "https://example.com/a.txt"]

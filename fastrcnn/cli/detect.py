@@ -65,14 +65,14 @@ def run_detector(detector, sources: list[str], out: Path, **options) -> tuple[Co
     return images, objects
 
 
-def find(sources: list[str], recursive: bool, shard: str | None) -> tuple[list[str], list[int]]:
+def find(sources: list[str], recursive: bool, shard: str | None, out: Path) -> tuple[list[str], list[int]]:
     """The pictures and videos asked for and their numbers; ends the command where there are none."""
     from fastrcnn.data import find_sources, shard_of
     from fastrcnn.data.sources import is_image
     from fastrcnn.inference.video import is_video
 
     try:
-        paths, below = find_sources(sources, recursive, lambda name: is_image(name) or is_video(name))
+        paths, below = find_sources(sources, recursive, lambda name: is_image(name) or is_video(name), out)
         chosen = shard_of(paths, shard or "1/1")
     except (ValueError, OSError) as error:
         fail(error)
@@ -138,7 +138,7 @@ def detect(
         check_formats(kinds)
         if resume and overwrite:
             raise ValueError("--resume keeps the earlier results and --overwrite deletes them: give one")
-        paths, ids = find(sources, recursive, shard)
+        paths, ids = find(sources, recursive, shard, out)
         out = out if shard is None else out / f"shard-{shard.replace('/', '-of-')}"
         check_folder(out)
     except (ValueError, OSError, ImportError) as error:

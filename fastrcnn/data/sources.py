@@ -44,18 +44,28 @@ def find_sources(
     asked: Sequence[str],
     recursive: bool = False,
     wanted: Callable[[str], bool] | None = None,
+    beside: str | os.PathLike[str] | None = None,
 ) -> tuple[list[str], int]:
     """`list_images` of all that is asked for, and how many more lie in sub-folders of what is a folder. A file in .txt is a
-    list with a source a line, "-" such a list on standard input. Raises ValueError or OSError for a list that cannot be
-    read."""
+    list with a source a line, "-" such a list on standard input. beside: a folder whose files are left out where it lies
+    below one that is asked for: that of the results. Raises ValueError or OSError for a list that cannot be read."""
     found: list[str] = []
     below = 0
     for source in _lines_of(asked):
         own = list_images(source, recursive, wanted)
+        if not is_address(source) and os.path.isdir(os.path.expanduser(source)):
+            every = own if recursive else list_images(source, True, wanted)
+            every = [path for path in every if beside is None or not _within(path, beside, source)]
+            own = every if recursive else own
+            below += len(every) - len(own)
         found += own
-        if not recursive and not is_address(source) and os.path.isdir(os.path.expanduser(source)):
-            below += len(list_images(source, True, wanted)) - len(own)
     return found, below
+
+
+def _within(path: str, folder: str | os.PathLike[str], root: str) -> bool:
+    """Whether a path lies in a folder that itself lies below `root`."""
+    place, root = os.path.realpath(folder), os.path.realpath(os.path.expanduser(root))
+    return place != root and os.path.realpath(path).startswith(place + os.sep)
 
 
 def _lines_of(asked: Sequence[str]) -> Iterator[str]:
