@@ -155,10 +155,13 @@ def detect(
     Raises FileExistsError where there are results and it is not set, ValueError where they are of other settings or a
     class is unknown.
     """
-    arguments = dict(model_or_name=model_or_name, weights=weights, **options)
-    names = PlainDetector(**arguments).class_names  # what is wrong with them is said here, before the workers start
+    own = lambda path: os.path.abspath(path) if path and os.path.exists(path) else path  # noqa: E731  workers are elsewhere
+    arguments = dict(model_or_name=own(model_or_name), weights=own(weights), **options)
+    # What is wrong with them is said here, before the workers start; a GPU is theirs.
+    names = PlainDetector(**arguments | dict(device="cpu", precision="auto")).class_names
     if unknown := [name for name in classes or () if name not in names]:
         raise ValueError(f"classes: unknown {', '.join(unknown)}; the model knows {', '.join(names)}")
+    out = out if "://" in out else os.path.abspath(out)
     todo = _todo(pictures, out, dict(arguments, classes=classes and sorted(classes)), resume)
     if todo:
         yield from _run(todo, out, classes, arguments, workers)
