@@ -1,6 +1,7 @@
 """ray.py: what the workers of a cluster find is what one Detector finds, each picture once, whoever dies."""
 
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 from serving import encoded
+from test_cli import run
 
 import fastrcnn.ray
 from fastrcnn import Detector
@@ -151,6 +153,19 @@ def test_what_was_done_is_not_done_again(first, weights):
     assert all(hashlib.sha256(path.read_bytes()).digest() == digest for path, digest in before.items())
     check(out, pictures, weights)
     assert not list(fastrcnn.ray.detect(pictures, str(out), weights, resume=True, **OPTIONS))
+
+
+def test_the_command_takes_the_engine(cluster, weights, photos, tmp_path):
+    words = ["detect", f"file://{photos}/more", "--weights", weights, "--engine", "ray", "--workers", 1, "--device", "cpu",
+             "--score", 0.2, "--out", tmp_path / "out"]  # fmt: skip
+    said = json.loads(run(*words, "--json"))
+    assert said["done"] == said["sources"] == 8 and said["unreadable"] == 0 and said["objects"]
+    check(tmp_path / "out", find_pictures([f"file://{photos}/more"]), weights)
+    assert "results of an earlier run; resume it" in run(*words, status=1)
+    assert "0 of 8 images" in (printed := run(*words, "--resume")) and "8 were done before" in printed
+    assert "leave out --tile" in run(*words, "--tile", 64, status=1)
+    assert "--engine: expected local or ray, got 'spark'" in run("detect", photos, "--engine", "spark", status=1)
+    assert "no images found" in run("detect", tmp_path, "--engine", "ray", "--weights", weights, status=1)
 
 
 def test_what_is_wrong_is_said_before_a_worker_starts(weights, tmp_path, monkeypatch):

@@ -115,6 +115,10 @@ def detect(
     device: Device = "auto",
     precision: Precision = "auto",
     batch: Annotated[int | None, typer.Option(min=1, help="images of one shape per step")] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: pictures from any path of fsspec (s3://...), Parquet with a row a picture")
+    ] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="of engine ray [default: a GPU each, or four cores]")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Find objects in pictures and videos.
@@ -129,6 +133,19 @@ def detect(
       fastrcnn detect street.jpg --tile 64 --overlap 0.25 --out tiles
       fastrcnn detect list.txt --shard 1/2 --resume
     """
+    if engine != "local":
+        if engine != "ray":
+            fail(f"--engine: expected local or ray, got {engine!r}")
+        from fastrcnn.cli.engine import detect_on_ray, is_remote
+
+        if tile or shard or overwrite or line_width or hide_labels or set(formats.split(",")) - {"json", "parquet"}:
+            fail("--engine ray writes Parquet files alone: leave out --tile, --shard, --overwrite, --line-width, "
+                 "--hide-labels and other formats")  # fmt: skip
+        own = [source for source in sources if not is_remote(source)]
+        found = [source for source in sources if is_remote(source)] + (find(own, recursive, None)[0] if own else [])
+        detect_on_ray(found, str(out), weights, model, classes, workers, resume, as_json, device=device,
+                      precision=precision, score_threshold=score, max_per_img=max_det, iou_threshold=iou)  # fmt: skip
+        return
     from fastrcnn.inference.formats import check_formats
     from fastrcnn.inference.output import check_folder
     from fastrcnn.inference.tiles import Tiled
