@@ -1,15 +1,22 @@
 """Fused convolution + batch norm (+ residual) + ReLU against the eager modules: the shapes of an R50-FPN detector.
 
-On a CPU one image in float32 and bfloat16; on CUDA eight images in bfloat16, also with the norm folded beforehand, which is
-the form that `Detector` keeps.
+On a CPU one image in float32 and bfloat16; on CUDA eight images in bfloat16, and, in the folded form that `Detector` keeps,
+every distinct shape of R50-FPN and X101-64x4d and the stem with its pooling against cuDNN's fused calls and torch.compile.
 """
 
+import importlib
+
+import conv_layers
 import timing
 import torch
 from torch import nn
 
 from fastrcnn import ops
+from fastrcnn.ops import conv_cuda
+from fastrcnn.ops.conv_stem import pooled, stem
 
+conv_module = importlib.import_module("fastrcnn.ops.conv_bn_relu")
+Call, operands = conv_module.Call, conv_module.operands
 # (name, in, out, kernel, stride, height, width, with residual), 800 x 1344 input
 SHAPES = [
     ("stem 7x7/2", 3, 64, 7, 2, 800, 1344, False),
@@ -74,6 +81,36 @@ def bench(shape, dtype, folded, images, args, rates):
                       error)  # fmt: skip
 
 
+def cudnn(*call):
+    call = Call(*call)
+    return conv_cuda._cudnn(call, *operands(call))
+
+
+@torch.no_grad()
+def bench_stem(images, args, rates, library=cudnn):
+    """7x7/2, ReLU and pooling: as the plan chooses, against cuDNN's fused call and torch's pooling."""
+    height, width = (64, 96) if args.quick else conv_layers.SIZE
+    x = (
+        torch.randn(images, 3, height, width, device=args.device)
+        .bfloat16()
+        .contiguous(memory_format=torch.channels_last)
+    )
+    weight, bias = torch.randn(64, 3, 7, 7, device=args.device) / 147**0.5, torch.randn(64, device=args.device)
+    exact = pooled(torch.relu(torch.conv2d(x.float(), weight.bfloat16().float(), bias.bfloat16().float(), 2, 3)))
+    weight, bias = weight.bfloat16().contiguous(memory_format=torch.channels_last), bias.bfloat16()
+
+    def rival():
+        where = [2, 2], [3, 3], [1, 1], 1
+        return pooled(library(x, weight, None, bias, None, None, 0.0, *where, None, True, False))
+
+    error = (stem(x, weight, bias).float() - exact).abs().max().item()
+    timing.check("stem", error, 2 * (rival().float() - exact).abs().max().item())
+    times = timing.paired(lambda: stem(x, weight, bias), rival, args.device, args.quick, budget_s=2.0)
+    floor = rates.floor_ms(timing.count_bytes(x) + exact.numel() * 2, 2 * 147 * 4 * exact.numel(), torch.bfloat16)
+    title, library_name = f"stem 7x7/2, max pool 3->64 {height}x{width} B={images}", "cuDNN fused + max_pool2d"
+    return timing.row("stem", title, torch.bfloat16, args.device, times[0], library_name, times[1], floor, error)
+
+
 def main() -> None:
     args = timing.arguments(__doc__)
     timing.require_kernel("conv_bn_relu", args.device)
@@ -82,8 +119,14 @@ def main() -> None:
     kinds = [(torch.float32, False), (torch.bfloat16, False)]
     images = 1
     if torch.device(args.device).type == "cuda":
-        kinds, images = [(torch.bfloat16, False), (torch.bfloat16, True)], 8
+        kinds, images = [(torch.bfloat16, False)], 8
     rows = [bench(shape, *kind, images, args, rates) for kind in kinds for shape in shapes]
+    if torch.device(args.device).type == "cuda":
+        parts = [part for name in ("r50_fpn", "x101_64x4d_fpn") for part in conv_layers.layers_of(name).values()]
+        layers = dict.fromkeys(layer for part in parts for layer in part)
+        for layer in list(layers)[:3] if args.quick else layers:
+            rows += conv_layers.rows_of(layer, images, torch.bfloat16, cudnn, args, rates)
+        rows.append(bench_stem(images, args, rates))
     timing.report(rows, args)
 
 

@@ -7,6 +7,9 @@ takes the most of that, in whole waves of blocks, of its memory's traffic and of
 
 import math
 
+import torch
+from conv_layers import Layer, layers_of
+
 SMS, CLOCK, COPY, L2, LAUNCH_US = 132, 1.755e9, 3.0e12, 5.5e12, 4.0
 RATE = 0.62  # of wgmma's peak that mma.sync is known to reach on Hopper
 HMMA_CLOCKS = 4 / RATE  # m16n8k16 is 4 clocks of a quarter of a multiprocessor at the peak of 989 TFLOP/s
@@ -19,25 +22,14 @@ TILES = {
     "128x32": (128, 32, 32, 32, 32, 180, 600, 3),
     "256x128": (256, 128, 64, 64, 128, 370, 1400, 1),
 }
-# (name, in, out, kernel, stride, input height and width, maps read beside: of the output's size), eight images of 800 x
-# 1344, and cuDNN's fused call where it was measured on an H100 (ms)
-SHAPES = [
-    ("stem 4x4 over 16 channels", 16, 64, 4, 1, 403, 675, 0, 0.53),
-    ("layer1 1x1", 64, 64, 1, 1, 200, 336, 0, None),
-    ("layer1 3x3", 64, 64, 3, 1, 200, 336, 0, None),
-    ("layer1 1x1", 64, 256, 1, 1, 200, 336, 0, 0.133),
-    ("layer1 1x1 + residual", 64, 256, 1, 1, 200, 336, 1, 0.247),
-    ("layer2 1x1", 512, 128, 1, 1, 100, 168, 0, None),
-    ("layer2 3x3", 128, 128, 3, 1, 100, 168, 0, None),
-    ("layer3 3x3", 256, 256, 3, 1, 50, 84, 0, None),
-    ("layer3 1x1", 256, 1024, 1, 1, 50, 84, 0, 0.066),
-    ("layer4 3x3", 512, 512, 3, 1, 25, 42, 0, None),
-    ("layer4 1x1 + residual", 512, 2048, 1, 1, 25, 42, 1, None),
-    ("FPN lateral + half residual", 256, 256, 1, 1, 200, 336, 0.25, None),
-    ("FPN lateral + half residual", 512, 256, 1, 1, 100, 168, 0.25, None),
-    ("FPN output 3x3", 256, 256, 3, 1, 200, 336, 0, 0.90),
-    ("RPN 1x1, 15 outputs", 256, 15, 1, 1, 200, 336, 0, None),
-]
+# Milliseconds of cuDNN's fused calls, measured on an H100: eight images of 800 x 1344, bfloat16, channels-last.
+CUDNN = {
+    "64->256 1x1/1 200x336": 0.133, "64->256 1x1/1 200x336 + full residual": 0.247, "256->1024 1x1/1 50x84": 0.066,
+    "256->256 3x3/1 200x336": 0.90, "stem and pooling": 2.01, "FPN": 3.88, "RPN head": 1.35,
+}  # fmt: skip
+# A tile of csrc/cuda/conv_stem.cu, 7 x 7 maxima of 64 channels, costs a warp (SASS of sm_90): HMMA, and instructions of its
+# products, of its copies, of sums on their way and of maxima.
+STEM_HMMA, STEM_INSTRUCTIONS = 256, 4 * 101 + 212 + 500 + 306
 
 
 def milliseconds(
@@ -61,43 +53,71 @@ def milliseconds(
     return seconds[limit] * 1e3 + LAUNCH_US / 1e3, limit
 
 
-def grouped(channels: int, pixels: int) -> tuple[float, str]:
+def grouped(channels: int, pixels: int, in_pixels: int) -> tuple[float, str]:
     """The same of a 3x3 convolution in narrow groups: an 8 x 16 tile of 64 channels, its patch 10 x 18."""
     tiles = math.ceil(pixels / 128) * math.ceil(channels / 64)
     instructions = 9 * 66 + 12 * 25 + 64 * 3 + 8 * 60  # of a warp: taps, copies, sums on their way, rows
     seconds = {
         "issue": tiles * instructions / SMS / CLOCK,
-        "memory": 2 * 2 * pixels * channels / COPY,
-        "L2": 2 * tiles * 64 * (180 + 128) / L2,
+        "memory": 2 * (in_pixels + pixels) * channels / COPY,
+        "L2": 2 * tiles * 64 * (180 * in_pixels / pixels + 128) / L2,
     }
     limit = max(seconds, key=seconds.get)
     return seconds[limit] * 1e3 + LAUNCH_US / 1e3, limit
 
 
+def stem(images: int, height: int, width: int) -> tuple[float, str]:
+    """7x7/2, ReLU and pooling in one kernel."""
+    maxima = images * math.ceil(height / 4) * math.ceil(width / 4)
+    tiles = images * math.ceil(height / 4 / 7) * math.ceil(width / 4 / 7)
+    shared = 8 * (16 * 6 * 512 + 16 * 2 * 128) + 49 * 9 * 128 + 19 * 38 * 12  # fragments, staged sums, maxima, cells
+    clocks = {
+        "tensor cores": 8 * STEM_HMMA * HMMA_CLOCKS / 4, "shared memory": shared / 128, "issue": 2 * STEM_INSTRUCTIONS,
+    }  # fmt: skip
+    slowest = max(clocks, key=clocks.get)
+    seconds = {
+        slowest: tiles * clocks[slowest] / SMS / CLOCK,
+        "memory": 2 * (images * 3 * height * width + 64 * maxima) / COPY,
+    }
+    limit = max(seconds, key=seconds.get)
+    return seconds[limit] * 1e3 + LAUNCH_US / 1e3, limit
+
+
+def predicted(layer: Layer, images: int) -> tuple[str, float, str]:
+    """(tile, ms, what limits it)."""
+    (c, h, w), (o, _, k, _), out = layer.input, layer.weight, layer.out(images)
+    pixels = out[0] * out[2] * out[3]
+    if layer.groups > 1:
+        return "groups", *grouped(c, pixels, images * h * w)
+    beside = {"": 0.0, "full": 1.0, "half": 0.25}[layer.residual]
+    found = {t: milliseconds(t, c, o, k, pixels, images * h * w, beside) for t in TILES}
+    best = min(found, key=found.get)
+    return best, *found[best]
+
+
+def table(name: str, images: int = 8) -> None:
+    print(f"\n{name}\n")
+    print("| shape, 8 images | calls | GFLOP | floor ms | best tile | predicted ms | limited by | cuDNN measured ms |")
+    print("|---|---|---|---|---|---|---|---|")
+    for part, layers in layers_of(name).items():
+        total = 0.0
+        for layer, calls in layers.items():
+            shape, moved, flop = layer.title(), layer.elements(images), layer.flop(images)
+            if layer.weight[2] == 7:  # the stem's own kernel writes a quarter of the pixels
+                shape = "stem and pooling"
+                (ms, limit), best = stem(images, *layer.input[1:]), "stem"
+                moved -= 0.75 * torch.Size(layer.out(images)).numel()
+            else:
+                best, ms, limit = predicted(layer, images)
+            total += calls * ms
+            floor, known = 1e3 * max(flop / 798e12, 2 * moved / COPY), CUDNN.get(shape, "")
+            print(f"| {shape} | {calls} | {flop / 1e9:.0f} | {floor:.3f} | {best} | {ms:.3f} | {limit} | {known} |")
+        print(f"| **{part}** | {sum(layers.values())} | | | | **{total:.2f}** | | {CUDNN.get(part, '')} |")
+
+
 def main() -> None:
-    print("| shape, 8 images | GFLOP | floor ms | best tile | predicted ms | limited by | cuDNN measured ms |")
-    print("|---|---|---|---|---|---|---|")
-    for name, cin, cout, k, stride, h, w, beside, cudnn in SHAPES:
-        valid = k % 2 == 0  # the space-to-depth stem is padded beforehand
-        out = (
-            ((h - k) // stride + 1) * ((w - k) // stride + 1)
-            if valid
-            else math.ceil(h / stride) * math.ceil(w / stride)
-        )
-        pixels, in_pixels = 8 * out, 8 * h * w
-        found = {t: milliseconds(t, cin, cout, k, pixels, in_pixels, beside) for t in TILES}
-        best = min(found, key=found.get)
-        flop = 2 * pixels * cout * cin * k * k
-        moved = 2 * (in_pixels * cin + pixels * cout * (1 + beside))
-        floor = 1e3 * max(flop / 798e12, moved / COPY)
-        size = f"{cin}->{cout} {h}x{w}"
-        ms, limit = found[best]
-        print(f"| {name} {size} | {flop / 1e9:.0f} | {floor:.3f} | {best} | {ms:.3f} | {limit} | {cudnn or ''} |")
-    for channels, pixels in ((256, 200 * 336), (512, 100 * 168), (1024, 50 * 84)):
-        ms, limit = grouped(channels, 8 * pixels)
-        flop, floor = 2 * 8 * pixels * channels * 9 * channels / 64, 4e3 * 8 * pixels * channels / COPY
-        title = f"X101-64x4d 3x3 in 64 groups {channels}, {pixels} pixels"
-        print(f"| {title} | {flop / 1e9:.0f} | {floor:.3f} | groups | {ms:.3f} | {limit} |  |")
+    table("r50_fpn")
+    table("x101_64x4d_fpn")
 
 
 if __name__ == "__main__":
