@@ -112,3 +112,10 @@ def test_blocks_are_found():
     text = "a\n```bash\nls\n```\n<!-- not run: needs a GPU -->\n```bash\nnvidia-smi\n```\n"
     assert [(b["kind"], b["code"], b["why"]) for b in BLOCK.finditer(text)] == [
         ("bash", "ls\n", None), ("bash", "nvidia-smi\n", "needs a GPU")]  # fmt: skip
+
+
+def test_every_link_within_the_project_leads_somewhere():
+    pages = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"))]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text("utf-8"))]
+    assert len(links) > 30
+    assert not [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
