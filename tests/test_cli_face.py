@@ -13,7 +13,7 @@ from PIL import Image
 from test_docs import place, words_of  # noqa: F401  place is a fixture
 from typer.testing import CliRunner
 
-from fastrcnn import __version__
+from fastrcnn import Detector, __version__
 from fastrcnn.cli import app
 from fastrcnn.cli.common import console, say_table
 from fastrcnn.data.rendered_cells import render_cells
@@ -139,3 +139,19 @@ def test_exit_statuses(tmp_path):
     nothing = process("fastrcnn", "detect", str(tmp_path))
     assert nothing.returncode == 1 and nothing.stdout == "" and nothing.stderr.startswith("fastrcnn: no images found")
     assert process("fastrcnn", "models", "r51").returncode == 1
+
+
+def test_ctrl_c_keeps_what_is_done_and_ends_with_130(tmp_path, monkeypatch):
+    source = tmp_path / "a.jpg"
+    Image.fromarray(render_cells(5, 96, 128)[0]).save(source)
+    original = Detector.stream
+
+    def interrupted(self, images, batch_size=None):
+        yield next(original(self, images, batch_size))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Detector, "stream", interrupted)
+    weights = str(ROOT / "fastrcnn" / "assets" / "demo.safetensors")
+    run("detect", source, source, "--weights", weights, "--out", tmp_path / "out", status=130)
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert len(found["images"]) == 1 and found["annotations"]
