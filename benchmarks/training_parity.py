@@ -4,10 +4,9 @@ MMDetection's and Detectron2's formulas (tests/plain_training.py).
 
     python benchmarks/training_parity.py torchvision|mmdet|detectron2 --out FOLDER
 
-Both sides take the batches that our preprocessing makes: it works in float32, 2e-7 beside torchvision's in float64, which
-after thirty steps puts a box on another side of a threshold. Prints the largest relative difference of the losses, of the
-norm of the gradients and of the rate, step by step; exit status 1 where one is above 1e-6. tests/test_training_parity.py
-does the same with six steps of a smaller body, and torchvision's preprocessing.
+Both sides take the batches that our preprocessing makes, which works in float32. Prints the largest relative difference of
+the losses, of the norm of the gradients and of the rate, step by step; exit status 1 where one is above 1e-6.
+tests/test_training_parity.py does the same with six steps of a smaller body, and torchvision's preprocessing.
 """
 
 import argparse
