@@ -1,7 +1,8 @@
 """Fused convolution + batch norm (+ residual) + ReLU against the eager modules: the shapes of an R50-FPN detector.
 
-On a CPU one image in float32 and bfloat16; on CUDA eight images in bfloat16, and, in the folded form that `Detector` keeps,
-every distinct shape of R50-FPN and X101-64x4d and the stem with its pooling against cuDNN's fused calls and torch.compile.
+On a CPU one image in float32 and bfloat16, and the 3x3 convolutions that `Detector` prepares, Winograd's against oneDNN's
+fused one, both held against float64; on CUDA eight images in bfloat16, and, in the folded form that `Detector` keeps, every
+distinct shape of R50-FPN and X101-64x4d and the stem with its pooling against cuDNN's fused calls and torch.compile.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from torch import nn
 from fastrcnn import ops
 from fastrcnn.ops import conv_cuda
 from fastrcnn.ops.conv_stem import pooled, stem
+from fastrcnn.ops.conv_winograd import conv_winograd, winograd_weight
 
 conv_module = importlib.import_module("fastrcnn.ops.conv_bn_relu")
 Call, operands = conv_module.Call, conv_module.operands
@@ -30,6 +32,15 @@ SHAPES = [
     ("layer3 1x1 + residual", 256, 1024, 1, 1, 50, 84, True),
     ("layer4 3x3", 512, 512, 3, 1, 25, 42, False),
     ("layer4 1x1 + residual", 512, 2048, 1, 1, 25, 42, True),
+]
+
+# (name, in, out, height, width) of stride 1; the RPN's are those of the pyramid's outputs, with a level of 13 x 21
+PREPARED = [
+    ("layer1", 64, 64, 200, 336),
+    ("layer2", 128, 128, 100, 168),
+    ("layer3", 256, 256, 50, 84),
+    ("layer4", 512, 512, 25, 42),
+    *[("pyramid, RPN", 256, 256, *size) for size in ((200, 336), (100, 168), (50, 84), (25, 42), (13, 21))],
 ]
 
 
@@ -111,6 +122,30 @@ def bench_stem(images, args, rates, library=cudnn):
     return timing.row("stem", title, torch.bfloat16, args.device, times[0], library_name, times[1], floor, error)
 
 
+@torch.no_grad()
+def bench_prepared(shape, args, rates):
+    name, cin, cout, height, width = shape
+    x = torch.randn(1, cin, height, width).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(cout, cin, 3, 3) / (9 * cin) ** 0.5, torch.randn(cout)
+    packed, weight = winograd_weight(weight), weight.contiguous(memory_format=torch.channels_last)
+
+    def rival():
+        return ops.conv_bn_relu(x, weight, None, bias, None, None, padding=1)
+
+    def ours():
+        return conv_winograd(x, packed, bias, None, (1, 1), cout, False, True)
+
+    rows = slice(0, min(height, 10))  # float64 takes its time
+    exact = torch.relu(torch.conv2d(x.double()[:, :, : rows.stop + 1], weight.double(), bias.double(), 1, 1))[:, :, :-1]
+    errors = [(side()[:, :, : exact.shape[2]] - exact).abs().max().item() for side in (ours, rival)]
+    error = timing.check(name, errors[0], 1e-5 * exact.abs().max().item())
+    times = timing.paired(ours, rival, args.device, args.quick, budget_s=4.0)
+    flop = 18 * cin * cout * height * width / 4  # of 36 products for 16 pixels, not 144
+    floor = rates.floor_ms(timing.count_bytes(x, weight) * 2, flop)
+    title = f"{name} 3x3 {cin}->{cout} {height}x{width}, folded; oneDNN's error {errors[1]:.2g}"
+    return timing.row("conv_winograd", title, torch.float32, args.device, times[0], "oneDNN", times[1], floor, error)
+
+
 def main() -> None:
     args = timing.arguments(__doc__)
     timing.require_kernel("conv_bn_relu", args.device)
@@ -127,6 +162,9 @@ def main() -> None:
         for layer in list(layers)[:3] if args.quick else layers:
             rows += conv_layers.rows_of(layer, images, torch.bfloat16, cudnn, args, rates)
         rows.append(bench_stem(images, args, rates))
+    if torch.device(args.device).type == "cpu":
+        timing.require_kernel("_conv_winograd", args.device)
+        rows += [bench_prepared(shape, args, rates) for shape in (PREPARED[-1:] if args.quick else PREPARED)]
     timing.report(rows, args)
 
 

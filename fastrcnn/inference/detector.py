@@ -14,7 +14,7 @@ from fastrcnn.data.images import ImageError, as_image
 from fastrcnn.inference.captured import Captured, pack, unpack
 from fastrcnn.inference.detections import Detections
 from fastrcnn.inference.features import find_with_features
-from fastrcnn.layers import fold_batch_norm
+from fastrcnn.layers import fold_batch_norm, prepare_convolutions
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
 from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.padded import Padded
@@ -172,10 +172,8 @@ class Detector:
                 break
         self.class_names, self.category_ids = _names_and_ids(model)
         # Batch norms are folded in float32, before the weights are rounded.
-        self.model: Any = fold_batch_norm(model.float()).to(self.device, PRECISIONS[precision])
-        for m in self.model.modules():
-            if type(m) is nn.Conv2d:  # the layout that the fused convolution reads, once instead of at every call
-                m.to(memory_format=torch.channels_last)
+        folded = fold_batch_norm(model.float()).to(self.device, PRECISIONS[precision])
+        self.model: Any = prepare_convolutions(folded)
         self._program = torch.compile(self._found, fullgraph=True) if compile else self._found
         self._captured = Captured(self._packed)
 

@@ -2,7 +2,7 @@
 
 from fastrcnn.layers.builders import build_activation, build_conv, build_norm, construct
 from fastrcnn.layers.context_block import ContextBlock
-from fastrcnn.layers.conv_module import ConvModule, conv_norm_act, fold_batch_norm
+from fastrcnn.layers.conv_module import ConvModule, conv_norm_act, fold_batch_norm, prepare_convolutions
 from fastrcnn.layers.deform_conv import DeformConv2dPack, ModulatedDeformConv2dPack
 from fastrcnn.layers.deform_roi_pool import DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from fastrcnn.layers.generalized_attention import GeneralizedAttention
@@ -25,4 +25,5 @@ __all__ = [
     "construct",
     "conv_norm_act",
     "fold_batch_norm",
+    "prepare_convolutions",
 ]

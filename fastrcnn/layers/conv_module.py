@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fastrcnn.layers.builders import build_activation, build_conv, build_norm
 from fastrcnn.ops import conv_bn_relu
 from fastrcnn.ops.conv_tile import upsampled
+from fastrcnn.ops.conv_winograd import conv_prepared, prepared
 
 
 def _has_fixed_statistics(norm: nn.Module | None) -> bool:
@@ -13,6 +14,13 @@ def _has_fixed_statistics(norm: nn.Module | None) -> bool:
         return True
     fixed = isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training
     return fixed and norm.affine and norm.track_running_stats
+
+
+def _is_prepared(conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether `prepare_convolutions` has been here, and nothing but the result is asked for: no gradient, no program."""
+    if getattr(conv, "winograd", None) is None or torch.compiler.is_compiling():
+        return False
+    return not any(t is not None and t.requires_grad for t in (x, conv.weight, conv.bias, residual))
 
 
 def conv_norm_act(
@@ -29,6 +37,8 @@ def conv_norm_act(
     plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     if plain and _has_fixed_statistics(norm) and not torch.is_autocast_enabled(x.device.type):
         where, epilogue = (conv.stride, conv.padding, conv.dilation, conv.groups), (residual, relu, upsample_residual)
+        if _is_prepared(conv, x, residual):
+            return conv_prepared(x, conv.weight, conv.winograd, conv.bias, conv.padding, *epilogue)
         if norm is None or isinstance(norm, nn.Identity):
             return conv_bn_relu(x, conv.weight, None, conv.bias, None, None, 0.0, *where, *epilogue)
         if conv.bias is None:
@@ -121,4 +131,16 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
             setattr(owner, name, nn.Identity())
         if hasattr(module, "join_outputs"):
             module.join_outputs()
+    return model
+
+
+@torch.no_grad()
+def prepare_convolutions(model: nn.Module) -> nn.Module:
+    """Puts weights in the layout that the fused convolution reads, and on a CPU those of float32 3x3 convolutions into the
+    form of Winograd's algorithm, too (`ops/conv_winograd.py`; four times their memory, beside them). For a folded model
+    whose weights change no more. Returns `model`."""
+    for m in model.modules():
+        if type(m) is nn.Conv2d:
+            m.to(memory_format=torch.channels_last)
+            m.winograd = prepared(m.weight, m.stride, m.dilation, m.groups)
     return model

@@ -1,7 +1,7 @@
-"""Which convolution answers which call on CUDA. Nothing is guessed: the first call of a kind runs the candidates, drops
-those that disagree with the first one (cuDNN's), and times the others; later ones take the fastest.
+"""Which convolution answers which call. Nothing is guessed: the first call of a kind runs the candidates, drops those that
+disagree with the first one (cuDNN's, oneDNN's), and times the others; later ones take the fastest.
 
-A kind is a line that names the card, the dtype, the shapes and the epilogue; pixels count to the nearest quarter of a
+A kind is a line that names the device, the dtype, the shapes and the epilogue; pixels count to the nearest quarter of a
 doubling, so that pictures of many sizes are few kinds.
 """
 
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -21,11 +22,14 @@ PLAN: dict[str, dict[str, float]] = {}
 ROUNDS = 5
 
 
-def choose(kind: str, names: Sequence[str], run: Callable[[str], Tensor]) -> str:
-    """The fastest of `names` for this kind by the plan. What is not planned is measured; under stream capture and in
-    deterministic mode nothing is, and names[0] answers."""
-    if kind not in PLAN and len(names) > 1 and _may_measure():
-        PLAN[kind] = _measured(names, run)
+def choose(
+    kind: str, names: Sequence[str], run: Callable[[str], Tensor], clock: Callable[[Callable], float] | None = None
+) -> str:
+    """The fastest of `names` for this kind by the plan. What is not planned is measured, on CUDA by `milliseconds`; there
+    nothing is under stream capture and in deterministic mode, and names[0] answers. clock: `host_milliseconds`, of a
+    caller on the CPU that knows that it may."""
+    if kind not in PLAN and len(names) > 1 and (clock or _may_measure()):
+        PLAN[kind] = _measured(names, run, clock or milliseconds)
     return next((name for name in PLAN.get(kind, ()) if name in names), names[0])
 
 
@@ -89,12 +93,14 @@ def _may_measure() -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-def _measured(names: Sequence[str], run: Callable[[str], Tensor]) -> dict[str, float]:
+def _measured(
+    names: Sequence[str], run: Callable[[str], Tensor], clock: Callable[[Callable], float]
+) -> dict[str, float]:
     times, right = {}, run(names[0])
     for name in names:
         try:
             if name == names[0] or _agree(run(name), right):
-                times[name] = milliseconds(partial(run, name))
+                times[name] = clock(partial(run, name))
         except (ValueError, torch.OutOfMemoryError):  # a shape that this one does not take, or no room for two results
             continue
     return _fastest_first(times)
@@ -117,4 +123,14 @@ def milliseconds(call: Callable[[], Tensor]) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
+    return min(times)
+
+
+def host_milliseconds(call: Callable[[], Tensor]) -> float:
+    """The fastest of some runs on the CPU, of fewer where one takes long."""
+    times = []
+    while len(times) < ROUNDS and sum(times) < 30:
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
     return min(times)
