@@ -1,10 +1,9 @@
 // A 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016): tiles of 4x4 outputs, 36 products in
 // place of 144. Threads take blocks of tiles; a block is transformed, multiplied and transformed back within the cache.
 // The points are 0, +-1/sqrt(2), +-sqrt(2) and infinity: half the error of 0, +-1, +-2 (Alam et al., 2022).
-#include "../common.h"
+#include "threads.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 // Contraction is off in this build for the comparisons of other kernels; here multiply-adds are what counts.
@@ -87,6 +86,8 @@ namespace lanes16 {
 }  // namespace lanes16
 END_TARGET
 
+constexpr int64_t kSmall = 1 << 26;  // multiply-adds, about a millisecond of one thread's
+
 int64_t multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 
 // Tiles of a block, in whole rows of registers and as many blocks for each thread: the more, the seldomer the weights are
@@ -131,7 +132,8 @@ Tensor conv_winograd(const Tensor& input, const Tensor& weight, const std::optio
   p.upsample = upsample_residual, p.relu = relu;
   p.tiles_h = multiple(p.out_h, 4) / 4, p.tiles_w = multiple(p.out_w, 4) / 4;
 
-  const int64_t tiles = batch * p.tiles_h * p.tiles_w, most = torch::stable::get_num_threads();
+  const int64_t tiles = batch * p.tiles_h * p.tiles_w;
+  const int64_t most = threads_for(tiles * 36 * p.channels * filters, kSmall);
   const int64_t step = tiles > 0 ? block_tiles(p, tiles, most, rows) : rows;
   const int64_t threads = std::min(most, (tiles + step - 1) / step);
   // A line more than the block needs: 36 streams a power of two apart would meet in the same sets of the cache.
@@ -140,11 +142,9 @@ Tensor conv_winograd(const Tensor& input, const Tensor& weight, const std::optio
   Tensor buffer = empty_like_device(input, {threads, scratch}, ScalarType::Float);
   float* const points = buffer.mutable_data_ptr<float>();
   const auto block = lanes == 16 ? lanes16::convolve_block : lanes == 8 ? lanes8::convolve_block : lanes4::convolve_block;
-  std::atomic<int64_t> next{0};  // whoever is free takes the next block: a thread that the system holds up keeps no share
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+  share(tiles, step, threads, [&](int64_t first, int64_t last, int64_t thread) {
     float* const own = points + thread * scratch;
-    for (int64_t t = next.fetch_add(step); t < tiles; t = next.fetch_add(step))
-      block(p, t, std::min(t + step, tiles), own, own + 36 * p.point_stride);
+    for (int64_t t = first; t < last; t += step) block(p, t, std::min(t + step, last), own, own + 36 * p.point_stride);
   });
   return out;
 }

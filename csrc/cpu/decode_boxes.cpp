@@ -1,5 +1,6 @@
 // Box regression deltas -> boxes (Girshick et al., R-CNN, 2014, appendix C), clipped to each image's own size.
 #include "decode_boxes.h"
+#include "threads.h"
 
 #include <algorithm>
 
@@ -52,7 +53,8 @@ Tensor run(const Tensor& anchors, const Tensor& deltas, const std::optional<Tens
   auto* out_ptr = reinterpret_cast<Box<T>*>(out.template mutable_data_ptr<T>());
   const T* d_ptr = d.template const_data_ptr<T>();
   const T* s_ptr = shape ? shape->template const_data_ptr<T>() : nullptr;
-  torch::stable::parallel_for(0, batch * n, 2048 / (classes > 0 ? classes : 1) + 1, [&](int64_t first, int64_t last) {
+  const int64_t step = 4096 / (classes > 0 ? classes : 1) + 1;
+  share(batch * n, step, threads_for(batch * n * classes, 1 << 18), [&](int64_t first, int64_t last, int64_t) {
     decode_range(a_ptr, d_ptr, s_ptr, first, last, n, classes, coder, out_ptr);
   });
   return out;

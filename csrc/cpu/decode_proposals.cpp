@@ -1,6 +1,7 @@
 // RPN maps -> proposals: per-level top-k, anchors, decoding, clipping and the size filter in one pass over each image
 // and level. Anchors are computed where they are needed and never stored.
 #include "decode_proposals.h"
+#include "threads.h"
 
 #include <functional>
 #include <utility>
@@ -88,7 +89,9 @@ Outputs run(const ProposalInputs& in, const ProposalRules<T>& rules) {
     return Rows<T>{b + at * 4, s + at, ids + at};
   };
   std::vector<int64_t> found(batch * levels);
-  torch::stable::parallel_for(0, batch * levels, 1, [&](int64_t first, int64_t last) {
+  int64_t anchors = 0;
+  for (const Tensor& map : in.logits) anchors += map.numel();
+  share(batch * levels, 1, threads_for(anchors, 1 << 19), [&](int64_t first, int64_t last, int64_t) {
     for (int64_t t = first; t < last; ++t) {
       const int64_t image = t % batch, i = t / batch;
       found[t] = run_level(make_level<T, T>(in, i), i, image, hw + image * 2, in.start[i + 1] - in.start[i], rules,

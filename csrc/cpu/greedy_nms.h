@@ -68,7 +68,7 @@ void greedy(const Box<T>* boxes, const int64_t* order, int64_t n, T threshold, i
   for (int64_t begin = 0; begin < n && num_kept < max_output; begin += kBlock) {
     const int64_t size = std::min(kBlock, n - begin);
     for (int64_t i = 0; i < size; ++i) block.set(i, boxes[order[begin + i]]);
-    const int64_t grain = 32768 / (num_kept + 1) + 1;  // boxes worth a thread's wake-up
+    const int64_t grain = (1 << 22) / (num_kept + 1) + 1;  // boxes worth the wait for a thread that is not scheduled
     torch::stable::parallel_for(0, size, grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
         dead[i] = suppressed_by_any(kept.x1.data(), kept.y1.data(), kept.x2.data(), kept.y2.data(), kept.area.data(),

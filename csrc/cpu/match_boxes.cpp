@@ -2,6 +2,7 @@
 // Boxes go in chunks, shared by the threads; SIMD lanes run over the boxes of a chunk. Each chunk leaves its best IoU for
 // every ground-truth box, so the low-quality pass revisits only the chunks in which a ground-truth box attains its best.
 #include "match_boxes.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <limits>
@@ -63,7 +64,8 @@ void match(const MatchImage<T>& image, const MatchRules<T>& rules) {
   const int64_t n = image.n, num_gts = image.num_gts, num_chunks = (n + kChunk - 1) / kChunk;
   const T eps = rules.iou_eps;
   std::vector<T> chunk_best(num_chunks * num_gts), gt_best(num_gts, -std::numeric_limits<T>::infinity());
-  torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t first, int64_t last) {
+  const int64_t threads = threads_for(n * num_gts, 1 << 23);
+  share(num_chunks, 8, threads, [&](int64_t first, int64_t last, int64_t) {
     Chunk<T> c;
     for (int64_t k = first; k < last; ++k) {
       const int64_t begin = k * kChunk, size = std::min(kChunk, n - begin);
@@ -81,7 +83,7 @@ void match(const MatchImage<T>& image, const MatchRules<T>& rules) {
   if (!rules.match_low_quality || num_gts == 0) return;
   for (int64_t k = 0; k < num_chunks; ++k)
     for (int64_t g = 0; g < num_gts; ++g) gt_best[g] = std::max(gt_best[g], chunk_best[k * num_gts + g]);
-  torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t first, int64_t last) {
+  share(num_chunks, 8, threads, [&](int64_t first, int64_t last, int64_t) {
     for (int64_t k = first; k < last; ++k) {
       const int64_t begin = k * kChunk, end = std::min(n, begin + kChunk);
       for (int64_t g = 0; g < num_gts; ++g) {  // in order: where two rules meet, the later ground truth wins

@@ -1,5 +1,6 @@
 // NMS over one set of boxes, over groups, and over a padded batch: sorts, splits into groups, runs the greedy scan.
 #include "greedy_nms.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <limits>
@@ -31,6 +32,8 @@ T floor_threshold(double threshold) {
   return static_cast<double>(t) > threshold ? std::nextafter(t, -std::numeric_limits<T>::infinity()) : t;
 }
 
+constexpr int64_t kSmall = 16384;  // boxes, of all groups or images together
+
 // Survivors' indices by descending score, at most max_output. groups may be null.
 template <class T>
 std::vector<int64_t> run(const T* boxes, const T* scores, const int64_t* groups, int64_t n, double iou_threshold,
@@ -53,7 +56,7 @@ std::vector<int64_t> run(const T* boxes, const T* scores, const int64_t* groups,
     }
     starts.push_back(n);
     std::vector<uint8_t> keep_member(n, 0);
-    torch::stable::parallel_for(0, static_cast<int64_t>(starts.size()) - 1, 1, [&](int64_t first, int64_t last) {
+    share(static_cast<int64_t>(starts.size()) - 1, 1, threads_for(n, kSmall), [&](int64_t first, int64_t last, int64_t) {
       for (int64_t g = first; g < last; ++g)
         greedy(box, members.data() + starts[g], starts[g + 1] - starts[g], threshold, max_output,
                keep_member.data() + starts[g]);
@@ -103,7 +106,7 @@ void run_padded(const Tensor& boxes, const Tensor& scores, const int64_t* groups
   const int64_t batch = boxes.size(0), n = boxes.size(1);
   const T* b = boxes.const_data_ptr<T>();
   const T* s = scores.const_data_ptr<T>();
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t first, int64_t last) {
+  share(batch, 1, threads_for(batch * n, kSmall), [&](int64_t first, int64_t last, int64_t) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t valid = counts == nullptr ? n : std::min(std::max<int64_t>(counts[i], 0), n);
       const auto kept =

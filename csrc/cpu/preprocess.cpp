@@ -2,6 +2,7 @@
 // of an image's row once, as they come, and makes rows of the batch from the few that it holds. A byte has 256
 // normalised values in each channel: a table replaces the divisions.
 #include "preprocess.h"
+#include "threads.h"
 
 namespace fastrcnn {
 namespace {
@@ -168,10 +169,8 @@ void run(const std::vector<Picture<T>>& pictures, const Normalization<Value<T, R
   std::vector<Plan<T, O, R>> plans;
   for (const Picture<T>& p : pictures) plans.push_back({p, &n, table.data(), bgr, 0, 0, {}, {}});
   O* data = out.mutable_data_ptr<O>();
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) plans[i].plan_columns();
-  });
-  torch::stable::parallel_for(0, count * height, 32, [&](int64_t first, int64_t last) {
+  for (auto& plan : plans) plan.plan_columns();
+  share(count * height, 32, threads_for(count * height * width, 1 << 19), [&](int64_t first, int64_t last, int64_t) {
     while (first < last) {
       const int64_t i = first / height, begin = first % height, end = std::min(height, begin + last - first);
       plans[i].fill(static_cast<int>(begin), static_cast<int>(end), width,

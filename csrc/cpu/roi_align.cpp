@@ -1,6 +1,7 @@
 // RoIAlign over one map or a pyramid. Channels-last maps run vectorised over channels, NCHW maps plane by plane; both read
 // the tensor through its strides, so no layout is ever copied.
 #include "roi_align.h"
+#include "threads.h"
 
 namespace fastrcnn {
 namespace {
@@ -70,7 +71,7 @@ DEFINE_LOOPS(NO_CLONES, double, double)
 template <class T, class F>
 void forward(const Problem& p, const T* rois, int64_t num_rois, bool channels_last, F* out) {
   const int64_t bins = static_cast<int64_t>(p.pooled_h) * p.pooled_w, out_size = bins * p.channels;
-  torch::stable::parallel_for(0, num_rois, 1, [&](int64_t first, int64_t last) {
+  share(num_rois, 8, threads_for(num_rois * out_size, 1 << 20), [&](int64_t first, int64_t last, int64_t) {
     RoiTaps<T> taps;
     PlaneTaps<T> planes;
     for (int64_t k = first; k < last; ++k) {

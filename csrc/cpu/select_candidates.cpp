@@ -1,6 +1,7 @@
 // The best scores above a threshold. Blocks of an image's scores are counted first, vectorised: most have none above it
 // and are not looked at again.
 #include "box_math.h"
+#include "threads.h"
 
 #include <algorithm>
 
@@ -35,7 +36,8 @@ void run(const Tensor& scores, double threshold, int64_t most, T* values, int64_
   const T* data = scores.const_data_ptr<T>();
   const T limit = static_cast<T>(threshold);
   std::vector<int64_t> start(batch * blocks + 1, 0);  // of each block's candidates among those of the batch
-  torch::stable::parallel_for(0, batch * blocks, 16, [&](int64_t first, int64_t last) {
+  const int64_t threads = threads_for(batch * n, 1 << 24);
+  share(batch * blocks, 64, threads, [&](int64_t first, int64_t last, int64_t) {
     for (int64_t b = first; b < last; ++b) {
       const int64_t at = b % blocks * kBlock;
       start[b + 1] = count_above(data + b / blocks * n + at, std::min(kBlock, n - at), limit);
@@ -43,7 +45,7 @@ void run(const Tensor& scores, double threshold, int64_t most, T* values, int64_
   });
   for (int64_t b = 0; b < batch * blocks; ++b) start[b + 1] += start[b];
   std::vector<Candidate<T>> all(start.back());
-  torch::stable::parallel_for(0, batch * blocks, 16, [&](int64_t first, int64_t last) {
+  share(batch * blocks, 64, threads, [&](int64_t first, int64_t last, int64_t) {
     for (int64_t b = first; b < last; ++b) {
       Candidate<T>* to = all.data() + start[b];
       const T* own = data + b / blocks * n;
@@ -52,7 +54,7 @@ void run(const Tensor& scores, double threshold, int64_t most, T* values, int64_
         if (own[i] > limit) *to++ = {own[i], i};
     }
   });
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t first, int64_t last) {
+  share(batch, 1, threads, [&](int64_t first, int64_t last, int64_t) {
     for (int64_t b = first; b < last; ++b) {
       Candidate<T>*begin = all.data() + start[b * blocks], *end = all.data() + start[(b + 1) * blocks];
       const int64_t kept = std::min<int64_t>(end - begin, most);

@@ -58,18 +58,12 @@ void take(const Box<T>* boxes, const T* scores, const int64_t* members, int64_t 
     highest = max_(highest, score[i]);  // a NaN score never wins
   }
   const Columns<T> columns{x1.data(), y1.data(), x2.data(), y2.data(), areas.data(), score.data()};
-  const int64_t grain = 4096;
-  std::vector<T> part((n + grain - 1) / grain);
   // As in the usual CPU code, the first box is taken whatever its score; min_score bounds the decayed ones.
   while (highest > minus_inf) {
     const int64_t best = std::find(score.begin(), score.end(), highest) - score.begin();  // equal scores: lowest index
     taken.push_back({members[best], highest});
     score[best] = minus_inf;
-    torch::stable::parallel_for(0, static_cast<int64_t>(part.size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t p = first; p < last; ++p)
-        part[p] = decay(columns, p * grain, std::min(n, (p + 1) * grain), boxes[members[best]], areas[best], rules);
-    });
-    highest = *std::max_element(part.begin(), part.end());
+    highest = decay(columns, int64_t{0}, n, boxes[members[best]], areas[best], rules);
   }
 }
 

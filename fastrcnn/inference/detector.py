@@ -123,13 +123,15 @@ class Detector:
     it), a name from `fastrcnn models`, or a checkpoint (file, address or state dict) from which the model is inferred.
     weights: a checkpoint of MMDetection, torchvision or Detectron2, "coco" for published ones, or None. device:
     "auto", "cpu", "cuda", "cuda:1"... precision: "fp32", "bf16", "fp16"; "auto" is fp32 on a CPU, so that a checkpoint
-    gives its old numbers, and bf16 on CUDA. Objects below score_threshold are left out. compile: the whole way from
-    pixels to detections goes through torch.compile, once for each batch size, which takes minutes for a large network.
+    gives its old numbers, and bf16 on CUDA. On a CPU bf16 pays with AMX; without AVX-512 it is computed in fp32 and
+    rounded, and gains nothing. Objects below score_threshold are left out. compile: the whole way from pixels to
+    detections goes through torch.compile, once for each batch size, which takes minutes for a large network.
     features: of a Faster R-CNN, Detections have class_scores and features, of the proposal that each object was made from.
     max_per_img, iou_threshold (of NMS): the model's own where they are None.
 
-    On CUDA the way from bytes to detections is one CUDA graph a shape (`captured`), and a shape's first call measures which
-    convolutions are the fastest. `fastrcnn.ops.conv_plan.save_plan` keeps that; a plan that lies beside the weights, under
+    On CUDA the way from bytes to detections is one CUDA graph a shape (`captured`). A shape's first call measures which
+    convolutions are the fastest, on a CPU Winograd's or oneDNN's of the 3x3 in fp32 (not with compile, nor in what
+    `fastrcnn export` writes). `fastrcnn.ops.conv_plan.save_plan` keeps that; a plan that lies beside the weights, under
     their name and `.plan.json`, is loaded with them.
     """
 

@@ -37,9 +37,9 @@ def conv_norm_act(
     plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     if plain and _has_fixed_statistics(norm) and not torch.is_autocast_enabled(x.device.type):
         where, epilogue = (conv.stride, conv.padding, conv.dilation, conv.groups), (residual, relu, upsample_residual)
-        if _is_prepared(conv, x, residual):
-            return conv_prepared(x, conv.weight, conv.winograd, conv.bias, conv.padding, *epilogue)
         if norm is None or isinstance(norm, nn.Identity):
+            if _is_prepared(conv, x, residual):
+                return conv_prepared(x, conv.weight, conv.winograd, conv.bias, conv.padding, *epilogue)
             return conv_bn_relu(x, conv.weight, None, conv.bias, None, None, 0.0, *where, *epilogue)
         if conv.bias is None:
             statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
