@@ -7,24 +7,45 @@
 namespace fastrcnn {
 namespace {
 
+constexpr int64_t kLanes = 64;  // boxes whose coordinates lie side by side while they are computed
+
+// n <= kLanes boxes. anchor_step: 1, or 0 where all are of one anchor.
+template <bool CLIPPED, class T>
+HOST_DEVICE void decode_lanes(const Box<T>* anchors, int64_t anchor_step, const T* deltas, const T* hw, int64_t n,
+                              const DeltaCoder<T>& coder, Box<T>* out) {
+  T x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes], dx[kLanes], dy[kLanes], dw[kLanes], dh[kLanes];
+  for (int64_t k = 0; k < n; ++k) {
+    const Box<T>& anchor = anchors[k * anchor_step];
+    x1[k] = anchor.x1, y1[k] = anchor.y1, x2[k] = anchor.x2, y2[k] = anchor.y2;
+    dx[k] = deltas[k * 4], dy[k] = deltas[k * 4 + 1], dw[k] = deltas[k * 4 + 2], dh[k] = deltas[k * 4 + 3];
+  }
+  const T height = CLIPPED ? hw[0] : T(0), width = CLIPPED ? hw[1] : T(0);
+  const DeltaCoder<T> c = coder;
+#pragma GCC ivdep  // omp simd keeps GCC 12 from it
+  for (int64_t k = 0; k < n; ++k) {
+    Box<T> box = decode(Box<T>{x1[k], y1[k], x2[k], y2[k]}, dx[k], dy[k], dw[k], dh[k], c);
+    if (CLIPPED) box = clip(box, height, width);
+    x1[k] = box.x1, y1[k] = box.y1, x2[k] = box.x2, y2[k] = box.y2;
+  }
+  for (int64_t k = 0; k < n; ++k) out[k] = {x1[k], y1[k], x2[k], y2[k]};
+}
+
 // A thread's share of the anchors. SIMD lanes run along memory: over the classes of an anchor, or over the anchors.
 template <class T>
 HOST_DEVICE void decode_range_body(const Box<T>* anchors, const T* deltas, const T* max_shape, int64_t first,
                                    int64_t last, int64_t per_image, int64_t classes, const DeltaCoder<T>& coder,
                                    Box<T>* out) {
+  const int64_t step = classes == 1 ? 1 : 0;
   while (first < last) {
-    const int64_t image = first / per_image, end = std::min(last, (image + 1) * per_image);
+    const int64_t image = first / per_image, end = std::min(last, classes == 1 ? (image + 1) * per_image : first + 1);
     const T* hw = max_shape == nullptr ? nullptr : max_shape + image * 2;
-    if (classes == 1) {
-#pragma omp simd
-      for (int64_t i = first; i < end; ++i) out[i] = decode_one(anchors[i], deltas + i * 4, hw, coder);
-    } else {
-      for (int64_t i = first; i < end; ++i) {
-        const Box<T> anchor = anchors[i];
-#pragma omp simd
-        for (int64_t c = i * classes; c < (i + 1) * classes; ++c)
-          out[c] = decode_one(anchor, deltas + c * 4, hw, coder);
-      }
+    for (int64_t c = 0, count = (end - first) * classes; c < count; c += kLanes) {
+      const int64_t n = std::min(kLanes, count - c), i = first * classes + c;
+      const Box<T>* anchor = anchors + first + c * step;
+      if (hw == nullptr)
+        decode_lanes<false>(anchor, step, deltas + i * 4, hw, n, coder, out + i);
+      else
+        decode_lanes<true>(anchor, step, deltas + i * 4, hw, n, coder, out + i);
     }
     first = end;
   }
