@@ -203,6 +203,8 @@ class Layer(nn.Module):
 def test_only_a_prepared_layer_without_gradients_or_compiler_uses_it(asked):
     layer, x = Layer().eval(), torch.randn(1, 16, 10, 10)
     right = layer(x).detach()
+    unfolded = prepare_convolutions(copy.deepcopy(layer).requires_grad_(False))
+    torch.testing.assert_close(unfolded(x), right)  # with its norm
     folded = fold_batch_norm(copy.deepcopy(layer)).requires_grad_(False)
     torch.testing.assert_close(folded(x), right)
     assert not asked
