@@ -41,6 +41,17 @@ class Case:
     wrong: tuple[tuple[dict, type, str], ...] = ()
 
 
+def padded(n: int) -> dict:
+    """Two images' boxes in groups, of which some rows count and at most 6 are kept."""
+    return dict(
+        boxes=random_boxes(2 * n, 150, 150).view(2, n, 4),
+        scores=spread_scores(2, n),
+        groups=ids(2 * n).view(2, n),
+        max_output=6,
+        counts=torch.tensor([10, 7]),
+    )
+
+
 def suppression(n: int) -> dict:
     return dict(boxes=random_boxes(n, 150, 150), scores=spread_scores(n))
 
@@ -115,14 +126,7 @@ CASES = {
         ),
     ),
     "nms_padded": Case(
-        lambda n: dict(
-            boxes=random_boxes(2 * n, 150, 150).view(2, n, 4),
-            scores=spread_scores(2, n),
-            groups=ids(2 * n).view(2, n),
-            iou_threshold=0.3,
-            max_output=6,
-            counts=torch.tensor([10, 7]),
-        ),
+        lambda n: dict(padded(n), iou_threshold=0.3),
         ("boxes", "scores"),
         dict(boxes=1, scores=1, groups=1),
         wrong=(
@@ -151,14 +155,7 @@ CASES = {
         wrong=(({"idxs": ids(19)}, ValueError, "idxs"), ({"max_output": -1}, ValueError, "max_output")),
     ),
     "soft_nms_padded": Case(
-        lambda n: dict(
-            boxes=random_boxes(2 * n, 150, 150).view(2, n, 4),
-            scores=spread_scores(2, n),
-            groups=ids(2 * n).view(2, n),
-            method="gaussian",
-            max_output=6,
-            counts=torch.tensor([10, 7]),
-        ),
+        lambda n: dict(padded(n), method="gaussian"),
         ("boxes", "scores"),
         dict(boxes=1, scores=1, groups=1),
         wrong=(
