@@ -168,6 +168,13 @@ def test_the_length_is_looked_at_before_the_body_comes(client):
         assert raw.recv(100).startswith(b"HTTP/1.1 413")
 
 
+def test_a_body_without_an_end_is_refused_while_it_comes(client):
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=15) as raw:
+        raw.sendall(b"POST /detect HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        raw.sendall(b"186a1\r\n" + bytes(100_001) + b"\r\n" + b"186a1\r\n" + bytes(100_001) + b"\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 413")
+
+
 @pytest.mark.parametrize(
     "said", [b"\0" * 5000, b"GET /" + b"a" * 100_000, b"POST /detect HTTP/1.1\r\nContent-Length: x\r\n\r\n"]
 )
