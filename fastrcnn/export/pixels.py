@@ -16,17 +16,7 @@ def _taps(new: Tensor, size: Tensor, length: int, resize: str, columns: bool) ->
     reads, and their weights."""
     i = torch.arange(length, dtype=torch.float64)
     if resize == "pillow":
-        scale = size / new
-        support, centre = scale.clamp(min=1.0), (i + 0.5) * scale
-        first = (centre - support + 0.5).long().clamp(min=0)
-        end = torch.minimum((centre + support + 0.5).long(), size.long())
-        most = (end - first).max().item()
-        torch._check(most >= 1)
-        at = first[:, None] + torch.arange(most)
-        part = (1.0 - ((at - centre[:, None] + 0.5) * (1.0 / support)).abs()).clamp(min=0.0)
-        part = torch.where(at < end[:, None], part, 0.0)
-        weights = torch.floor(part / part.cumsum(1)[:, -1:].clamp(min=1e-9) * (1 << PILLOW_BITS) + 0.5)
-        return torch.minimum(at, size.long() - 1), weights
+        return _pillow_taps(new, size, i)
     if resize == "opencv":
         at = ((i + 0.5) * size / new - 0.5).float()
     else:
@@ -41,6 +31,27 @@ def _taps(new: Tensor, size: Tensor, length: int, resize: str, columns: bool) ->
         weights = torch.stack([1.0 - frac, frac], 1)
     first = torch.minimum(low, last).clamp(min=0.0)
     return torch.stack([first, torch.minimum(low + 1, last).clamp(min=0.0)], 1).long(), weights
+
+
+def _pillow_taps(new: Tensor, size: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of a triangle that reaches max(size / new, 1) pixels to either side, its weights summing up to 2**22. Distances
+    are counted in whole numbers of 1 / (2 new) pixels: doubles that a runtime takes for float32 stay exact below 2**24,
+    and so do the digits of their quotients."""
+    reach, centre = 2 * torch.maximum(size, new), (2 * i + 1) * size
+    first = torch.floor((centre - reach + new) / (2 * new)).clamp(min=0.0)
+    end = torch.minimum(torch.floor((centre + reach + new) / (2 * new)), size)
+    most = (end - first).max().long().item()
+    torch._check(most >= 1)
+    at = first[:, None] + torch.arange(most, dtype=torch.float64)
+    rest = (reach - (2 * new * at + new - centre[:, None]).abs()).clamp(min=0.0)
+    rest = torch.where(at < end[:, None], rest, 0.0)
+    total, weights = rest.sum(1, keepdim=True).clamp(min=1.0), torch.zeros_like(rest)
+    for bits in (4, 4, 4, 4, 4, PILLOW_BITS - 20):
+        rest = rest * 2**bits
+        digit = torch.floor(rest / total)
+        rest, weights = rest - digit * total, weights * 2**bits + digit
+    weights = weights + (2 * rest >= total)
+    return torch.minimum(at, size - 1).long(), weights
 
 
 def _split(x: Tensor, base: int) -> tuple[Tensor, Tensor]:
