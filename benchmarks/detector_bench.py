@@ -5,11 +5,16 @@ start from decoded images and end at detections in the original image's pixels. 
 that are not the identity and last layers scaled up so that scores spread; both load the same state dict. In fp32 ours must
 find torchvision's detections again: same label, within 0.01 px and 1e-3 of score. Random weights decide nothing clearly,
 so bf16 is held against fp32 with trained weights, those of the demo, on rendered pictures: how many of the 20 best objects
-come within 2 px. max_error is the share of detections not found again.
+come within 2 px. max_error is the share of detections not found again. --rivals, on a CPU: in fp32 also against torchvision
+compiled, ONNX Runtime and OpenVINO with the same weights (rivals.py; `pip install 'fastrcnn[export]'`).
 """
 
+import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
+import rivals
 import timing
 import torch
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
@@ -54,6 +59,10 @@ def agreement(device: str, pictures: int) -> tuple[int, int]:
 
 
 def main() -> None:
+    with_rivals = "--rivals" in sys.argv
+    if with_rivals:
+        sys.argv.remove("--rivals")
+        rivals.require()
     args = timing.arguments(__doc__)
     for op in ("conv_bn_relu", "decode_proposals", "nms_padded", "multilevel_roi_align"):
         timing.require_kernel(op, args.device)
@@ -119,6 +128,19 @@ def main() -> None:
                 timing.row("detector r50_fpn", name + way, dtype, args.device, times[0], rival_name, times[1], floor,
                            1 - hits / max(of, 1))
             )  # fmt: skip
+        if precision == "fp32" and with_rivals:
+            with tempfile.TemporaryDirectory() as folder:
+                picture = torch.from_numpy(pictures[0]).permute(2, 0, 1).contiguous()
+                for rival_name, other in rivals.programs(ours_model, rival_model, picture, Path(folder)):
+                    expected = {k: v.cpu() for k, v in rival()[0].items()}
+                    hits, of = matched(other()[0], expected, 0.05, 1e-3)
+                    timing.check(f"detections of torchvision not found again by {rival_name}", of - hits, 0.02 * of)
+                    name = f"B=1 {size['min_size']}x{size['max_size']}, {hits}/{of} found again"
+                    times = timing.paired(ours, other, args.device, args.quick, budget_s=30.0)
+                    rows.append(
+                        timing.row("detector r50_fpn", name, dtype, args.device, times[0], rival_name, times[1], floor,
+                                   1 - hits / max(of, 1))
+                    )  # fmt: skip
     timing.report(rows, args)
 
 
