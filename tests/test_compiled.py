@@ -142,7 +142,8 @@ def test_a_detector_compiles(compiler, monkeypatch):
     model, image = MODELS["rpn"]("mmdet"), picture(64, 96, seed=3)
     plain, compiled = (Detector(model, device="cpu", compile=compile)([image]) for compile in (False, True))
     assert compiler.programs == 1 and len(plain[0]) > 20
-    assert torch.equal(compiled[0].boxes, plain[0].boxes) and torch.equal(compiled[0].scores, plain[0].scores)
+    for key in ("boxes", "scores"):  # eager may take Winograd's convolutions, a compiler sees oneDNN's
+        torch.testing.assert_close(getattr(compiled[0], key), getattr(plain[0], key), rtol=1e-4, atol=1e-4)
 
 
 def test_inductor_compiles_what_follows_the_network(compiler):

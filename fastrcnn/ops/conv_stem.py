@@ -42,6 +42,7 @@ declare("_stem", separate, _fake)  # what is planned on CUDA
 def stem(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[B, O, ceil(H / 4), ceil(W / 4)] of input [B, C, H, W], weight [O, C, 7, 7] and bias [O]. Differentiable."""
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-    if trained or not has_kernel("_stem", input.device.type):
+    # Dynamo cannot ask the dispatcher which kernels there are.
+    if trained or torch.compiler.is_compiling() or not has_kernel("_stem", input.device.type):
         return separate(input, weight, bias)
     return torch.ops.fastrcnn._stem(input, weight, bias)
