@@ -200,7 +200,7 @@ class Layer(nn.Module):
         return conv_norm_act(x, self.conv, self.bn)
 
 
-def test_only_a_prepared_layer_without_gradients_or_compiler_uses_it(asked):
+def test_only_a_prepared_layer_uses_it_without_gradients_and_never_in_an_export(asked):
     layer, x = Layer().eval(), torch.randn(1, 16, 10, 10)
     right = layer(x).detach()
     unfolded = prepare_convolutions(copy.deepcopy(layer).requires_grad_(False))
@@ -219,8 +219,9 @@ def test_only_a_prepared_layer_without_gradients_or_compiler_uses_it(asked):
     program = torch.export.export(folded, (x,))
     called = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     assert [name for name in called if "fastrcnn" in name] == ["fastrcnn.conv_bn_relu.default"]
-    torch.testing.assert_close(torch.compile(folded, backend="eager", fullgraph=True)(x), right)
     assert not asked
+    torch.testing.assert_close(torch.compile(folded, backend="eager", fullgraph=True)(x), right)
+    assert asked == ["conv_winograd"]
 
 
 def test_a_detector_finds_with_it_what_it_finds_without(asked):

@@ -130,9 +130,9 @@ class Detector:
     max_per_img, iou_threshold (of NMS): the model's own where they are None.
 
     On CUDA the way from bytes to detections is one CUDA graph a shape (`captured`). A shape's first call measures which
-    convolutions are the fastest, on a CPU Winograd's or oneDNN's of the 3x3 in fp32 (not with compile, nor in what
-    `fastrcnn export` writes). `fastrcnn.ops.conv_plan.save_plan` keeps that; a plan that lies beside the weights, under
-    their name and `.plan.json`, is loaded with them.
+    convolutions are the fastest, on a CPU Winograd's or oneDNN's of the 3x3 in fp32 (with compile always Winograd's;
+    what `fastrcnn export` writes has neither). `fastrcnn.ops.conv_plan.save_plan` keeps that; a plan that lies beside the
+    weights, under their name and `.plan.json`, is loaded with them.
     """
 
     def __init__(

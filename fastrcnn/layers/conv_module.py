@@ -17,8 +17,9 @@ def _has_fixed_statistics(norm: nn.Module | None) -> bool:
 
 
 def _is_prepared(conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> bool:
-    """Whether `prepare_convolutions` has been here, and nothing but the result is asked for: no gradient, no program."""
-    if getattr(conv, "winograd", None) is None or torch.compiler.is_compiling():
+    """Whether `prepare_convolutions` has been here, and nothing but the result is asked for: no gradient, no program for
+    elsewhere, in which the weights stand as they are."""
+    if getattr(conv, "winograd", None) is None or torch.compiler.is_exporting():
         return False
     return not any(t is not None and t.requires_grad for t in (x, conv.weight, conv.bias, residual))
 

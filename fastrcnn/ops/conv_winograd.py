@@ -103,7 +103,8 @@ def conv_prepared(
     residual: Tensor | None = None, relu: bool = True, upsample_residual: bool = False,
 ) -> Tensor:  # fmt: skip
     """conv_bn_relu of folded weights, winograd = prepared(weight, ...), without a gradient: by Winograd's way or oneDNN's,
-    whichever the plan has measured to be faster. In deterministic mode nothing is measured, and Winograd's answers."""
+    whichever the plan has measured to be faster. In deterministic mode and under a compiler nothing is measured, and
+    Winograd's answers."""
 
     def run(
         name: str, x: Tensor = input, residual: Tensor | None = residual, upsample: bool = upsample_residual
@@ -112,7 +113,7 @@ def conv_prepared(
             return conv_winograd(x, winograd, bias, residual, padding, len(weight), upsample, relu)
         return conv_bn_relu(x, weight, None, bias, None, None, 0.0, 1, padding, 1, 1, residual, relu, upsample)
 
-    if torch.are_deterministic_algorithms_enabled():
+    if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
         return run("winograd")
     height, width = map(min, input.shape[2:], SAMPLE)
     device = f"CPU {CAPABILITY} x {torch.get_num_threads()}"
