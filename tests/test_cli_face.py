@@ -112,6 +112,8 @@ NEEDS = {
 def test_an_example_of_the_help_runs(name, line, place):  # noqa: F811
     if line in NEEDS or name == "serve":
         pytest.skip(f"needs {NEEDS.get(line, 'a client')}")
+    if "--to openvino" in line:  # of the extra export, not of the tests
+        pytest.importorskip("openvino")
     Image.fromarray(render_cells(5, 96, 128)[0]).save("street.jpg")
     Path("list.txt").write_text("street.jpg\nphotos/valid/6.jpg\n")
     words = words_of(line)
