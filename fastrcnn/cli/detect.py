@@ -142,7 +142,9 @@ def detect(
             fail("--engine ray writes Parquet files alone: leave out --tile, --shard, --overwrite, --line-width, "
                  "--hide-labels and other formats")  # fmt: skip
         own = [source for source in sources if not is_remote(source)]
-        found = [source for source in sources if is_remote(source)] + (find(own, recursive, None, out)[0] if own else [])
+        found = [source for source in sources if is_remote(source)] + (
+            find(own, recursive, None, out)[0] if own else []
+        )
         detect_on_ray(found, str(out), weights, model, classes, workers, resume, as_json, device=device,
                       precision=precision, score_threshold=score, max_per_img=max_det, iou_threshold=iou)  # fmt: skip
         return
