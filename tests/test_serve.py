@@ -19,7 +19,9 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 import httpx
+import uvicorn
 from conftest import tiny_model
+from fastapi import FastAPI
 from serving import Held, encoded, running, until
 from test_cli import run
 
@@ -27,7 +29,7 @@ import fastrcnn.serve.batcher
 from fastrcnn import Detector
 from fastrcnn.data.decode import decode
 from fastrcnn.data.images import ImageError
-from fastrcnn.serve import Batcher
+from fastrcnn.serve import Batcher, serve
 from fastrcnn.serve.app import as_json, content_policy
 from fastrcnn.serve.batcher import READERS
 from fastrcnn.weights import save
@@ -350,3 +352,13 @@ def test_what_keeps_a_server_from_starting_is_one_sentence(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("fastrcnn.serve")]:
         monkeypatch.delitem(sys.modules, name)
     assert "pip install 'fastrcnn[serve]'" in run("serve", "--weights", "nothing.pth", "--port", 0, status=1)
+
+
+def test_answers_do_not_wait_for_acknowledgements(monkeypatch):
+    """asyncio says so to connections of its own sockets alone, and the command brings one."""
+    seen = []
+    asked = socket.IPPROTO_TCP, socket.TCP_NODELAY
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: seen.append(sockets[0].getsockopt(*asked)))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serve(FastAPI(), listener, 1.0)
+    assert seen and seen[0]

@@ -209,6 +209,8 @@ def content_policy(page: str) -> str:
 
 def serve(app: FastAPI, listener: socket.socket, grace: float) -> None:
     """Answers on a bound socket until SIGTERM or SIGINT; what was taken by then is answered, within `grace` seconds."""
+    # Or an answer's body waits until the caller has acknowledged its head, 40 ms; connections take this over.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="on",
         limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=int(grace) + 1,
