@@ -15,8 +15,7 @@ import numpy as np
 
 from fastrcnn.data.decode import max_bytes
 from fastrcnn.data.fetch import is_address, read_bytes
-from fastrcnn.data.images import IMAGE_SUFFIXES
-from fastrcnn.data.sources import list_images
+from fastrcnn.data.images import IMAGE_SUFFIXES, list_images
 from fastrcnn.inference import Detections
 from fastrcnn.inference import Detector as PlainDetector
 from fastrcnn.inference.memory import keep_memory

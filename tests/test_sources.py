@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from fastrcnn.data import find_sources, shard_of
-from fastrcnn.data.sources import is_image
+from fastrcnn.data.images import is_image
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def run_detector(detector, sources: list[str], out: Path, **options) -> tuple[Co
 def find(sources: list[str], recursive: bool, shard: str | None, out: Path) -> tuple[list[str], list[int]]:
     """The pictures and videos asked for and their numbers; ends the command where there are none."""
     from fastrcnn.data import find_sources, shard_of
-    from fastrcnn.data.sources import is_image
+    from fastrcnn.data.images import is_image
     from fastrcnn.inference.video import is_video
 
     try:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastrcnn.data.images import IMAGE_SUFFIXES
+from fastrcnn.data.decode import IMAGE_SUFFIXES
 
 SPLITS = ("train", "val", "test")
 MOST_BYTES = 1 << 26  # of an XML or text file

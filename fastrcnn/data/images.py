@@ -1,15 +1,17 @@
 """Images from anywhere as uint8 [3, H, W] RGB tensors: files, addresses, PIL images, arrays, tensors."""
 
+import glob
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastrcnn.data.decode import SUFFIXES, decode, in_range, max_bytes, pixels_of, planes_of, size_of
+from fastrcnn.data.decode import IMAGE_SUFFIXES, decode, in_range, max_bytes, pixels_of, planes_of, size_of
 from fastrcnn.data.fetch import open_regular, read_bytes
-
-IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+from fastrcnn.data.folders import files_under
 
 
 class ImageError(ValueError):
@@ -110,3 +112,32 @@ def _from_tensor(tensor: Tensor, channels: int) -> Tensor:
     elif tensor.dtype != torch.uint8:
         raise TypeError(f"expected uint8, uint16 or floats in 0..1, got {tensor.dtype}")
     return tensor.to(torch.uint8).expand(3, -1, -1)
+
+
+def list_images(
+    source: str | os.PathLike[str],
+    recursive: bool = False,
+    wanted: Callable[[str], bool] | None = None,
+) -> list[str]:
+    """The image files of a folder (by suffix; recursive: of its sub-folders, too), a glob pattern, or the file or address
+    itself; sorted. What is not there, or may not be looked into, is given as it is: reading it says what is wrong.
+    wanted: which names of a folder count (default: those of images)."""
+    text = os.fsdecode(source)
+    if "://" in text:
+        return [text]
+    path, wanted = Path(os.path.expanduser(text)), wanted or is_image
+    try:
+        if path.is_dir() and recursive:
+            return [str(path / name) for name in sorted(files_under(path)) if wanted(name)]
+        if path.is_dir():
+            return sorted(str(p) for p in path.iterdir() if wanted(p.name) and p.is_file())
+        if not path.exists() and glob.has_magic(text):
+            return sorted(glob.glob(str(path), recursive=True))
+    except (OSError, ValueError):
+        pass
+    return [str(path)]
+
+
+def is_image(name: str) -> bool:
+    """Whether a name is that of a picture, by its suffix."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES

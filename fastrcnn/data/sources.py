@@ -1,43 +1,13 @@
 """What a user names, as paths and addresses of pictures: files, folders, patterns, addresses, lists of them."""
 
-import glob
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fastrcnn.data.fetch import is_address
-from fastrcnn.data.folders import entries, files_under
-from fastrcnn.data.images import IMAGE_SUFFIXES
-
-
-def list_images(
-    source: str | os.PathLike[str],
-    recursive: bool = False,
-    wanted: Callable[[str], bool] | None = None,
-) -> list[str]:
-    """The image files of a folder (by suffix; recursive: of its sub-folders, too), a glob pattern, or the file or address
-    itself; sorted. What is not there, or may not be looked into, is given as it is: reading it says what is wrong.
-    wanted: which names of a folder count (default: those of images)."""
-    text = os.fsdecode(source)
-    if "://" in text:
-        return [text]
-    path, wanted = Path(os.path.expanduser(text)), wanted or is_image
-    try:
-        if path.is_dir() and recursive:
-            return [str(path / name) for name in sorted(files_under(path)) if wanted(name)]
-        if path.is_dir():
-            return sorted(str(p) for p in path.iterdir() if wanted(p.name) and p.is_file())
-        if not path.exists() and glob.has_magic(text):
-            return sorted(glob.glob(str(path), recursive=True))
-    except (OSError, ValueError):
-        pass
-    return [str(path)]
-
-
-def is_image(name: str) -> bool:
-    """Whether a name is that of a picture, by its suffix."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+from fastrcnn.data.folders import entries
+from fastrcnn.data.images import list_images
 
 
 def find_sources(
