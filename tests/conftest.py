@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from fastrcnn._extension import CUDA_REASON, has_kernel
@@ -96,6 +97,16 @@ def need_cuda_kernel(need_kernel, request):
         need_kernel(op, device)
 
     return check
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Paths of six small pictures."""
+    paths = [tmp_path / "in" / f"{i}.jpg" for i in range(6)]
+    paths[0].parent.mkdir()
+    for path in paths:
+        Image.new("RGB", (40, 30), (9, 99, 200)).save(path)
+    return [str(path) for path in paths]
 
 
 def random_boxes(n: int, width: float = 640, height: float = 480, largest: float = 120, seed: int = 0) -> torch.Tensor:

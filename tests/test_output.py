@@ -28,15 +28,6 @@ class Finder:
             yield index, image, Detections(box, torch.tensor([0.5]), torch.tensor([0]), ["cell"], [7])
 
 
-@pytest.fixture
-def sources(tmp_path):
-    paths = [tmp_path / "in" / f"{i}.jpg" for i in range(6)]
-    paths[0].parent.mkdir()
-    for path in paths:
-        Image.new("RGB", (40, 30), (9, 99, 200)).save(path)
-    return [str(path) for path in paths]
-
-
 def ids(out) -> list[int]:
     return [image["id"] for image in json.loads((out / "detections.json").read_text())["images"]]
 

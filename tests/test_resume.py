@@ -33,15 +33,6 @@ class Finder:
             yield index, image, Detections(box, torch.tensor([self.score]), label, ["cell", "blob"], [7, 9])
 
 
-@pytest.fixture
-def sources(tmp_path):
-    paths = [tmp_path / "in" / f"{i}.jpg" for i in range(6)]
-    paths[0].parent.mkdir()
-    for path in paths:
-        Image.new("RGB", (40, 30), (9, 99, 200)).save(path)
-    return [str(path) for path in paths]
-
-
 def content(out) -> dict:
     return json.loads((out / "detections.json").read_text())
 
