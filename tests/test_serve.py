@@ -211,11 +211,13 @@ def test_what_is_too_much_is_refused_and_what_was_taken_is_answered(detector):
         assert client.get("/ready").json() == {"status": "ready"}
         taken = [pool.submit(client.post, "/detect", content=encoded(i)) for i in range(3)]
         until(lambda: "fastrcnn_taken 3.0" in client.get("/metrics").text)
-        for _ in range(5):
-            refused = client.post("/detect", content=encoded(9))
-            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-        assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200
-        held.go.set()
+        try:
+            for _ in range(5):
+                refused = client.post("/detect", content=encoded(9), timeout=10)  # one that is taken gets no answer
+                assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+            assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200
+        finally:
+            held.go.set()
         for i, answer in enumerate(taken):
             assert answer.result().json() == {"detections": expected(detector, encoded(i))}
         assert client.post("/detect", content=encoded(9)).status_code == 200
