@@ -1,16 +1,8 @@
 """training/distributed.py: two processes on gloo (or FASTRCNN_TEST_PROCESSES) do what one does on the joined batch."""
 
-import csv
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from data_parallel import BATCH, PICTURES, WORLD, run
+from data_parallel import BATCH, PICTURES, WORLD, launch, run, same_training
 from torch import nn
 from training_stubs import cells
 
@@ -24,37 +16,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     cells(folder, PICTURES)
     (folder / "parallel").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torchrun = dict(WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID="test",
-                    OMP_NUM_THREADS="1")  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("data_parallel.py")), str(folder)]
-    started = [subprocess.Popen(command, env={**os.environ, **torchrun, "RANK": str(r), "LOCAL_RANK": str(r)},
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-               for r in range(WORLD)]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * WORLD, "\n".join(said)
+    launch("data_parallel.py", folder)
     return folder
 
 
 def test_processes_train_as_one_on_the_joined_batch(folder):
     run(folder, folder / "alone", BATCH)
-    logs = [[json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
-            for name in ("alone", "parallel")]  # fmt: skip
-    assert len(logs[0]) == len(logs[1]) == 4
-    for one, two in zip(*logs):
-        names = [k for k in one if "loss" in k or k == "grad_norm"]
-        assert len(names) == 6
-        assert [two[k] for k in names] == pytest.approx([one[k] for k in names], rel=1e-7)
-    tables = [list(csv.DictReader((folder / name / "results.csv").open())) for name in ("alone", "parallel")]
-    assert float(tables[0][1]["val_loss"]) == pytest.approx(float(tables[1][1]["val_loss"]), rel=1e-6)
-    names = "alone/weights_0.pt", "parallel/weights_0.pt", f"parallel/weights_{WORLD - 1}.pt"
-    weights = [torch.load(folder / name) for name in names]
-    for key, alone in weights[0].items():
-        if alone.is_floating_point():
-            torch.testing.assert_close(weights[1][key], alone, rtol=1e-6, atol=1e-8, msg=key)
-            assert torch.equal(weights[1][key], weights[2][key]), key
+    assert same_training(folder / "alone", folder / "parallel") == 4
 
 
 @pytest.mark.parametrize("case", ["even", "one_sided"])

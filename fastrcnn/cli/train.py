@@ -42,6 +42,9 @@ def train(
     lr: Annotated[float | None, typer.Option(help="[default: the recipe's, scaled by the batch]")] = None,
     min_size: Annotated[int | None, typer.Option(help="pixels of the short side [default: the model's]")] = None,
     max_size: Annotated[int | None, typer.Option(help="pixels of the long side at most [default: the model's]")] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="spread parameters and optimizer over torchrun's processes (FSDP2)")
+    ] = False,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 [default: the recipe's]")] = None,
     patience: Annotated[int | None, typer.Option(help="end after so many epochs without a better AP")] = None,
     seed: int = 0,
@@ -75,13 +78,14 @@ def train(
     from fastrcnn.training import train as run
     from fastrcnn.training.auto_batch import auto_batch
     from fastrcnn.training.checkpoint import check_out
-    from fastrcnn.training.distributed import is_first, own_device
+    from fastrcnn.training.distributed import check_shards, is_first, own_device, processes
     from fastrcnn.training.state import seed_everything
     from fastrcnn.weights import model_to_train
     from fastrcnn.weights.start import is_config
 
     say = partial(say_on, err if as_json else console)
     try:  # everything that the run needs, before its first step
+        check_shards(shard, processes())
         folder, file = check_out(out, resume or not is_first())
         chosen = own_device(as_device(device))
         size = None if batch in (None, "auto") else _whole("batch", batch)
@@ -103,6 +107,7 @@ def train(
             epochs=epochs,
             batch_size=size,
             precision=precision,
+            shard=shard or None,
         )
         if net.reads_labels:  # an RPN's objects are one class, which is named nowhere
             net.class_names, net.category_ids = list(dataset.class_names), [int(i) for i in dataset.category_ids]

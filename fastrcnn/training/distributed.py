@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastrcnn.training.sharding import sharded
+
 PATIENCE = datetime.timedelta(hours=2)  # others wait while the first process evaluates
 
 
@@ -26,6 +28,11 @@ def own_device(device: torch.device) -> torch.device:
 def is_first() -> bool:
     """Whether this is torchrun's first process, or no process of torchrun's: the one that speaks and writes."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """How many torchrun started; 1 where it is not at work."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 @contextmanager
@@ -44,8 +51,17 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
             dist.destroy_process_group()
 
 
-def parallel(losses: nn.Module, world: int) -> nn.Module:
-    """`losses` whose gradients, after backward, are the mean of all processes'."""
+def check_shards(shard: bool, world: int) -> None:
+    """Raises ValueError where there is nobody to share a model with."""
+    if shard and world == 1:
+        raise ValueError("shard: parameters are shared by the processes of torchrun, and this one is alone: "
+                         "torchrun --nproc-per-node N -m fastrcnn.cli train ... --shard")  # fmt: skip
+
+
+def parallel(losses: nn.Module, world: int, shard: bool = False) -> nn.Module:
+    """`losses` whose gradients, after backward, are the mean of all processes'; shard: see `sharding.sharded`."""
+    if shard:
+        return sharded(losses, world)
     if world == 1 or not any(p.requires_grad for p in losses.parameters()):
         return losses
     # Weights of 1 x 1 are channels-last and not at once; which is no matter.

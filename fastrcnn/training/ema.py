@@ -18,7 +18,7 @@ def average(mean: nn.Module, model: nn.Module, step: int, decay: float) -> None:
     first steps are forgotten. Statistics of norms are averaged, too; counters are copied. Nothing waits for the device."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     ours, theirs = [], []
-    for a, b in zip(_tensors(mean), _tensors(model), strict=True):
+    for a, b in zip(_tensors(mean), _tensors(model), strict=True):  # of shards each process has its own
         if a.dtype.is_floating_point:
             ours.append(a)
             theirs.append(b)
@@ -28,4 +28,4 @@ def average(mean: nn.Module, model: nn.Module, step: int, decay: float) -> None:
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    return [*(p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()), *model.buffers()]

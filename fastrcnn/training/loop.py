@@ -21,12 +21,12 @@ from fastrcnn.data.batches import batches, steps_per_epoch
 from fastrcnn.models.base_detector import unwrapped
 from fastrcnn.models.sampling import seeded
 from fastrcnn.training import checkpoint, distributed
-from fastrcnn.training.ema import average, averaged_copy
+from fastrcnn.training.ema import averaged_copy
 from fastrcnn.training.log import Log
 from fastrcnn.training.mmdet_recipe import recipe_of
 from fastrcnn.training.pictures import on_device, picture_sizes, training_transforms
 from fastrcnn.training.recipe import Recipe, get_recipe, told
-from fastrcnn.training.schedule import base_rate, build_optimizer, rate_factor, set_rate, total_steps
+from fastrcnn.training.schedule import base_rate, build_optimizer, rate_factor, total_steps
 from fastrcnn.training.state import (
     DTYPES,
     Losses,
@@ -64,11 +64,10 @@ class Run:
         seed_everything(self.seed)
         adapt(model, recipe)
         model.train()
-        mean = None if recipe.ema is None else averaged_copy(model)
         scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
-        self.state = State(model, mean, build_optimizer(model, recipe, self.rate), scaler)
-        self.losses = distributed.parallel(Losses(model), self.world)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.losses = distributed.parallel(Losses(model), self.world, recipe.shard)
+        mean = None if recipe.ema is None else averaged_copy(model)
+        self.state = State(model, mean, build_optimizer(model, recipe, self.rate), scaler, recipe.shard)
         self.latest = self.found = None  # on `val`: what the last epoch's weights found, and what the best ones did
 
     @property
@@ -115,7 +114,7 @@ class Run:
     def epoch(self, stop: checkpoint.Stop) -> None:
         """What is left of an epoch, and its end. Ends the process where a signal asked for it, behind a saved state."""
         s, recipe = self.state, self.recipe
-        s.model.train()
+        self.losses.train()
         loader = batches(self.dataset, recipe.batch_size, epoch=s.epoch, start=s.batch, **self.loader)
         self.pending, self.waited, self.since, begun = [], 0.0, time.perf_counter(), time.perf_counter()
         try:
@@ -133,12 +132,11 @@ class Run:
                 whole = s.batch % recipe.accumulate == 0 or s.batch == self.batches
                 asked = self.world == 1 and stop.number  # several processes stop at the same look
                 if whole and (len(self.pending) >= LOOK or s.batch == self.batches or done or asked):
-                    stopped = self.look(stop)
-                    due = time.perf_counter() - self.saved > self.save_every
+                    stopped, due = self.look(stop)
                     if self.out is not None and (stopped or (due and s.batch < self.batches and not done)):
                         self.save()
                     if stopped:
-                        if self.found is not None:
+                        if self.rank == 0 and self.found is not None:
                             self.report()
                         self.say(f"stopped by signal {stop.number} at step {s.step}; --resume goes on from here")
                         stop.leave()
@@ -178,7 +176,9 @@ class Run:
         s, recipe = self.state, self.recipe
         if first:
             s.optimizer.zero_grad(set_to_none=True)
-        quiet = self.losses.no_sync() if self.world > 1 and not last else contextlib.nullcontext()
+        # Shards are summed at every batch: gradients that wait for the last one would be whole.
+        waits = self.world > 1 and not last and not recipe.shard
+        quiet = self.losses.no_sync() if waits else contextlib.nullcontext()
         cast = torch.autocast(self.device.type, DTYPES.get(recipe.precision), enabled=recipe.precision != "fp32")
         with quiet, seeded(seeds):
             with cast:
@@ -187,25 +187,19 @@ class Run:
             s.scaler.scale(loss / recipe.accumulate).backward()
         values = {"loss": loss.detach(), **{k: v.detach() for k, v in losses.items()}}
         if last:
-            set_rate(s.optimizer, rate)
-            s.scaler.unscale_(s.optimizer)
-            limit = math.inf if recipe.clip_norm is None else recipe.clip_norm
-            values["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, limit)
-            s.scaler.step(s.optimizer)
-            s.scaler.update()
-            if s.mean is not None:
-                average(s.mean, s.model, s.step, recipe.ema)
+            values["grad_norm"] = s.update(recipe, rate)
         return values
 
-    def look(self, stop: checkpoint.Stop) -> bool:
-        """Reads the losses since the last look, logs them, and says whether to stop. Raises FloatingPointError where one is
-        not finite, in all processes."""
+    def look(self, stop: checkpoint.Stop) -> tuple[bool, bool]:
+        """Reads the losses since the last look, logs them, and says whether to stop, and whether a state is due: what one
+        process says, all say. Raises FloatingPointError where a loss is not finite, in all processes."""
         s, rows = self.state, []
         names = list(dict.fromkeys(name for _, values, _ in self.pending for name in values))
         none = torch.zeros((), dtype=torch.float64, device=self.device)
         table = torch.stack([torch.stack([v.get(n, none).double() for n in names]) for _, v, _ in self.pending])
-        asked = torch.full((1, len(names)), float(stop.number > 0), dtype=torch.float64, device=self.device)
-        *table, asked = distributed.mean_of_all(torch.cat([table, asked]), self.world).tolist()
+        asked = [[stop.number > 0], [time.perf_counter() - self.saved > self.save_every]]
+        asked = none.new_tensor(asked).expand(2, len(names))
+        *table, stops, dues = distributed.mean_of_all(torch.cat([table, asked]), self.world).tolist()
         now = time.perf_counter()
         pictures = sum(len(indices) for *_, indices in self.pending) * self.world
         speed, waiting = pictures / max(now - self.since, 1e-9), self.waited / max(now - self.since, 1e-9)
@@ -224,7 +218,7 @@ class Run:
             rows.append({**row, **{n: found[n] for n in values}, **extra})
         self.log.steps([row for row in rows if "grad_norm" in row] or rows, self.total)
         self.pending, self.waited, self.since = [], 0.0, now
-        return asked[0] > 0
+        return stops[0] > 0, dues[0] > 0
 
     def diverged(self, row: dict, found: dict, indices: Sequence[int]) -> None:
         """Raises FloatingPointError naming the step, its losses, its pictures, and the state that is still good."""
@@ -265,14 +259,13 @@ class Run:
             self.say(
                 f"{len(s.skipped)} pictures could not be read and were left out, the first: {min(s.skipped.values())}"
             )
-        if self.rank == 0 and self.out is not None:
-            self.log.epochs(s.rows)
-            self.log.json("metrics.json", self.metrics())
-            if better:
-                self.write(BEST)
-                self.found = self.latest
-            if time.perf_counter() - self.reported > REPORT:
-                self.report()
+        self.log.epochs(s.rows)
+        self.log.json("metrics.json", self.metrics())
+        if better:
+            self.write(BEST)
+            self.found = self.latest
+        if self.rank == 0 and self.out is not None and time.perf_counter() - self.reported > REPORT:
+            self.report()
         self.save()
 
     def report(self) -> None:
@@ -282,11 +275,11 @@ class Run:
 
     def measure(self) -> dict[str, float]:
         """Validation loss and COCO's numbers of what would be kept now."""
-        s, self.latest = self.state, None
+        kept, self.latest = self.state.result(), None
         size, workers = self.recipe.batch_size, self.loader["workers"]
-        found = dict(val_loss=validation_loss(Losses(s.result), self.val, size, workers, self.rank, self.world))
+        found = dict(val_loss=validation_loss(Losses(kept), self.val, size, workers, self.rank, self.world))
         try:
-            numbers, self.latest = measured(s.result, self.val, self.world)
+            numbers, self.latest = measured(kept, self.val, self.world)
             return found | numbers
         except (ValueError, OSError) as error:  # a picture that has gone since the first step, say
             self.say(f"AP could not be measured: {error}")
@@ -300,7 +293,10 @@ class Run:
 
     def write(self, name: str) -> None:
         """The weights as they would be kept now. A full disk ends no run: the file of before stays."""
-        if self.log.attempt(save, self.state.result, self.out / name) and name == BEST and self.copy is not None:
+        if self.out is None:
+            return
+        kept = self.state.result()
+        if self.rank == 0 and self.log.attempt(save, kept, self.out / name) and name == BEST and self.copy is not None:
             self.log.attempt(write_whole, self.copy, lambda file: file.write((self.out / name).read_bytes()))
 
     def save(self) -> None:
@@ -308,9 +304,10 @@ class Run:
         if self.out is None:
             return
         self.saved = time.perf_counter()
+        self.write("last.safetensors")
+        content = self.state.content(self.identity)
         if self.rank == 0:
-            self.write("last.safetensors")
-            self.log.attempt(checkpoint.save_state, self.out, self.state.content(self.identity), self.keep)
+            self.log.attempt(checkpoint.save_state, self.out, content, self.keep)
         distributed.wait(self.world)
 
     def end(self) -> nn.Module:
@@ -325,7 +322,7 @@ class Run:
             if self.found is None and self.val is not None and s.model.reads_labels:
                 self.found = unsaid(self.out, self.val, s.best, self.device)
             self.report()
-        return s.result.eval()
+        return s.result().eval()
 
 
 def train(
@@ -364,7 +361,8 @@ def train(
     val: after each epoch its losses and AP are measured, the best AP is kept, and `patience` epochs without a better one
     end the run. save_every: seconds between two states, of which `keep` stay; an epoch's end has one, as have
     SIGTERM and Ctrl-C. deterministic: PyTorch's deterministic algorithms.
-    Under torchrun every process trains on its share of each batch, as one process would on the whole.
+    Under torchrun every process trains on its share of each batch, as one process would on the whole; with the recipe's
+    `shard` the model keeps its shards, and what is returned is a whole copy.
 
     Every picture is read once before the first step. Raises ValueError for arguments, folders and data that no run can
     have, naming them; OSError where `out` cannot be written or another process trains in it; FloatingPointError at a loss
@@ -381,6 +379,7 @@ def train(
     device = next(model.parameters()).device
     with contextlib.ExitStack() as stack:
         rank, world = stack.enter_context(distributed.process_group(device))
+        distributed.check_shards(recipe.shard, world)
         say = log if rank == 0 else lambda line: None
         stop, copy = checkpoint.Stop(), None
         if out is not None:

@@ -44,6 +44,7 @@ class Recipe:
     with_cp: bool = False  # activation checkpointing of the backbone's blocks
     channels_last: bool = False
     compile: bool = False
+    shard: bool = False  # parameters, gradients and optimizer states in shards over torchrun's processes
     # --- pictures
     flip: float = 0.5
     multi_scale: tuple[float, float] | None = None  # range of factors of the model's min_size
@@ -75,6 +76,8 @@ class Recipe:
             low, high = getattr(self, name) or (1.0, 1.0)
             if not 0 < low <= high < math.inf:
                 raise ValueError(f"{name}: expected a range of factors above 0, got {getattr(self, name)}")
+        if self.shard and self.channels_last:
+            raise ValueError("shard: expected channels_last False, torch shards contiguous parameters alone")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay from 0 to below 1, got {self.ema!r}")
 

@@ -59,9 +59,10 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """SGD or AdamW. On CUDA fused: it looks at the scale of fp16's gradients on the device, where others wait for it."""
+    """SGD or AdamW. On CUDA fused: it looks at the scale of fp16's gradients on the device, where others wait for it; not
+    of shards, for which torch has no fused SGD."""
     groups = parameter_groups(model, recipe)
-    fused = dict(fused=True) if all(p.is_cuda for g in groups for p in g["params"]) else {}
+    fused = dict(fused=True) if not recipe.shard and all(p.is_cuda for g in groups for p in g["params"]) else {}
     if recipe.optimizer == "SGD":
         return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, **fused)
     return torch.optim.AdamW(groups, lr=lr, **fused)

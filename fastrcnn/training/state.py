@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from fastrcnn.layers.sync_batch_norm import synchronise_norms
 from fastrcnn.models.base_detector import BaseDetector
-from fastrcnn.training import checkpoint
+from fastrcnn.training import checkpoint, sharding
+from fastrcnn.training.ema import average
 from fastrcnn.training.recipe import Recipe
+from fastrcnn.training.schedule import set_rate
 
+PARTS = ("model", "mean", "optimizer", "scaler")  # of a state, that have a state dict
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 
 
@@ -48,6 +51,7 @@ class State:
     mean: nn.Module | None  # the weights' moving average
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    sharded: bool = False  # whether their tensors are in shards (`sharding`)
     step: int = 0  # of the optimizer
     epoch: int = 0
     batch: int = 0  # of the epoch, that have been taken
@@ -57,23 +61,41 @@ class State:
     stale: int = 0  # epochs since the best
     skipped: dict = field(default_factory=dict)
 
-    @property
     def result(self) -> nn.Module:
-        return self.model if self.mean is None else self.mean
+        """The model as it would be kept now. All processes ask at once: of shards it is a whole copy."""
+        kept = self.model if self.mean is None else self.mean
+        return sharding.whole(kept) if self.sharded else kept
 
     def content(self, identity: dict) -> dict:
-        parts = ("model", "mean", "optimizer", "scaler")
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in parts}
-        tensors = {k: getattr(self, k).state_dict() for k in parts if getattr(self, k) is not None}
+        """What is saved. All processes ask at once; of shards the first one alone has the tensors."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in (*PARTS, "sharded")}
+        tensors = {k: getattr(self, k).state_dict() for k in PARTS if getattr(self, k) is not None}
+        tensors = sharding.whole_state(tensors) if self.sharded else tensors
         return dict(identity=identity, random=checkpoint.random_state(), **tensors, **plain)
 
     def take(self, content: dict) -> None:
         for name, value in content.items():
-            if name in ("model", "mean", "optimizer", "scaler"):
+            if self.sharded and name in ("model", "mean"):
+                sharding.take_module(getattr(self, name), value)
+            elif self.sharded and name == "optimizer":
+                sharding.take_optimizer(self.optimizer, value)
+            elif name in PARTS:
                 getattr(self, name).load_state_dict(value)
             elif name not in ("identity", "random"):
                 setattr(self, name, value)
         checkpoint.set_random_state(content["random"])
+
+    def update(self, recipe: Recipe, rate: float) -> Tensor:
+        """One step of the optimizer, from the gradients that there are. Returns their norm before it was clipped."""
+        set_rate(self.optimizer, rate)
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, math.inf if recipe.clip_norm is None else recipe.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.mean is not None:
+            average(self.mean, self.model, self.step, recipe.ema)
+        return norm.full_tensor() if self.sharded else norm
 
 
 def adapt(model: BaseDetector, recipe: Recipe) -> None:
