@@ -97,6 +97,8 @@ def test_every_block_of_a_page_runs(page, place):
             exec(compile("\n" * line + code, str(page), "exec"), names)
     if not run:
         pytest.skip(f"no block of it runs here: {'; '.join(sorted({block['why'] for block in blocks}))}")
+    if page.name == "train.md":
+        assert names["accelerator"].num_processes == 1 and names["trainer"].global_step == 3  # six pictures by two
     if page.name == "evaluate.md":
         assert json.loads(Path("numbers.json").read_text())["AP"] is not None
         assert (place / "runs" / "mine" / "evaluation" / "report.html").stat().st_size > 10_000

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_stubs import PLAIN, Scripted, cells, pictures, tiny
 
 from fastrcnn.data import open_dataset
-from fastrcnn.models import retinanet
+from fastrcnn.models import FasterRCNN, retinanet
 from fastrcnn.training import get_recipe, loop, train
 from fastrcnn.training.auto_batch import auto_batch, fitting
 from fastrcnn.training.state import Losses
@@ -236,6 +236,32 @@ def test_what_a_recipe_says_of_the_model(data):
     assert all(block.with_cp for block in model.backbone.layer2)
 
 
+def test_cuda_graphs_meet_the_same_shape_every_time(data, monkeypatch):
+    """What reaches torch on a machine without a card: the mode, a mark in front of each batch, and equal batches."""
+    modes, marks, shapes, losses = [], [], [], FasterRCNN.losses
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: modes.append(options))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(len(shapes)))
+    monkeypatch.setattr(loop, "check_machine", lambda *a: None)
+    monkeypatch.setattr(FasterRCNN, "losses", lambda self, x, *a: shapes.append(tuple(x.shape)) or losses(self, x, *a))
+    for mode, expected in (("reduce-overhead", "reduce-overhead"), (True, None)):
+        recipe = dataclasses.replace(get_recipe("lsj-100e"), compile=mode, crop=160, lsj=(0.3, 0.8))
+        train(tiny(), data, recipe, epochs=1, batch_size=2, log=quiet)
+        assert modes == [dict(mode=expected)] * 4  # backbone, neck and two heads
+        assert marks == ([0, 1, 2] if expected else []) and len(shapes) == 3
+        assert (set(shapes) == {(2, 3, 160, 160)}) == (expected is not None)
+        modes.clear(), marks.clear(), shapes.clear()
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(compile="fast"), r'compile: expected False, True or "reduce-overhead", got \'fast\''),
+    (dict(compile="reduce-overhead", multi_scale=(0.8, 1.2)), r"compile: .*multi_scale None .* got \(0.8, 1.2\) and 1"),
+    (dict(compile="reduce-overhead", accumulate=2), r"compile: .* and accumulate 1, .* got None and 2"),
+])  # fmt: skip
+def test_what_cannot_be_compiled_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plain(**changes)
+
+
 def test_a_picture_that_is_lost_on_the_way_ends_no_run(tmp_path):
     data, lines = open_dataset(cells(tmp_path)), []
     out = tmp_path / "run"
@@ -289,6 +315,7 @@ class Torn:
     (dict(lr=float("nan")), "lr: .* got nan"),
     (dict(recipe="4x"), "recipe: expected one of 1x, .*finetune, got '4x'"),
     (dict(recipe="config"), "came with no configuration"),
+    (dict(recipe=plain(compile="reduce-overhead")), "compile: .*CUDA graphs, and the model is on cpu: expected True"),
     (dict(out="weights.pth"), "out: expected a folder, .* the name of a file: weights.pth; try weights"),
     (dict(dataset=pictures(5, ())), "no object"),
     (dict(dataset=[*pictures(4), *pictures(1, (7, 2, 1))]), "in 0..1, got \\[2, 7\\]"),

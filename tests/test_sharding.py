@@ -99,5 +99,6 @@ def test_one_process_has_nobody_to_share_with(tmp_path):
 
 
 def test_what_cannot_be_shared_is_refused():
-    with pytest.raises(ValueError, match="shard: expected channels_last False"):
-        get_recipe(RECIPE, shard=True, channels_last=True)
+    for change in (dict(channels_last=True), dict(compile=True)):
+        with pytest.raises(ValueError, match=r"shard: expected channels_last False .* and compile False"):
+            get_recipe(RECIPE, shard=True, **change)

@@ -24,7 +24,7 @@ from fastrcnn.training import checkpoint, distributed
 from fastrcnn.training.ema import averaged_copy
 from fastrcnn.training.log import Log
 from fastrcnn.training.mmdet_recipe import recipe_of
-from fastrcnn.training.pictures import on_device, picture_sizes, training_transforms
+from fastrcnn.training.pictures import on_device, picture_sizes, smallest_batch, training_transforms
 from fastrcnn.training.recipe import Recipe, get_recipe, told
 from fastrcnn.training.schedule import base_rate, build_optimizer, rate_factor, total_steps
 from fastrcnn.training.state import (
@@ -32,6 +32,7 @@ from fastrcnn.training.state import (
     Losses,
     State,
     adapt,
+    check_machine,
     description,
     deterministic_algorithms,
     differences,
@@ -65,7 +66,7 @@ class Run:
         adapt(model, recipe)
         model.train()
         scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
-        self.losses = distributed.parallel(Losses(model), self.world, recipe.shard)
+        self.losses = distributed.parallel(Losses(model, recipe.graphs), self.world, recipe.shard)
         mean = None if recipe.ema is None else averaged_copy(model)
         self.state = State(model, mean, build_optimizer(model, recipe, self.rate), scaler, recipe.shard)
         self.latest = self.found = None  # on `val`: what the last epoch's weights found, and what the best ones did
@@ -160,7 +161,7 @@ class Run:
         s, recipe = self.state, self.recipe
         seeds = [seed_of(self.seed, s.epoch, index) for index in indices]
         sizes = picture_sizes(s.model, images, seeds, recipe)
-        least = distributed.largest(sizes, self.world)
+        least = distributed.largest([*sizes, *smallest_batch(recipe)], self.world)
         images, targets = on_device(s.model, images, targets, self.device)
         first = s.batch % recipe.accumulate == 0
         last = (s.batch + 1) % recipe.accumulate == 0 or s.batch + 1 == self.batches
@@ -270,14 +271,13 @@ class Run:
 
     def report(self) -> None:
         report(self.out, self.say, self.val, self.found)
-        self.found = None
-        self.reported = time.perf_counter()
+        self.found, self.reported = None, time.perf_counter()
 
     def measure(self) -> dict[str, float]:
         """Validation loss and COCO's numbers of what would be kept now."""
         kept, self.latest = self.state.result(), None
-        size, workers = self.recipe.batch_size, self.loader["workers"]
-        found = dict(val_loss=validation_loss(Losses(kept), self.val, size, workers, self.rank, self.world))
+        losses, size, workers = Losses(kept, self.recipe.graphs), self.recipe.batch_size, self.loader["workers"]
+        found = dict(val_loss=validation_loss(losses, self.val, size, workers, self.rank, self.world))
         try:
             numbers, self.latest = measured(kept, self.val, self.world)
             return found | numbers
@@ -379,7 +379,7 @@ def train(
     device = next(model.parameters()).device
     with contextlib.ExitStack() as stack:
         rank, world = stack.enter_context(distributed.process_group(device))
-        distributed.check_shards(recipe.shard, world)
+        check_machine(recipe, device, world)
         say = log if rank == 0 else lambda line: None
         stop, copy = checkpoint.Stop(), None
         if out is not None:

@@ -43,6 +43,12 @@ def picture_sizes(
     return sizes
 
 
+def smallest_batch(recipe: Recipe) -> list[tuple[int, int]]:
+    """[(height, width)] that batches are padded to at least, so that a CUDA graph meets the same shape every time; crops of
+    large-scale jitter alone are known beforehand."""
+    return [(recipe.crop, recipe.crop)] if recipe.graphs and recipe.lsj is not None else []
+
+
 def on_device(model: BaseDetector, images: Sequence[Tensor], targets: Sequence[dict], device: torch.device):
     """(images, targets) of a batch where the model is, the targets checked on the way; labels count from 0. Copies from
     pinned memory, for which nobody waits."""

@@ -43,7 +43,7 @@ class Recipe:
     frozen_stages: int | None = None  # None: the model's own
     with_cp: bool = False  # activation checkpointing of the backbone's blocks
     channels_last: bool = False
-    compile: bool = False
+    compile: bool | str = False  # or torch.compile's mode "reduce-overhead", which records CUDA graphs
     shard: bool = False  # parameters, gradients and optimizer states in shards over torchrun's processes
     # --- pictures
     flip: float = 0.5
@@ -76,10 +76,22 @@ class Recipe:
             low, high = getattr(self, name) or (1.0, 1.0)
             if not 0 < low <= high < math.inf:
                 raise ValueError(f"{name}: expected a range of factors above 0, got {getattr(self, name)}")
-        if self.shard and self.channels_last:
-            raise ValueError("shard: expected channels_last False, torch shards contiguous parameters alone")
+        if self.shard and (self.channels_last or self.compile):
+            raise ValueError("shard: expected channels_last False (torch shards contiguous parameters alone) and compile "
+                             f"False, got {self.channels_last} and {self.compile!r}")  # fmt: skip
+        if self.compile not in (False, True, "reduce-overhead"):
+            raise ValueError(f'compile: expected False, True or "reduce-overhead", got {self.compile!r}')
+        if self.graphs and (self.multi_scale is not None or self.accumulate > 1):
+            raise ValueError('compile: expected multi_scale None beside "reduce-overhead", as a graph is recorded for each '
+                             "size, and accumulate 1, as a graph writes its gradients over those of before, got "
+                             f"{self.multi_scale} and {self.accumulate}")  # fmt: skip
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay from 0 to below 1, got {self.ema!r}")
+
+    @property
+    def graphs(self) -> bool:
+        """Whether CUDA graphs are recorded."""
+        return self.compile == "reduce-overhead"
 
 
 _MS = dict(multi_scale=(0.8, 1.0))  # the short side from 640 to 800

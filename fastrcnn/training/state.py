@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastrcnn.layers.sync_batch_norm import synchronise_norms
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.training import checkpoint, sharding
+from fastrcnn.training.distributed import check_shards
 from fastrcnn.training.ema import average
 from fastrcnn.training.recipe import Recipe
 from fastrcnn.training.schedule import set_rate
@@ -30,15 +31,17 @@ def seed_of(*numbers: int) -> int:
 
 
 class Losses(nn.Module):
-    """A detector's losses of a batch, as one module that can be made parallel."""
+    """A detector's losses of a batch, as one module that can be made parallel. graphs: its parts are CUDA graphs."""
 
-    def __init__(self, model: BaseDetector):
+    def __init__(self, model: BaseDetector, graphs: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.graphs = model, graphs
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict], sizes, least) -> dict[str, Tensor]:
         """images, and targets with labels from 0 and boxes in their pixels, on the model's device; sizes and least: see
         `prepare`."""
+        if self.graphs:  # what they gave is written over from here on; without a backward torch would guess otherwise
+            torch.compiler.cudagraph_mark_step_begin()
         batch, frame = self.model.prepare(images, sizes, least)
         return self.model.losses(batch, frame._replace(factors=None), frame.scale(targets))
 
@@ -98,6 +101,13 @@ class State:
         return norm.full_tensor() if self.sharded else norm
 
 
+def check_machine(recipe: Recipe, device: torch.device, world: int) -> None:
+    """Raises ValueError where a recipe wants what this machine, or this process alone, cannot do."""
+    check_shards(recipe.shard, world)
+    if recipe.graphs and device.type != "cuda":
+        raise ValueError(f'compile: "reduce-overhead" records CUDA graphs, and the model is on {device}: expected True')
+
+
 def adapt(model: BaseDetector, recipe: Recipe) -> None:
     """What a recipe says of the model itself, in place."""
     body = model.backbone
@@ -119,7 +129,7 @@ def adapt(model: BaseDetector, recipe: Recipe) -> None:
     if recipe.compile:
         for part in model.children():
             if part is not model.data_preprocessor:
-                part.compile()
+                part.compile(mode=recipe.compile if recipe.graphs else None)
 
 
 def seed_everything(seed: int) -> None:
