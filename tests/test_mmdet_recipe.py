@@ -81,6 +81,24 @@ def test_scales_and_what_cannot_be_done_is_said():
     assert recipe_from_config(pipeline(ranged))[0].multi_scale == (0.8, 1.0)
 
 
+def test_crops_of_the_whole_picture():
+    """One in front of the resize changes the scale of what is in it; one behind does not, which no recipe can say."""
+    iou = dict(type="MinIoURandomCrop", min_ious=(0.1, 0.5), min_crop_size=0.4)
+    part = dict(type="RandomCrop", crop_type="relative_range", crop_size=(0.5, 0.5))
+    uneven, resize = dict(part, crop_size=(0.6, 0.8)), dict(type="Resize", scale=(1333, 800), keep_ratio=True)
+    for steps, share, said in (
+        ((iou, resize), 0.4, ["MinIoURandomCrop: every crop holds the middle of a box"]),
+        ((part, resize), 0.5, []),
+        ((uneven, resize), 0.6, ["RandomCrop: both sides keep at least 0.6, not 0.6 and 0.8"]),
+        ((resize, part), None, ["RandomCrop: left out, but for one by relative_range before all resizes"]),
+        ((resize, iou), None, ["MinIoURandomCrop: a transform that is left out"]),
+        ((resize,), None, []),
+    ):
+        found, notes = recipe_from_config(pipeline(*steps))
+        assert found.min_crop_size == share and found.lsj is None
+        assert len(notes) == len(said) and all(map(str.startswith, notes, said))
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(optim_wrapper=dict(optimizer=dict(type="Lion", lr=1))), "optimizer: expected SGD or AdamW"),
     (dict(optim_wrapper=None), "this is a model alone"),

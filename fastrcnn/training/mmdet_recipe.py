@@ -154,12 +154,12 @@ def _batch(config: dict, size: int) -> dict:
 
 
 def _pictures(config: dict, notes: list[str]) -> dict:
-    """flip, multi_scale, lsj, photometric of the training pipeline."""
+    """flip, multi_scale, lsj, min_crop_size, photometric of the training pipeline."""
     pipeline = next((d["pipeline"] for d in _datasets(config) if isinstance(d.get("pipeline"), list | tuple)),
                     config.get("train_pipeline"))  # fmt: skip
     if pipeline is None:
         return {}
-    numbers, crop = dict(flip=0.0), None
+    numbers, crop, resized = dict(flip=0.0), None, False
     for d in pipeline:
         kind = _kind(d)
         if kind == "RandomFlip":
@@ -168,6 +168,10 @@ def _pictures(config: dict, notes: list[str]) -> dict:
             numbers["flip"] = float(d.get("prob", d.get("flip_ratio", 0.5)) or 0.0)
         elif kind in ("Resize", "RandomResize", "RandomChoiceResize"):
             numbers |= _scales(d, notes)
+            resized = True
+        elif not resized and (kind == "MinIoURandomCrop" or d.get("crop_type") == "relative_range"):
+            numbers["min_crop_size"] = _crop_share(d, notes)
+            continue
         elif kind == "PhotoMetricDistortion":
             numbers["photometric"] = True
         elif kind not in _PLAIN:
@@ -177,8 +181,22 @@ def _pictures(config: dict, notes: list[str]) -> dict:
         size = crop["crop_size"]
         numbers["crop"] = size if isinstance(size, int) else max(size)
     elif crop is not None:
-        notes.append("RandomCrop: left out where no RandomResize by a range of ratios stands before it")
+        notes.append("RandomCrop: left out, but for one by relative_range before all resizes, or of crop_size pixels "
+                     "behind a RandomResize by a range of ratios")  # fmt: skip
     return numbers
+
+
+def _crop_share(d: dict, notes: list[str]) -> float:
+    """The least share of a side that a random crop of the whole picture leaves."""
+    if _kind(d) == "MinIoURandomCrop":
+        notes.append(
+            "MinIoURandomCrop: every crop holds the middle of a box, no overlap is asked for, no ratio of the sides"
+        )
+    size = d.get("min_crop_size", 0.3) if _kind(d) == "MinIoURandomCrop" else d["crop_size"]
+    shares = tuple(size) if isinstance(size, list | tuple) else (size,)
+    if len(set(shares)) > 1:
+        notes.append(f"{_kind(d)}: both sides keep at least {min(shares)}, not {shares[0]} and {shares[1]}")
+    return float(min(shares))
 
 
 def _scales(d: dict, notes: list[str]) -> dict:

@@ -52,6 +52,9 @@ class Recipe:
         None  # large-scale jitter: range of scales to `crop`, then a random crop of that size
     )
     crop: int = 1024
+    min_crop_size: float | None = (
+        None  # least share of each side that a random crop in front of all leaves; it holds a box
+    )
     photometric: bool = False
     # --- end
     patience: int | None = None  # epochs without a better AP after which a run ends
@@ -85,6 +88,8 @@ class Recipe:
             raise ValueError('compile: expected multi_scale None beside "reduce-overhead", as a graph is recorded for each '
                              "size, and accumulate 1, as a graph writes its gradients over those of before, got "
                              f"{self.multi_scale} and {self.accumulate}")  # fmt: skip
+        if self.min_crop_size is not None and not 0 < self.min_crop_size <= 1:
+            raise ValueError(f"min_crop_size: expected a share above 0, at most 1, got {self.min_crop_size!r}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay from 0 to below 1, got {self.ema!r}")
 
