@@ -4,9 +4,10 @@ start, schedule, batch size, augmentation and number of epochs.
     python benchmarks/photograph_training.py DATA SIDE --seed 0 --out FOLDER
 
 DATA is a folder with images/, train.json and val.json in COCO's format. SIDE is torchvision (its dataset, transforms,
-model, loop and detections), plain (recipe tv: the same schedule in our trainer) or default (recipe finetune). The model is
-a ResNet-18 of few channels with FPN, from random weights that the seed gives, all of which train. The weights after the
-last epoch are judged by pycocotools on the held-out pictures. Prints a line of JSON.
+model, loop and detections), plain (recipe tv: the same schedule in our trainer) or default (recipe finetune, with its own
+optimizer and rate). The model is a ResNet-18 of few channels with FPN, from random weights that the seed gives, all of
+which train; or, with --weights, what that file holds. The weights after the last epoch are judged by pycocotools on the
+held-out pictures. Prints a line of JSON.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torchvision.transforms import v2
 from fastrcnn import Detector
 from fastrcnn.data import open_dataset
 from fastrcnn.training import get_recipe, train
-from fastrcnn.weights import infer_model, load_weights
+from fastrcnn.weights import infer_model, load_weights, model_to_train
 
 WIDTH, CHANNELS, HIDDEN = 24, 48, 96  # of the body's first stage, of the pyramid, of the box head
 BATCH, LR, DECAY = 4, 0.02, 1e-4
@@ -68,13 +69,13 @@ def ours(start: dict, size: int):
     return load_weights(infer_model(start, "r18_fpn", **overrides), start, norm_eps=1e-5)
 
 
-def train_theirs(model: FasterRCNN, data: Path, epochs: int) -> FasterRCNN:
+def train_theirs(model: FasterRCNN, data: Path, epochs: int, lr: float) -> FasterRCNN:
     """torchvision's reference loop: SGD, a linear warm-up in the first epoch, drops by epochs."""
     changes = v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])
     pictures = CocoDetection(str(data / "images"), str(data / "train.json"), transforms=changes)
     pictures = wrap_dataset_for_transforms_v2(pictures, target_keys=("boxes", "labels"))
     loader = torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, collate_fn=lambda rows: tuple(zip(*rows)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=DECAY)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=DECAY)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.001, total_iters=min(1000, len(loader) - 1))
     drops = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(epochs * m / 26) for m in (16, 22)])
     model.train()
@@ -122,29 +123,45 @@ def main() -> None:
     parser.add_argument("side", choices=("torchvision", "plain", "default"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--epochs", type=int, default=13, help="of which torchvision's drops fall to whole ones at 13 and 26"
+        "--epochs",
+        type=int,
+        help="[default: 13, where torchvision's drops fall to whole ones; of default its own length]",
     )
+    parser.add_argument("--lr", type=float, help=f"[default: {LR}; of default its own rate]")
+    parser.add_argument("--weights", help="a checkpoint that plain and default start from")
     parser.add_argument("--size", type=int, default=256, help="pixels of the short side")
     parser.add_argument("--out", type=Path, help="folder of our run")
     args = parser.parse_args()
+    if args.side == "torchvision" and args.weights:
+        parser.error("--weights: torchvision's side starts from random weights")
+    own = args.side == "default"
+    epochs, lr = args.epochs or (None if own else 13), args.lr or (None if own else LR)
     torch.set_num_threads(1)
     truth = COCO(str(args.data / "val.json"))
     if sorted(truth.cats) != list(range(1, len(truth.cats) + 1)):
         raise SystemExit("categories: expected ids 1, 2, 3, ..., which torchvision's loop takes for labels")
-    start, model = time.perf_counter(), theirs(len(truth.cats), args.size, args.seed)
+    start = time.perf_counter()
     if args.side == "torchvision":
+        model = theirs(len(truth.cats), args.size, args.seed)
         torch.manual_seed(args.seed)
-        found = detect_theirs(train_theirs(model, args.data, args.epochs), truth, args.data)
+        found = detect_theirs(train_theirs(model, args.data, epochs, lr), truth, args.data)
     else:
-        model = ours(model.state_dict(), args.size)
-        assert all(p.requires_grad for p in model.parameters())
         dataset = open_dataset(args.data / "train.json")
+        torch.manual_seed(args.seed)  # of the last layers, where they are new
+        if args.weights:
+            sizes = dict(min_size=args.size, max_size=2 * args.size)
+            model = model_to_train(None, args.weights, dataset.class_names, **sizes)
+        else:
+            model = ours(theirs(len(truth.cats), args.size, args.seed).state_dict(), args.size)
+            assert all(p.requires_grad for p in model.parameters())
         model.class_names, model.category_ids = dataset.class_names, [int(i) for i in dataset.category_ids]
-        recipe = get_recipe("tv" if args.side == "plain" else "finetune", epochs=args.epochs, batch_size=BATCH)
-        model = train(model, dataset, recipe, args.out, lr=LR, seed=args.seed)
+        recipe = get_recipe("finetune" if own else "tv", epochs=epochs, batch_size=BATCH)
+        model = train(model, dataset, recipe, args.out, lr=lr, seed=args.seed)
         found = detect_ours(model, truth, args.data)
     minutes = round((time.perf_counter() - start) / 60, 1)
-    said = dict(side=args.side, seed=args.seed, epochs=args.epochs, size=args.size, minutes=minutes)
+    said = dict(
+        side=args.side, seed=args.seed, epochs=epochs, size=args.size, lr=lr, weights=args.weights, minutes=minutes
+    )
     print(json.dumps(said | judge(truth, found)))
 
 

@@ -1,13 +1,11 @@
 """training/schedule.py and recipe.py: the rate of every step, the groups, and the numbers of each recipe."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
 from training_stubs import tiny
 
-from fastrcnn.training import RECIPES, get_recipe
+from fastrcnn.training import RECIPES, Recipe, get_recipe
 from fastrcnn.training.ema import average, averaged_copy
 from fastrcnn.training.schedule import base_rate, build_optimizer, parameter_groups, rate_factor, set_rate, total_steps
 
@@ -61,7 +59,7 @@ def test_detectron2s_new_baselines_on_coco():
 
 
 def test_a_cosine_ends_at_nothing():
-    recipe = dataclasses.replace(get_recipe(), epochs=1, warmup=4, warmup_factor=0.2, warmup_epochs=None)
+    recipe = get_recipe(epochs=1, warmup=4, warmup_factor=0.2, warmup_share=1.0)
     found = rates(recipe, 20)
     assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and found[12] == pytest.approx(0.5)
     assert all(a > b for a, b in zip(found[4:], found[5:])) and 0 < found[19] < 0.02
@@ -78,6 +76,48 @@ def test_the_rate_follows_the_batch_and_changes_keep_the_drops_in_place():
         get_recipe("5x")
     with pytest.raises(ValueError, match="ema: expected a decay"):
         get_recipe("1x", ema=1.0)
+
+
+def test_a_rate_may_grow_with_the_root_of_the_batch():
+    recipe = Recipe("root", lr=0.01, base_batch=4, scaling="sqrt")
+    assert [base_rate(recipe, n) for n in (1, 4, 16, 64)] == pytest.approx([0.005, 0.01, 0.02, 0.04])
+    assert base_rate(recipe, 64, 0.3) == 0.3
+    with pytest.raises(ValueError, match="scaling: expected one of linear, sqrt, got 'log'"):
+        get_recipe("1x", scaling="log")
+
+
+@pytest.mark.parametrize("epoch_steps, epochs, steps, warmup", [
+    (52, None, 52 * 36, 187),  # 205 pictures: what the recipe says
+    (5, None, 1000, 100),  # 20: the least number of steps, in whole epochs
+    (7, None, 7 * 143, 100), (5000, None, 180000, 500),
+    (52, 13, 676, 68), (52, 3, 156, 16), (5, 3, 15, 2), (1, 1, 1, 0), (5000, 3, 15000, 500),
+])  # fmt: skip
+def test_the_default_fits_its_length_and_warm_up_to_the_data(epoch_steps, epochs, steps, warmup):
+    recipe = get_recipe(epochs=epochs)
+    found = rates(recipe, epoch_steps)
+    assert len(found) == steps and found.index(max(found)) == warmup and max(found) == pytest.approx(1)
+    assert all(a < b for a, b in zip(found[:warmup], found[1 : warmup + 1]))
+    assert all(a > b for a, b in zip(found[warmup:], found[warmup + 1 :]))
+    assert steps < 10 or found[-1] < 0.01 + 1 / steps
+
+
+def test_a_length_that_the_data_decides_has_no_milestones():
+    with pytest.raises(ValueError, match=r"least_steps: .*milestones"):
+        get_recipe("1x", least_steps=1000)
+    with pytest.raises(ValueError, match="warmup_share: expected a share from 0 to 1, got 2"):
+        get_recipe(warmup_share=2)
+    assert get_recipe().least_steps and get_recipe(epochs=36).least_steps is None
+
+
+@pytest.mark.parametrize("steps", [15, 156, 676])
+def test_the_default_average_forgets_the_first_weights_of_short_runs(steps):
+    model, decay = nn.Linear(1, 1, bias=False, dtype=torch.float64), get_recipe().ema
+    nn.init.constant_(model.weight, 1e3)
+    mean = averaged_copy(model)
+    for step in range(steps):
+        nn.init.constant_(model.weight, step / steps)
+        average(mean, model, step, decay)
+    assert 0.8 < mean.weight.item() < 1  # the last tenth of the run
 
 
 def test_parameters_are_grouped_by_decay_and_depth():

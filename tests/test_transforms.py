@@ -4,7 +4,15 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastrcnn.data.transforms import apply, crop_with_boxes, flip, large_scale_jitter, multi_scale, photometric
+from fastrcnn.data.transforms import (
+    apply,
+    colour_jitter,
+    crop_with_boxes,
+    flip,
+    large_scale_jitter,
+    multi_scale,
+    photometric,
+)
 
 BOXES = torch.tensor([[5.0, 4, 15, 14], [30, 20, 60, 40], [0, 0, 60, 40]])
 
@@ -63,14 +71,23 @@ def test_a_crop_holds_the_middle_of_a_box_or_is_the_whole_picture():
     assert apply(crop_with_boxes(0.2), image, empty)[0].shape == image.shape
 
 
-def test_colours_change_and_other_channels_do_not():
+@pytest.mark.parametrize("change", [photometric(), colour_jitter(0.4)])
+def test_colours_change_and_other_channels_do_not(change):
     image, target = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8), marked()[1]
-    changed = [apply(photometric(), image, target) for _ in range(10)]
+    changed = [apply(change, image, target) for _ in range(10)]
     assert sum(not torch.equal(found, image) for found, _ in changed) > 5
     assert all(torch.equal(t["boxes"], BOXES) and found.shape == image.shape for found, t in changed)
     for channels in (1, 4, 6):
         other = torch.randint(0, 256, (channels, 40, 60), dtype=torch.uint8)
-        assert all(torch.equal(apply(photometric(), other, target)[0], other) for _ in range(5))
+        assert all(torch.equal(apply(change, other, target)[0], other) for _ in range(5))
+
+
+def test_jittered_colours_keep_their_order():
+    purple = torch.tensor([120, 40, 160], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
+    found = torch.stack([apply(colour_jitter(0.2), purple, target)[0][:, 0, 0] for _ in range(50)])
+    assert (found[:, 2] > found[:, 0]).all() and (found[:, 0] > found[:, 1]).all()
+    assert len(found.unique(dim=0)) > 25
 
 
 def test_regions_to_ignore_that_leave_the_frame_are_gone():

@@ -72,11 +72,25 @@ def photometric():
     channels; others stay as they are."""
     from torchvision.transforms import v2
 
-    class Photometric(v2.RandomPhotometricDistort):
+    return _coloured(v2.RandomPhotometricDistort)
+
+
+def colour_jitter(strength: float):
+    """Brightness, contrast and saturation times a random factor each, 1 - strength to 1 + strength, of pictures with three
+    channels; others stay as they are. Hue and the order of the colours stay: many objects are told by their colour."""
+    from torchvision.transforms import v2
+
+    return _coloured(v2.ColorJitter, brightness=strength, contrast=strength, saturation=strength)
+
+
+def _coloured(change: type, **options):
+    """A transform of colours that lets pictures alone which have not three channels."""
+
+    class Coloured(change):
         def transform(self, inpt, params):
             return super().transform(inpt, params) if inpt.shape[-3:-2] == (3,) else inpt
 
-    return Photometric()
+    return Coloured(**options)
 
 
 def _crop():

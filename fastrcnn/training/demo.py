@@ -8,7 +8,6 @@ weights with these numbers in the file's metadata.
 """
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from fastrcnn.evaluation import evaluate
 from fastrcnn.evaluation.coco import require_hotcoco
 from fastrcnn.models import faster_rcnn
 from fastrcnn.training.loop import train
-from fastrcnn.training.recipe import get_recipe
+from fastrcnn.training.recipe import Recipe
 from fastrcnn.weights import save, writable
 
 CLASS_NAMES = ["RBC", "WBC", "Platelets"]
@@ -40,9 +39,9 @@ OVERRIDES = dict(
         bbox_head=dict(in_channels=48, fc_out_channels=96),
     ),
 )
-# With the changes of pictures that `main` makes itself, and at one size.
-RECIPE = get_recipe("finetune", flip=0.0, photometric=False, warmup=100)
-RECIPE = dataclasses.replace(RECIPE, multi_scale=None)
+# Without changes of pictures: `main` makes its own.
+RECIPE = Recipe("demo", 24, batch_size=4, norm_decay=0.0, bias_decay=0.0, schedule="cosine", milestones=(), warmup=100,
+                warmup_epochs=1.0, clip_norm=10.0, ema=0.998, flip=0.0)  # fmt: skip
 
 
 class RenderedCells(Dataset):

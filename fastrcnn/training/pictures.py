@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrcnn.data.transforms import crop_with_boxes, flip, large_scale_jitter, photometric
+from fastrcnn.data.transforms import colour_jitter, crop_with_boxes, flip, large_scale_jitter, photometric
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.preprocess import resized_size
 from fastrcnn.training.recipe import Recipe
@@ -17,6 +17,8 @@ def training_transforms(recipe: Recipe):
     steps = []
     if recipe.photometric:
         steps.append(photometric())
+    if recipe.colour_jitter:
+        steps.append(colour_jitter(recipe.colour_jitter))
     if recipe.min_crop_size is not None:
         steps.append(crop_with_boxes(recipe.min_crop_size))
     if recipe.flip:

@@ -10,13 +10,19 @@ from fastrcnn.training.recipe import Recipe
 
 
 def base_rate(recipe: Recipe, pictures: int, lr: float | None = None) -> float:
-    """The full rate of a run with so many pictures a step in all: `lr` as it is where it is said, else the recipe's in
-    proportion to its own number (Goyal et al., 2017)."""
-    return recipe.lr * pictures / recipe.base_batch if lr is None else lr
+    """The full rate of a run with so many pictures a step in all: `lr` as it is where it is said, else the recipe's, which
+    grows with their number as SGD's does (Goyal et al., 2017), or with its root as Adam's does (Malladi et al., 2022)."""
+    if lr is not None:
+        return lr
+    share = pictures / recipe.base_batch
+    return recipe.lr * (share if recipe.scaling == "linear" else math.sqrt(share))
 
 
 def total_steps(recipe: Recipe, epoch_steps: int) -> int:
-    return recipe.steps if recipe.steps is not None else recipe.epochs * epoch_steps
+    """Of a run; whole epochs but where the recipe counts in steps."""
+    if recipe.steps is not None:
+        return recipe.steps
+    return max(recipe.epochs, math.ceil((recipe.least_steps or 0) / epoch_steps)) * epoch_steps
 
 
 def rate_factor(recipe: Recipe, step: int, epoch_steps: int) -> float:
@@ -24,6 +30,8 @@ def rate_factor(recipe: Recipe, step: int, epoch_steps: int) -> float:
     total, warmup = total_steps(recipe, epoch_steps), recipe.warmup
     if recipe.warmup_epochs is not None:
         warmup = min(warmup, int(recipe.warmup_epochs * epoch_steps) - 1)
+    if recipe.warmup_share is not None:
+        warmup = min(warmup, round(recipe.warmup_share * total))
     warm = 1.0
     if step < warmup:
         warm = recipe.warmup_factor + (1 - recipe.warmup_factor) * step / warmup
@@ -59,13 +67,15 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """SGD or AdamW. On CUDA fused: it looks at the scale of fp16's gradients on the device, where others wait for it; not
-    of shards, for which torch has no fused SGD."""
+    """SGD or AdamW. On CUDA fused: it looks at the scale of fp16's gradients on the device, where others wait for it. AdamW
+    on the CPU, too: the other one reads its count of steps for every parameter. Not of shards, for which torch has no fused
+    SGD."""
     groups = parameter_groups(model, recipe)
-    fused = dict(fused=True) if not recipe.shard and all(p.is_cuda for g in groups for p in g["params"]) else {}
+    fused = () if recipe.shard else ("cuda",) if recipe.optimizer == "SGD" else ("cuda", "cpu")
+    options = dict(fused=True) if all(p.device.type in fused for g in groups for p in g["params"]) else {}
     if recipe.optimizer == "SGD":
-        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, **fused)
-    return torch.optim.AdamW(groups, lr=lr, **fused)
+        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, **options)
+    return torch.optim.AdamW(groups, lr=lr, **options)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
