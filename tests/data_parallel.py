@@ -24,7 +24,9 @@ WORLD = int(os.environ.get("FASTRCNN_TEST_PROCESSES", "2"))
 BATCH, PICTURES = 2 * WORLD, 4 * WORLD - 1  # of all processes together; the last batch is smaller by one
 # The box head's norms train, too, which is where a process may have no RoI.
 HEAD = dict(roi_head=dict(bbox_head=dict(type="Shared4Conv1FCBBoxHead", norm_cfg=dict(type="BN"))))
-RECIPE = dataclasses.replace(get_recipe(), sync_bn=True, warmup=0, colour_jitter=None, clip_norm=1.0)
+RECIPE = dataclasses.replace(
+    get_recipe(optimizer="SGD", weight_decay=1e-4), sync_bn=True, warmup=0, colour_jitter=None, clip_norm=1.0
+)
 
 
 def launch(script: str, folder: Path) -> None:
