@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from training_stubs import tiny
 
+from fastrcnn.data.transforms import apply
 from fastrcnn.training import RECIPES, Recipe, get_recipe
 from fastrcnn.training.ema import average, averaged_copy
+from fastrcnn.training.pictures import training_transforms
 from fastrcnn.training.schedule import base_rate, build_optimizer, parameter_groups, rate_factor, set_rate, total_steps
 
 
@@ -107,6 +109,14 @@ def test_a_length_that_the_data_decides_has_no_milestones():
     with pytest.raises(ValueError, match="warmup_share: expected a share from 0 to 1, got 2"):
         get_recipe(warmup_share=2)
     assert get_recipe().least_steps and get_recipe(epochs=36).least_steps is None
+
+
+def test_a_recipe_says_whether_colours_change():
+    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
+    assert training_transforms(Recipe("plain", flip=0.0)) is None
+    jitter = training_transforms(Recipe("jitter", flip=0.0, colour_jitter=0.5))
+    assert len({apply(jitter, image, target)[0][0, 0, 0].item() for _ in range(20)}) > 5
 
 
 @pytest.mark.parametrize("steps", [15, 156, 676])
