@@ -16,7 +16,6 @@ from training_stubs import PLAIN, Scripted, cells, pictures, tiny
 from fastrcnn.data import open_dataset
 from fastrcnn.models import FasterRCNN, retinanet
 from fastrcnn.training import get_recipe, loop, train
-from fastrcnn.training.auto_batch import auto_batch, fitting
 from fastrcnn.training.state import Losses
 from fastrcnn.training.validate import validation_loss
 from fastrcnn.weights import infer_model
@@ -135,12 +134,6 @@ def test_out_of_memory_says_what_to_lower(monkeypatch):
     message = r"step 0: out of memory with 1 pictures a step on cpu \(CUDA out of memory.* 20 GiB\)\. Lower the batch"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         train(model, pictures(), plain(), log=quiet)
-
-
-def test_how_many_pictures_fit():
-    assert [fitting(3, 5, room) for room in (1, 3, 20.9, 21, 1e6)] == [1, 1, 9, 10, 256]
-    with pytest.raises(ValueError, match="batch: auto measures a GPU's memory, and the model is on cpu"):
-        auto_batch(tiny(), get_recipe())
 
 
 def test_a_diverged_run_names_its_pictures_and_keeps_the_good_state(data, tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def train(
     from fastrcnn.inference.detector import as_device
     from fastrcnn.training import recipe_of
     from fastrcnn.training import train as run
-    from fastrcnn.training.auto_batch import auto_batch
+    from fastrcnn.training.auto_batch import check_auto
     from fastrcnn.training.checkpoint import check_out
     from fastrcnn.training.distributed import check_shards, is_first, own_device, processes
     from fastrcnn.training.state import seed_everything
@@ -115,8 +115,8 @@ def train(
                 match_classes(net.class_names, held_out.class_names)
         net = net.to(chosen)
         if batch == "auto":
-            size = auto_batch(net, plan)
-            say(f"batch auto: {size} pictures a step")
+            check_auto(plan, chosen)
+            size = batch
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     try:

@@ -21,6 +21,7 @@ from fastrcnn.data.batches import batches, steps_per_epoch
 from fastrcnn.models.base_detector import unwrapped
 from fastrcnn.models.sampling import seeded
 from fastrcnn.training import checkpoint, distributed
+from fastrcnn.training.auto_batch import auto_batch, out_of_memory
 from fastrcnn.training.ema import averaged_copy
 from fastrcnn.training.log import Log
 from fastrcnn.training.mmdet_recipe import recipe_of
@@ -145,13 +146,7 @@ class Run:
                     break
                 begun = time.perf_counter()
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise  # the second is the CPU's
-            first = str(error).partition("\n")[0][:120]
-            raise torch.OutOfMemoryError(
-                f"step {s.step}: out of memory with {len(images)} pictures a step on {self.device} ({first}). Lower "
-                "the batch (--batch) or the pictures' size (--min-size, --max-size), or train in --precision bf16"
-            ) from None
+            raise out_of_memory(error, f"step {s.step}", len(images), self.device) from None
         finally:
             loader.close()
         self.end_epoch()
@@ -334,7 +329,7 @@ def train(
     val=None,
     *,
     epochs: int | None = None,
-    batch_size: int | None = None,
+    batch_size: int | str | None = None,
     lr: float | None = None,
     seed: int = 0,
     workers: int = 0,
@@ -351,8 +346,8 @@ def train(
     dataset, val: `fastrcnn.data.open_dataset`'s, or (image uint8 [3, H, W], target) pairs, targets being dicts boxes
     [N, 4] xyxy pixels, labels [N] counted from 0, optional ignore_boxes [R, 4].
     recipe: a name of `RECIPES`, "config" for that of the MMDetection config that the model came with, or one of your own;
-    epochs, batch_size (pictures a process and step), lr (as it is, where the recipe's is scaled by the pictures of a step)
-    and patience say otherwise.
+    epochs, batch_size (pictures a process and step; "auto": as many as fit on a GPU), lr (as it is, where the recipe's is
+    scaled by the pictures of a step) and patience say otherwise.
     out: a folder for weights (best.safetensors, last.safetensors), states, log.jsonl, results.csv, config.json,
     metrics.json and the report; NAME.safetensors is the folder NAME and that file, with the best weights; None writes
     nothing.
@@ -370,16 +365,20 @@ def train(
     says what to lower. The same seed gives the same weights on the same machine with the same number of threads.
     """
     model = unwrapped(model)
-    recipe = recipe_of(model, recipe, log, epochs=epochs, batch_size=batch_size, patience=patience)
+    auto = batch_size == "auto"
+    recipe = recipe_of(model, recipe, log, epochs=epochs, batch_size=None if auto else batch_size, patience=patience)
     get_recipe(recipe, lr=lr)  # checks it
     if recipe.patience is not None and val is None:
         raise ValueError("patience: needs val, whose AP it watches")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed: expected a whole number from 0 up, got {seed!r}")
     device = next(model.parameters()).device
+    fits = auto_batch(model, recipe, dataset, out if resume else None) if auto else None
     with contextlib.ExitStack() as stack:
         rank, world = stack.enter_context(distributed.process_group(device))
         check_machine(recipe, device, world)
+        if auto:
+            recipe = get_recipe(recipe, batch_size=min(distributed.gathered(fits, world)))
         say = log if rank == 0 else lambda line: None
         stop, copy = checkpoint.Stop(), None
         if out is not None:
