@@ -40,7 +40,11 @@ def launch(script: str, folder: Path) -> None:
     started = [subprocess.Popen(command, env={**os.environ, **torchrun, "RANK": str(r), "LOCAL_RANK": str(r)},
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
                for r in range(WORLD)]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in started]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:  # of processes that wait for each other none would end
+            process.kill()
     assert [process.returncode for process in started] == [0] * WORLD, "\n".join(said)
 
 
