@@ -13,10 +13,17 @@ from torch import nn
 from fastrcnn import Detector
 from fastrcnn.layers import conv_norm_act, fold_batch_norm, prepare_convolutions
 from fastrcnn.ops import conv_bn_relu, conv_plan
-from fastrcnn.ops.conv_winograd import LANES, OF_INPUT, OF_OUTPUT, OF_WEIGHT, prepared, winograd_weight
+from fastrcnn.ops.conv_cpu import prepared
+from fastrcnn.ops.conv_winograd import LANES, OF_INPUT, OF_OUTPUT, OF_WEIGHT
 
-op_module = importlib.import_module("fastrcnn.ops.conv_winograd")
+conv_cpu, op_module = (importlib.import_module(f"fastrcnn.ops.{name}") for name in ("conv_cpu", "conv_winograd"))
 kernel, twin = op_module.conv_winograd, op_module._reference
+
+
+def winograd_weight(weight, lanes=LANES, turned=False):
+    return op_module.winograd_weight(weight, lanes, turned)
+
+
 WIDTHS = [lanes for lanes in (4, 8, 16) if lanes <= LANES]
 
 # batch, channels, filters, height, width: odd sizes, single pixels, channels that fill no vector, several blocks of tiles
@@ -152,9 +159,9 @@ def test_which_convolutions_are_prepared():
 def asked(monkeypatch):
     """What conv_prepared called, in order."""
     calls = []
-    for name in ("conv_winograd", "conv_bn_relu"):
-        function = getattr(op_module, name)
-        monkeypatch.setattr(op_module, name, lambda *a, f=function, n=name: calls.append(n) or f(*a))
+    for module, name in ((op_module, "conv_winograd"), (conv_cpu, "_direct")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, n=name: calls.append(n) or f(*a))
     return calls
 
 
@@ -166,9 +173,9 @@ def test_the_plan_decides(asked, monkeypatch, fastest):
     x, weight, bias, residual = make((2, 16, 32, 9, 200), (1, 1), "full")
     packed = prepared(weight, (1, 1), (1, 1), 1)
     right, unit = exact(x, weight, bias, residual, (1, 1), False, True)
-    name = {"winograd": "conv_winograd", "onednn": "conv_bn_relu"}[fastest]
-    for calls in (["conv_bn_relu", "conv_winograd", name], [name]):
-        check(op_module.conv_prepared(x, weight, packed, bias, (1, 1), residual), right, unit)
+    name = {"winograd": "conv_winograd", "onednn": "_direct"}[fastest]
+    for calls in (["_direct", "conv_winograd", name], [name]):
+        check(conv_cpu.conv_prepared(x, weight, packed, bias, (1, 1), residual), right, unit)
         assert asked == calls
         asked.clear()
     ((kind, measured),) = conv_plan.PLAN.items()
@@ -180,7 +187,7 @@ def test_deterministic_mode_measures_nothing(asked):
     x, weight, bias, _ = make((1, 16, 16, 9, 9), (1, 1))
     torch.use_deterministic_algorithms(True)
     try:
-        op_module.conv_prepared(x, weight, prepared(weight, (1, 1), (1, 1), 1), bias, (1, 1))
+        conv_cpu.conv_prepared(x, weight, prepared(weight, (1, 1), (1, 1), 1), bias, (1, 1))
     finally:
         torch.use_deterministic_algorithms(False)
     assert asked == ["conv_winograd"] and not conv_plan.PLAN

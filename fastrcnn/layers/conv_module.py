@@ -5,13 +5,11 @@ from torch import Tensor, nn
 
 from fastrcnn.layers.builders import build_activation, build_conv, build_norm
 from fastrcnn.ops import conv_bn_relu
+from fastrcnn.ops.conv_cpu import conv_prepared, prepared
 from fastrcnn.ops.conv_tile import upsampled
-from fastrcnn.ops.conv_winograd import conv_prepared, prepared
 
 
-def _has_fixed_statistics(norm: nn.Module | None) -> bool:
-    if norm is None or isinstance(norm, nn.Identity):
-        return True
+def _has_fixed_statistics(norm: nn.Module) -> bool:
     fixed = isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training
     return fixed and norm.affine and norm.track_running_stats
 
@@ -36,16 +34,20 @@ def conv_norm_act(
     where it trains or is of another kind. x [B, C, H, W], residual of the output's shape, or with upsample_residual of
     half its height and width, rounded up, read by nearest neighbour."""
     plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    if plain and _has_fixed_statistics(norm) and not torch.is_autocast_enabled(x.device.type):
+    out = None
+    if plain and not torch.is_autocast_enabled(x.device.type):
         where, epilogue = (conv.stride, conv.padding, conv.dilation, conv.groups), (residual, relu, upsample_residual)
         if norm is None or isinstance(norm, nn.Identity):
             if _is_prepared(conv, x, residual):
                 return conv_prepared(x, conv.weight, conv.winograd, conv.bias, conv.padding, *epilogue)
             return conv_bn_relu(x, conv.weight, None, conv.bias, None, None, 0.0, *where, *epilogue)
-        if conv.bias is None:
+        if conv.bias is None and _has_fixed_statistics(norm):
             statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
             return conv_bn_relu(x, conv.weight, *statistics, *where, *epilogue)
-    out = conv(x) if norm is None else norm(conv(x))
+        if norm.training:  # for the operator's gradients, which are the faster ones
+            out = conv_bn_relu(x, conv.weight, None, conv.bias, None, None, 0.0, *where, None, False)
+    out = conv(x) if out is None else out
+    out = out if norm is None else norm(out)
     if residual is not None:
         out = out + (upsampled(residual, out.shape[2:]) if upsample_residual else residual)
     return torch.relu(out) if relu else out

@@ -5,7 +5,7 @@ Every op accepts float64, float32, float16 and bfloat16; boxes are xyxy in absol
 """
 
 from fastrcnn import _extension  # noqa: F401  registers the compiled kernels
-from fastrcnn.ops import conv_cuda  # noqa: F401  registers conv_bn_relu's kernel on CUDA
+from fastrcnn.ops import conv_cpu, conv_cuda  # noqa: F401  register the kernels of conv_bn_relu
 from fastrcnn.ops.conv_bn_relu import conv_bn_relu, conv_bn_relu_reference
 from fastrcnn.ops.decode_boxes import decode_boxes, decode_boxes_reference
 from fastrcnn.ops.decode_proposals import decode_proposals, decode_proposals_reference

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrcnn._extension import TAKES
 from fastrcnn.ops._bind import bind
 from fastrcnn.ops._checks import check_flag, check_int, check_number, check_pair, check_same_device, check_tensor
+from fastrcnn.ops.conv_backward import conv_backward
 from fastrcnn.ops.conv_tile import half_size, out_shape, upsampled
 
 HALF = {torch.float16: ("fp16", -1024), torch.bfloat16: ("bf16", -128)}  # oneDNN's name; -infinity's bits as an int16
@@ -101,7 +101,7 @@ def _fold(call: Call) -> tuple[Tensor, Tensor | None]:
     return folded, (bias - call.bn_mean * scale).to(weight.dtype)
 
 
-def _narrow(call: Call) -> bool:
+def narrow(call: Call) -> bool:
     """Where oneDNN fails, in torch's own convolution, too: an output that may see padding alone ends the process, a stride
     along outputs at most two wide gives wrong bfloat16 on AMX, forward and backward. float64 never goes to oneDNN."""
     axes = zip(call.input.shape[2:], call.weight.shape[2:], call.padding, call.dilation)
@@ -111,7 +111,7 @@ def _narrow(call: Call) -> bool:
 
 def _reference(*args) -> Tensor:
     call = Call(*args)
-    dtype = torch.float64 if _narrow(call) else call.input.dtype
+    dtype = torch.float64 if narrow(call) else call.input.dtype
     bias = call.bn_bias.to(dtype) if call.bn_weight is None and call.bn_bias is not None else None
     out = torch.conv2d(call.input.to(dtype), call.weight.to(dtype), bias, *call[7:11]).to(call.input.dtype)
     if call.bn_weight is not None:
@@ -139,42 +139,6 @@ def operands(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, w, None if bias is None else bias.contiguous()
 
 
-def _cpu(*args) -> Tensor:
-    call = Call(*args)
-    dtype = call.input.dtype
-    if dtype == torch.float64 or not call.input.numel() or _narrow(call):
-        return _reference(*args)
-    if dtype in HALF and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{HALF[dtype][0]}_supported")():
-        # Without AVX-512 float32 is several times faster than torch's half precision.
-        wide = (t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for t in args)
-        return _cpu(*wide).to(dtype)
-    x, w, bias = operands(call)
-    if not torch.linalg.vector_norm(w).isfinite():  # what is left of it beside zeros is the library's to choose
-        return _reference(*args)
-    conv = torch.ops.mkldnn._convolution_pointwise
-    where = list(call.padding), list(call.stride), list(call.dilation), call.groups
-    if call.residual is None or call.groups > 1:  # oneDNN's operator adds inside the convolution for one group only
-        out = conv(x, w, bias, *where, "none", [], "")
-        out = out if call.residual is None else out.add_(full_residual(call))
-    else:
-        residual = full_residual(call).contiguous(memory_format=torch.channels_last)
-        out = conv.binary(x, residual, w, bias, *where, "add", None, None, [], "")
-    return _relu_(out) if call.relu else out
-
-
-def _relu_(x: Tensor) -> Tensor:
-    """In place and keeping NaN, which oneDNN's turns into 0. Half precision by its bits, in less than half the time: read
-    as int16, everything from -0 to -infinity is at most -infinity, and a negative NaN is above it."""
-    if x.dtype not in HALF:
-        return x.relu_()
-    return torch.threshold_(x.view(torch.int16), HALF[x.dtype][1], 0).view(x.dtype)
-
-
-if torch.backends.mkldnn.is_available():  # a torch without oneDNN keeps the reference, and `fastrcnn info` says so
-    OPERATOR.register_kernel("cpu")(_cpu)
-    TAKES["conv_bn_relu", "cpu"] = lambda dtype: dtype != torch.float64
-
-
 @OPERATOR.register_fake
 def _(*args):
     return args[0].new_empty(out_shape(*args[:2], *args[7:10])).contiguous(memory_format=torch.channels_last)
@@ -193,11 +157,9 @@ def _gradients(ctx, grad):
         grad = torch.ops.aten.threshold_backward(grad, output, 0)
     of_scale = call.bn_weight is not None and (need.bn_weight or need.bn_var)
     operands = grad, call.input, _fold(call)[0]
-    if _narrow(call):
+    if narrow(call):
         operands = [t.double() for t in operands]
-    found["input"], folded, _ = torch.ops.aten.convolution_backward(
-        *operands, None, *call[7:10], False, [0, 0], call.groups, [need.input, need.weight or of_scale, False]
-    )
+    found["input"], folded = conv_backward(*operands, *call[7:11], need.input, need.weight or of_scale)
     found["input"] = found["input"].to(call.input.dtype) if need.input else None
     found["residual"] = grad if need.residual else None
     if need.residual and call.upsample_residual:  # of up to four pixels each
