@@ -1,8 +1,9 @@
 """Fused convolution + batch norm (+ residual) + ReLU against the eager modules: the shapes of an R50-FPN detector.
 
-On a CPU one image in float32 and bfloat16, and the 3x3 convolutions that `Detector` prepares, Winograd's against oneDNN's
-fused one, both held against float64; on CUDA eight images in bfloat16, and, in the folded form that `Detector` keeps, every
-distinct shape of R50-FPN and X101-64x4d and the stem with its pooling against cuDNN's fused calls and torch.compile.
+On a CPU one image in float32 and bfloat16, the 3x3 convolutions that `Detector` prepares, Winograd's against oneDNN's fused
+one, held against float64, and the gradients of both; on CUDA eight images in bfloat16, and, in the folded form that
+`Detector` keeps, every distinct shape of R50-FPN and X101-64x4d and the stem with its pooling against cuDNN's fused calls
+and torch.compile.
 """
 
 import importlib
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from fastrcnn import ops
-from fastrcnn.ops import conv_cuda
+from fastrcnn.ops import conv_cpu, conv_cuda
+from fastrcnn.ops.conv_backward import conv_backward
 from fastrcnn.ops.conv_stem import pooled, stem
 from fastrcnn.ops.conv_winograd import conv_winograd, winograd_weight
 
@@ -42,6 +44,7 @@ PREPARED = [
     ("layer4", 512, 512, 25, 42),
     *[("pyramid, RPN", 256, 256, *size) for size in ((200, 336), (100, 168), (50, 84), (25, 42), (13, 21))],
 ]
+WHERE = (1, 1), (1, 1), (1, 1), 1  # stride, padding, dilation, groups of the prepared ones
 
 
 @torch.no_grad()
@@ -130,7 +133,7 @@ def bench_prepared(shape, args, rates):
     packed, weight = winograd_weight(weight), weight.contiguous(memory_format=torch.channels_last)
 
     def rival():
-        return ops.conv_bn_relu(x, weight, None, bias, None, None, padding=1)
+        return conv_cpu._direct(x, weight, None, bias, None, None, 0.0, *WHERE, None, True, False)
 
     def ours():
         return conv_winograd(x, packed, bias, None, (1, 1), cout, False, True)
@@ -144,6 +147,30 @@ def bench_prepared(shape, args, rates):
     floor = rates.floor_ms(timing.count_bytes(x, weight) * 2, flop)
     title = f"{name} 3x3 {cin}->{cout} {height}x{width}, folded; oneDNN's error {errors[1]:.2g}"
     return timing.row("conv_winograd", title, torch.float32, args.device, times[0], "oneDNN", times[1], floor, error)
+
+
+def bench_gradients(shape, args, rates):
+    """Those of input and weight, the weight's points made anew, against torch's own (oneDNN's)."""
+    name, cin, cout, height, width = shape
+    x, gradient = (torch.randn(2, n, height, width).contiguous(memory_format=torch.channels_last) for n in (cin, cout))
+    weight = torch.randn(cout, cin, 3, 3) / (9 * cin) ** 0.5
+
+    def rival(*tensors):
+        return torch.ops.aten.convolution_backward(*tensors, None, *WHERE[:3], False, [0, 0], 1, [True, True, False])
+
+    def ours():
+        return conv_backward(gradient, x, weight, *WHERE, True, True)
+
+    part = gradient[:1, :, :9, :21], x[:1, :, :9, :21], weight  # float64 takes its time
+    errors = [
+        (a - b).abs().max().item() / b.abs().max().item()
+        for a, b in zip(conv_backward(*part, *WHERE, True, True), rival(*(t.double() for t in part))[:2])
+    ]
+    error = timing.check(name, max(errors), 1e-5)
+    times = timing.paired(ours, lambda: rival(gradient, x, weight), args.device, args.quick, budget_s=4.0)
+    floor = rates.floor_ms(0, 2 * 2 * 18 * cin * cout * height * width / 4)
+    title = f"{name} 3x3 {cin}->{cout} {height}x{width} B=2, input and weight"
+    return timing.row("conv_backward", title, torch.float32, args.device, times[0], "oneDNN", times[1], floor, error)
 
 
 def main() -> None:
@@ -165,6 +192,7 @@ def main() -> None:
     if torch.device(args.device).type == "cpu":
         timing.require_kernel("_conv_winograd", args.device)
         rows += [bench_prepared(shape, args, rates) for shape in (PREPARED[-1:] if args.quick else PREPARED)]
+        rows += [bench_gradients(shape, args, rates) for shape in (PREPARED[-2:-1] if args.quick else PREPARED[:-1])]
     timing.report(rows, args)
 
 

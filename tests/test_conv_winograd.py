@@ -14,15 +14,10 @@ from fastrcnn import Detector
 from fastrcnn.layers import conv_norm_act, fold_batch_norm, prepare_convolutions
 from fastrcnn.ops import conv_bn_relu, conv_plan
 from fastrcnn.ops.conv_cpu import prepared
-from fastrcnn.ops.conv_winograd import LANES, OF_INPUT, OF_OUTPUT, OF_WEIGHT
+from fastrcnn.ops.conv_winograd import LANES, OF_INPUT, OF_OUTPUT, OF_WEIGHT, winograd_weight
 
 conv_cpu, op_module = (importlib.import_module(f"fastrcnn.ops.{name}") for name in ("conv_cpu", "conv_winograd"))
 kernel, twin = op_module.conv_winograd, op_module._reference
-
-
-def winograd_weight(weight, lanes=LANES, turned=False):
-    return op_module.winograd_weight(weight, lanes, turned)
-
 
 WIDTHS = [lanes for lanes in (4, 8, 16) if lanes <= LANES]
 

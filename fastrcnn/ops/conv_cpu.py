@@ -61,7 +61,7 @@ def prepared(weight: Tensor, stride: Sequence[int], dilation: Sequence[int], gro
     stride 1, another dtype than float32, a device or build without the kernel."""
     if not conv_winograd.fits(weight, stride, dilation, groups) or not has_kernel("_conv_winograd", weight.device.type):
         return None
-    return conv_winograd.winograd_weight(weight, conv_winograd.LANES, False)
+    return conv_winograd.winograd_weight(weight)
 
 
 def conv_prepared(

@@ -49,7 +49,7 @@ OF_OUTPUT = torch.tensor([
 ], dtype=torch.float64)  # fmt: skip
 
 
-def winograd_weight(weight: Tensor, lanes: int, turned: bool) -> Tensor:
+def winograd_weight(weight: Tensor, lanes: int = LANES, turned: bool = False) -> Tensor:
     """weight [O, C, 3, 3] as the kernel reads it, float32 [36 points, panels of 2 * lanes filters, C, 2 * lanes]: filters
     and channels are filled up with zeros to whole panels and whole `lanes`. Four times the numbers of `weight`. turned:
     that of the gradient, whose filters are `weight`'s channels and whose kernels stand on their heads."""
@@ -61,7 +61,7 @@ def winograd_weight(weight: Tensor, lanes: int, turned: bool) -> Tensor:
     return points.unflatten(2, (-1, 2 * lanes)).transpose(1, 2).float().contiguous()
 
 
-def _fake_weight(weight, lanes, turned):
+def _fake_weight(weight, lanes=LANES, turned=False):
     filters, channels = (weight.shape[i] for i in ((1, 0) if turned else (0, 1)))
     panels, chunks = -(-filters // (2 * lanes)), -(-channels // lanes)
     return weight.new_empty(36, panels, chunks * lanes, 2 * lanes)
@@ -97,7 +97,7 @@ def _fake(input, weight, bias, residual, padding, filters, *_):
     return input.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
-def _gradient_reference(input: Tensor, gradient: Tensor, padding: Sequence[int], lanes: int) -> Tensor:
+def _gradient_reference(input: Tensor, gradient: Tensor, padding: Sequence[int], lanes: int = LANES) -> Tensor:
     """The weight's [O, C, 3, 3] from that of the output [B, O, H', W']. input [B, C, H, W]."""
     d, height, width = _tiles(input, padding)
     y = F.pad(gradient, (0, -width % 4, 0, -height % 4)).unfold(2, 4, 4).unfold(3, 4, 4)
@@ -105,7 +105,7 @@ def _gradient_reference(input: Tensor, gradient: Tensor, padding: Sequence[int],
     return g.T @ torch.einsum("bcyxij,boyxij->ocij", b @ d @ b.T, a.T @ y @ a) @ g
 
 
-def _fake_gradient(input, gradient, padding, lanes):
+def _fake_gradient(input, gradient, padding, lanes=LANES):
     return input.new_empty(gradient.shape[1], input.shape[1], 3, 3)
 
 
@@ -136,7 +136,7 @@ def convolve(
     upsample_residual: bool, relu: bool,
 ) -> Tensor:  # fmt: skip
     """relu(conv(input, weight) + bias + residual) with weight [O, C, 3, 3] as it stands."""
-    points = points_of(weight, LANES, False)
+    points = points_of(weight)
     return conv_winograd(input, points, bias, residual, padding, len(weight), upsample_residual, relu)
 
 
@@ -147,6 +147,6 @@ def gradients(
     convolution of the output's with the turned kernels."""
     found = None
     if of_input:
-        turned = points_of(weight, LANES, True)
+        turned = points_of(weight, turned=True)
         found = conv_winograd(gradient, turned, None, None, [2 - p for p in padding], weight.shape[1], False, False)
-    return found, weight_gradient(input, gradient, padding, LANES) if of_weight else None
+    return found, weight_gradient(input, gradient, padding) if of_weight else None
