@@ -134,6 +134,18 @@ def test_the_operators_gradients_are_those_of_float64(asked, padding, norm):
         torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5 * b.abs().max().item())
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_a_bad_pixel_spoils_what_it_reaches_and_no_more(asked, bad):
+    x, weight, _ = make(WIDE, (1, 1))
+    x[1, 3, 7, 7] = bad
+    out = conv_bn_relu(x, weight, None, None, None, None, padding=1, relu=False)
+    assert asked == []
+    others = torch.ones(out.shape, dtype=torch.bool)
+    others[1, :, 6:9, 6:9] = False
+    right = torch.conv2d(x.double().masked_fill(x == bad, 0), weight.double(), padding=1)
+    torch.testing.assert_close(out[others].double(), right[others], rtol=0, atol=1e-3)
+
+
 def test_only_what_is_asked_for_is_computed(monkeypatch):
     calls = []
     for name in ("conv_winograd", "weight_gradient"):

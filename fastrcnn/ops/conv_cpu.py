@@ -25,9 +25,9 @@ def _cpu(*args, winograd: bool = True) -> Tensor:
         wide = (t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for t in args)
         return _cpu(*wide, winograd=winograd).to(dtype)
     x, w, bias = operands(call)
-    if not torch.linalg.vector_norm(w).isfinite():  # what is left of it beside zeros is the library's to choose
+    if not _finite(w):  # what is left of it beside zeros is the library's to choose
         return _reference(*args)
-    if winograd and conv_winograd.pays(x, w, *call[7:11]):
+    if winograd and conv_winograd.pays(x, w, *call[7:11]) and _finite(x):  # a bad pixel would spoil its tile
         residual = call.residual
         return conv_winograd.convolve(x, w, bias, residual, call.padding, call.upsample_residual, call.relu)
     conv = torch.ops.mkldnn._convolution_pointwise
@@ -39,6 +39,10 @@ def _cpu(*args, winograd: bool = True) -> Tensor:
         residual = full_residual(call).contiguous(memory_format=torch.channels_last)
         out = conv.binary(x, residual, w, bias, *where, "add", None, None, [], "")
     return _relu_(out) if call.relu else out
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(torch.linalg.vector_norm(x).isfinite())
 
 
 def _relu_(x: Tensor) -> Tensor:
