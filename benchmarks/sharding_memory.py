@@ -31,7 +31,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(0)
     with distributed.process_group(torch.device("cpu")) as (rank, world):
-        model, recipe = faster_rcnn(given.name, 80).train(), get_recipe(shard=given.shard)
+        model, recipe = faster_rcnn(given.name, 80).train(), get_recipe(optimizer="SGD", shard=given.shard)
         losses = distributed.parallel(Losses(model), world, given.shard)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         state = State(model, averaged_copy(model), build_optimizer(model, recipe, 0.01), scaler, given.shard)
