@@ -134,6 +134,12 @@ class HistoryBuffer:
 
     def __init__(self):
         self._log_history = np.arange(3.0)
+        self._statistics_methods = dict(
+            mean=self.mean
+        )  # MMEngine's keeps its own methods, which a pickle names by getattr
+
+    def mean(self):
+        return self._log_history.mean()
 
 
 @pytest.fixture

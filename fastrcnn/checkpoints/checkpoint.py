@@ -1,6 +1,8 @@
 """What a checkpoint holds, whoever wrote it."""
 
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,12 @@ from torch import Tensor
 
 from fastrcnn.checkpoints import detectron2, mmdet, torchvision
 from fastrcnn.checkpoints.peer_options import EXTRA_STATE, PeerOptions, from_text
+from fastrcnn.checkpoints.pretrained import CLASSIFIER
 from fastrcnn.checkpoints.read import check_finite, read_tensors, within
 
 PEERS = {"torchvision": torchvision, "detectron2": detectron2, "mmdet": mmdet}
 ANCHORS = tuple(anchor for peer in PEERS.values() for anchor in peer.ANCHORS)  # of which every detector has one
+_NO_BOXES = re.compile(r"roi_heads?\.(mask|keypoint)_(head|predictor)\.")  # layers that the boxes do not depend on
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,10 @@ def load_checkpoint(path_or_url: str | Path | Mapping) -> Checkpoint:
 
 def as_checkpoint(tensors: dict[str, Tensor], meta: dict, source: str) -> Checkpoint:
     """`load_checkpoint` of what `read_tensors` gave; source: what messages call it."""
-    state = within(tensors, ANCHORS, source)
+    found = within(tensors, ANCHORS, source)
+    state = {key: value for key, value in found.items() if not _NO_BOXES.match(key)}
+    if len(state) < len(found):
+        warnings.warn(f"{source}: its layers for masks or keypoints are left out: it finds boxes", stacklevel=2)
     for name, peer in PEERS.items():
         if not peer.detect(state):
             continue
@@ -125,4 +132,13 @@ def as_checkpoint(tensors: dict[str, Tensor], meta: dict, source: str) -> Checkp
         check_finite(converted, source)
         return Checkpoint(converted, profile, options, meta)
     what = "not a Faster R-CNN or RetinaNet of MMDetection, torchvision or Detectron2"
-    raise ValueError(f"{source}: {what} (first keys: {', '.join(list(state)[:3])})")
+    raise ValueError(f"{source}: {_told(state) or what} (first keys: {', '.join(list(state)[:3])})")
+
+
+def _told(state: dict[str, Tensor]) -> str | None:
+    """What a state dict is that none of the peers' modules takes, where its keys tell."""
+    if "fc.weight" in state and CLASSIFIER[0] in state:
+        return "an image classifier, which finds no boxes: `fastrcnn train --weights` starts from it"
+    if any(key.startswith(("roi_heads.box_predictor.", "head.classification_head.")) for key in state):
+        return "a detector of torchvision's whose kind or body is not supported (FCOS, SSD, MobileNet): a ResNet is"
+    return None

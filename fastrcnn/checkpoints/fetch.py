@@ -18,6 +18,7 @@ import torch
 
 T = TypeVar("T")
 SCHEMES = ("https",)
+DETECTRON2 = "detectron2://", "https://dl.fbaipublicfiles.com/detectron2/"  # what its own configurations call its files
 LARGEST = 8 * 2**30  # bytes of a download
 LONGEST = 3600.0  # seconds for the whole of it
 SILENCE = 30.0  # seconds without a byte
@@ -101,15 +102,22 @@ def _is_whole(path: Path, said: tuple[str, str] | None) -> bool:
 
 
 def fetch(path_or_url: str | Path) -> Path:
-    """A local file for a path or an https address (downloaded once into torch.hub's cache).
+    """A local file for a path, an https address or one of Detectron2's (detectron2://...), downloaded once into torch.hub's
+    cache.
 
     Where the name ends in digits of a digest, the download and the kept file are checked by them; where it does not, the
     file is kept by its whole address. Raises FileNotFoundError, ValueError for a damaged download (which is removed) and
     for another kind of address, OSError for one that fails.
     """
     text = str(path_or_url)
+    if text.startswith(DETECTRON2[0]):
+        text = DETECTRON2[1] + text.removeprefix(DETECTRON2[0])
     if not re.match(r"\w+://", text):
         path = Path(text).expanduser()
+        if path.is_dir():
+            weights = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pth", ".pkl"))
+            inside = f": it has {', '.join(weights[:5])}" if weights else ""
+            raise ValueError(f"{path}: a folder, expected a file of weights{inside}")
         if not path.is_file():
             raise FileNotFoundError(f"no such checkpoint file: {path}")
         return path

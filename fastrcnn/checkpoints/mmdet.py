@@ -42,7 +42,7 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for key, value in state.items():
         key = re.sub(r"\.conv(\d)_offset\.", r".conv\1.conv_offset.", key)
-        if not key.startswith(("data_preprocessor.", "roi_head.mask_head.")):
+        if not key.startswith("data_preprocessor."):
             out[key] = value
     return out
 

@@ -19,6 +19,9 @@ _NAMES = ("state_dict", "model", "model_state_dict", "model_state", "net", "netw
 # Parts of a key that wrappers add: DataParallel, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _COUNTERS = {"n_averaged", "steps", "num_updates", "decay"}  # of averaged models
+# What else people hand over, by its first bytes.
+_OTHERS = {b"\xff\xd8\xff": "a picture", b"\x89PNG": "a picture", b"RIFF": "a picture", b"GIF8": "a picture",
+           b"{": "a text", b"[": "a text", b"#": "a text", b"<": "a text"}  # fmt: skip
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
            torch.int8, torch.uint8, torch.bool)  # fmt: skip
 
@@ -35,9 +38,11 @@ def _read_torch(path: Path):
         if refused is None:
             why = str(error) if str(error).startswith("refused") else "not a readable PyTorch checkpoint"
             raise ValueError(f"{path}: {why}") from None
+        if refused[1].startswith("ultralytics."):
+            raise ValueError(f"{path}: a model of ultralytics, which is no Faster R-CNN or RetinaNet") from None
         raise ValueError(
-            f"{path}: refused, because reading it would run code that the file names ({refused[1]}). Save the tensors "
-            f"alone where it was written: torch.save({{'state_dict': model.state_dict()}}, path)"
+            f"{path}: refused, because reading it would run code that the file names ({refused[1]}): a whole model, or "
+            "more than weights. Save the tensors alone where it was written: torch.save(model.state_dict(), path)"
         ) from None
     except Exception as error:  # damaged bytes run into any kind
         raise ValueError(f"{path}: not a readable PyTorch checkpoint ({_reason(error)})") from None
@@ -72,6 +77,8 @@ def _reader(path: Path):
         return _read_torch
     if first[8:9] == b"{" and int.from_bytes(first[:8], "little") + 8 <= path.stat().st_size:
         return _read_safetensors
+    if kind := next((kind for start, kind in _OTHERS.items() if first.startswith(start)), None):
+        raise ValueError(f"{path}: {kind}, expected weights")
     if first.startswith(b"\x80") or path.suffix.lower() == ".pkl":
         return _read_pickle
     return _read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch

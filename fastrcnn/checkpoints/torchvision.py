@@ -44,7 +44,8 @@ ANCHORS = ("roi_heads.box_predictor.cls_score.weight", "head.classification_head
 
 
 def detect(state: dict[str, Tensor]) -> bool:
-    return "backbone.body.conv1.weight" in state and any(key in state for key in ANCHORS)
+    fcos = "head.regression_head.bbox_ctrness.weight" in state
+    return "backbone.body.conv1.weight" in state and any(key in state for key in ANCHORS) and not fcos
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:

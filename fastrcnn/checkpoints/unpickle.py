@@ -244,7 +244,11 @@ def _torch_pickles(path: Path) -> Iterator[BinaryIO]:
 def read_torch(path: Path):
     """The content of a file of torch.save, by torch.load(weights_only=True)."""
     references = {found for pickled in _torch_pickles(path) for found in _references(pickled)}
-    stand_ins = {f"{module}.{name}": _stand_in(module, name) for module, name in references}
+    # torch looks Python 2's name of the module up under Python 3's.
+    stand_ins = {
+        f"{'builtins' if module == '__builtin__' else module}.{name}": _stand_in(module, name)
+        for module, name in references
+    }
     for name, stand_in in stand_ins.items():
         if name.startswith("torch.") and stand_in is None and not _TORCH.fullmatch(name):
             raise pickle.UnpicklingError(f"GLOBAL {name} is no plain tensor's")

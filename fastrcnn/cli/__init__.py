@@ -1,14 +1,18 @@
 """The command `fastrcnn`: parses, calls, prints. One file a verb."""
 
 import os
+import shlex
 import signal
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fastrcnn import __version__
 from fastrcnn.cli.bench import bench
+from fastrcnn.cli.common import warn
 from fastrcnn.cli.convert import convert
 from fastrcnn.cli.data import data
 from fastrcnn.cli.demo import demo
@@ -19,8 +23,20 @@ from fastrcnn.cli.info import info
 from fastrcnn.cli.models import models
 from fastrcnn.cli.serve import serve
 from fastrcnn.cli.train import train
+from fastrcnn.cli.words import in_options
+
+
+class Verbs(TyperGroup):
+    """Says the words of another tool's command line as options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if said := in_options(args):
+            ctx.fail(f"options are written --name value; perhaps: fastrcnn {shlex.join(said)}")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text: it looks the same in a terminal, a pipe and a page
@@ -33,7 +49,7 @@ app.command("eval")(evaluate)
 for verb in (serve, export, convert, models, bench, info):
     app.command()(verb)
 app.add_typer(data, name="data")
-for name, verb in (("predict", detect), ("val", evaluate)):  # as other tools call them
+for name, verb in (("predict", detect), ("val", evaluate), ("test", evaluate)):  # as other tools call them
     app.command(name, hidden=True)(verb)
 
 
@@ -60,8 +76,9 @@ def fastrcnn(
 
 
 def main() -> None:
-    """Runs the command. What it prints that a terminal's encoding lacks is escaped; a signal to end lets it finish what it
-    writes; output that cannot be written is one sentence."""
+    """Runs the command. What it prints that a terminal's encoding lacks is escaped; a warning is one sentence; a signal to
+    end lets it finish what it writes; output that cannot be written is one sentence."""
+    warnings.showwarning = lambda message, *about: warn(f"fastrcnn: {message}")
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Device, Json, Model, Precision, fail, open_detector, say, say_json
+from fastrcnn.cli.common import Device, Json, MaxSize, MinSize, Model, Precision, fail, open_detector, say, say_json
 
 
 def bench(
@@ -14,6 +14,8 @@ def bench(
     height: Annotated[int, typer.Option(min=32, help="of the rendered picture")] = 800,
     width: Annotated[int, typer.Option(min=32, help="of the rendered picture")] = 1344,
     batch: Annotated[int, typer.Option(min=1, help="images a step, and of rendered ones in all")] = 1,
+    min_size: MinSize = None,
+    max_size: MaxSize = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="how long to repeat it")] = 10.0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -39,12 +41,13 @@ def bench(
         paths = [path for source in sources or () for path in list_images(source)]
         images = [read_image(path) for path in paths]
         if sources and not images:
-            fail(f"no images found in {' '.join(sources)}")
-        if weights is None:
-            detector = open_detector(None, model or "r50_fpn", device, precision, 0.05)
-        else:
-            detector = open_detector(model, weights, device, precision, 0.05)
+            raise ValueError(f"no images found in {' '.join(sources)}")
         images = images or [torch.from_numpy(render_cells(n, height, width)[0]).permute(2, 0, 1) for n in range(batch)]
+    except (ValueError, OSError, MemoryError) as error:
+        fail(error)
+    source = (None, model or "r50_fpn") if weights is None else (model, weights)
+    detector = open_detector(*source, device, precision, 0.05, min_size=min_size, max_size=max_size)
+    try:
         facts = time_detector(detector, images, batch, seconds)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         fail(error)

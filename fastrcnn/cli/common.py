@@ -20,8 +20,11 @@ Weights = Annotated[
     typer.Option(help="checkpoint of MMDetection, torchvision or Detectron2, or trained here: file, https address, or "
                  "coco [default: torchvision's COCO weights, fetched once]"),
 ]  # fmt: skip
-Model = Annotated[str | None, typer.Option(help="name from `fastrcnn models` [default: told by the weights]")]
+Model = Annotated[str | None, typer.Option(help="name from `fastrcnn models`, or an MMDetection config file [default: told "
+                           "by the weights]")]  # fmt: skip
 Score = Annotated[float, typer.Option(min=0.0, max=1.0, help="leave out objects below this score")]
+MinSize = Annotated[int | None, typer.Option(min=1, help="pixels of the short side [default: the model's]")]
+MaxSize = Annotated[int | None, typer.Option(min=1, help="pixels of the long side at most [default: the model's]")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")]
 Json = Annotated[
@@ -66,6 +69,8 @@ def say_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def fail(message) -> None:
     """One sentence and exit status 1, in place of a traceback."""
+    if isinstance(message, OSError) and message.filename is not None and message.strerror:
+        message = f"{message.filename}: {message.strerror}"
     err.print(printable(f"fastrcnn: {message}"), style="red", markup=False, soft_wrap=True)
     raise typer.Exit(1)
 

@@ -1,5 +1,7 @@
 """fastrcnn detect."""
 
+import glob
+import os
 import time
 import warnings
 from collections import Counter
@@ -12,6 +14,8 @@ import typer
 from fastrcnn.cli.common import (
     Device,
     Json,
+    MaxSize,
+    MinSize,
     Model,
     Precision,
     Score,
@@ -23,6 +27,8 @@ from fastrcnn.cli.common import (
     say_json,
     warn,
 )
+
+NO_PICTURES = (".pth", ".pt", ".pkl", ".safetensors", ".onnx", ".py", ".yaml", ".yml", ".json")
 
 
 def selected(names: list[str], wanted: str | None) -> set[int] | None:
@@ -76,6 +82,13 @@ def find(sources: list[str], recursive: bool, shard: str | None, out: Path) -> t
         chosen = shard_of(paths, shard or "1/1")
     except (ValueError, OSError) as error:
         fail(error)
+    there = [source for source in sources if source == "-" or "://" in source or glob.has_magic(source) or
+             is_video(source) or os.path.exists(os.path.expanduser(source))]  # fmt: skip
+    if sources and not there:
+        hint = "; the first camera is camera:0" if sources[0].isdigit() else ""
+        fail(f"{', '.join(sources)}: no such file or folder{hint}")
+    if misplaced := [source for source in there if source.lower().endswith(NO_PICTURES)]:
+        fail(f"{misplaced[0]}: no picture. Weights are given by --weights, a config by --model")
     if below:
         warn(f"{below} more in sub-folders are left out: --recursive takes them")
     if not paths:
@@ -100,6 +113,8 @@ def detect(
         float | None, typer.Option(min=0.0, max=1.0, help="overlap that NMS lets stand [default: the model's]")
     ] = None,
     max_det: Annotated[int | None, typer.Option(min=1, help="objects a picture at most [default: the model's]")] = None,
+    min_size: MinSize = None,
+    max_size: MaxSize = None,
     classes: Annotated[str | None, typer.Option(help="names of the classes to keep, comma-separated")] = None,
     tile: Annotated[int | None, typer.Option(min=32, help="look at larger pictures in tiles of so many pixels")] = None,
     overlap: Annotated[float, typer.Option(min=0.0, max=0.9, help="part of a tile that its neighbour sees, too")] = 0.2,
@@ -133,6 +148,7 @@ def detect(
       fastrcnn detect street.jpg --tile 64 --overlap 0.25 --out tiles
       fastrcnn detect list.txt --shard 1/2 --resume
     """
+    limits = dict(max_per_img=max_det, iou_threshold=iou, min_size=min_size, max_size=max_size)
     if engine != "local":
         if engine != "ray":
             fail(f"--engine: expected local or ray, got {engine!r}")
@@ -146,7 +162,7 @@ def detect(
             find(own, recursive, None, out)[0] if own else []
         )
         detect_on_ray(found, str(out), weights, model, classes, workers, resume, as_json, device=device,
-                      precision=precision, score_threshold=score, max_per_img=max_det, iou_threshold=iou)  # fmt: skip
+                      precision=precision, score_threshold=score, **limits)  # fmt: skip
         return
     from fastrcnn.inference.formats import check_formats
     from fastrcnn.inference.output import check_folder
@@ -162,7 +178,6 @@ def detect(
         check_folder(out)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
-    limits = dict(max_per_img=max_det, iou_threshold=iou)
     detector = open_detector(model, weights, device, precision, score, **limits)
     kept = selected(detector.class_names, classes)
     if tile is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Device, Json, Precision, fail, progress_bar, say, say_json
+from fastrcnn.cli.common import Device, Json, MaxSize, MinSize, Precision, fail, progress_bar, say, say_json
 
 
 def print_scores(scores: dict[str, float]) -> None:
@@ -31,6 +31,8 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="folder for report.html, metrics.json, predictions.json, charts")
     ] = None,
+    min_size: MinSize = None,
+    max_size: MaxSize = None,
     max_dets: Annotated[str | None, typer.Option(help="detections a picture that count [default: 1,10,100]")] = None,
     batch: Annotated[int | None, typer.Option(help="pictures at a time [default: 8 on CUDA, 1 on a CPU]")] = None,
     device: Device = "auto",
@@ -64,6 +66,7 @@ def evaluate(
         dataset = open_dataset(data, images, split)
         about = dict(weights=weights, data=f"{data} ({split})" if split else str(data))
         model = infer_model(weights).to(chosen)
+        model.data_preprocessor.resize_to(min_size, max_size)
         detector = as_detector(model, precision, max(most or [0]))
         with progress_bar(len(dataset)) as progress:
             task = progress.add_task("detecting", total=len(dataset))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Json, Model, fail, open_detector, say, say_json
+from fastrcnn.cli.common import Json, MaxSize, MinSize, Model, fail, open_detector, say, say_json
 
 
 def export(
@@ -17,6 +17,8 @@ def export(
     model: Model = None,
     precision: Annotated[str, typer.Option(help="fp32; fp16 (onnx, openvino, triton); bf16 (pt2)")] = "fp32",
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="leave out objects below this score")] = 0.05,
+    min_size: MinSize = None,
+    max_size: MaxSize = None,
     raw: Annotated[bool, typer.Option("--raw", help="take a batch that is resized and normalised already")] = False,
     dynamic: Annotated[bool, typer.Option(help="any number and size of images, or one of the largest size")] = True,
     as_json: Json = False,
@@ -36,7 +38,7 @@ def export(
     if to not in TARGETS:
         fail(f"--to: expected one of {', '.join(TARGETS)}, got {to!r}")
     out = out or Path(Path(weights).stem + TARGETS[to].SUFFIX)
-    detector = open_detector(model, weights, "cpu", "fp32", score)
+    detector = open_detector(model, weights, "cpu", "fp32", score, min_size=min_size, max_size=max_size)
     try:
         found = write(detector, out, to, precision, raw, dynamic)
     except (ValueError, OSError, ImportError, RuntimeError) as error:

@@ -5,7 +5,20 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Device, Json, Model, Precision, Score, Weights, fail, open_detector, say, say_json
+from fastrcnn.cli.common import (
+    Device,
+    Json,
+    MaxSize,
+    MinSize,
+    Model,
+    Precision,
+    Score,
+    Weights,
+    fail,
+    open_detector,
+    say,
+    say_json,
+)
 
 
 def serve(
@@ -16,6 +29,8 @@ def serve(
     device: Device = "auto",
     precision: Precision = "auto",
     score: Score = 0.05,
+    min_size: MinSize = None,
+    max_size: MaxSize = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="pictures a step [default: 8 on CUDA, 1 on a CPU]")] = None,
     max_wait: Annotated[float, typer.Option(min=0.0, help="ms that a picture waits for others")] = 5.0,
     queue: Annotated[int, typer.Option(min=1, help="requests taken at a time; others get 429")] = 64,
@@ -44,7 +59,7 @@ def serve(
     except OSError as error:
         fail(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})")
     with listener:
-        detector = open_detector(model, weights, device, precision, score)
+        detector = open_detector(model, weights, device, precision, score, min_size=min_size, max_size=max_size)
         limits = dict(max_bytes=int(max_mb * 1e6), max_pixels=int(max_megapixels * 1e6), timeout=timeout)
         app = create_app(detector, max_batch, max_wait / 1000, queue, **limits)
         shown = f"[{host}]" if ":" in host else host

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Device, Json, console, err, fail, say_json
+from fastrcnn.cli.common import Device, Json, MaxSize, MinSize, console, err, fail, say_json
 
 
 def say_on(where, line: str) -> None:
@@ -23,7 +23,7 @@ def say_on(where, line: str) -> None:
 def train(
     data: Annotated[Path, typer.Argument(help="folder or annotation file: COCO, Pascal VOC or YOLO")],
     out: Annotated[Path, typer.Option(help="folder for weights, logs and report; NAME.safetensors: folder NAME, and "
-                                           "the best weights in that file")],
+                                           "the best weights in that file")] = Path("runs/train"),
     images: Annotated[Path | None, typer.Option(help="its picture folder [default: beside the annotations]")] = None,
     val: Annotated[Path | None, typer.Option(help="folder or annotation file to measure AP on after each epoch")] = None,
     val_images: Annotated[
@@ -37,18 +37,18 @@ def train(
         str | None, typer.Option(help="1x, 2x, 3x, 90k, ms-3x, tv, tv-v2, lsj-100e, lsj-200e, lsj-400e, config or finetune "
                                       "[default: finetune; of a config file its own]"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="[default: the recipe's]")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="[default: the recipe's]")] = None,
     batch: Annotated[str | None, typer.Option(help="pictures a process and step, or auto [default: the recipe's]")] = None,
-    lr: Annotated[float | None, typer.Option(help="[default: the recipe's, scaled by the batch]")] = None,
-    min_size: Annotated[int | None, typer.Option(help="pixels of the short side [default: the model's]")] = None,
-    max_size: Annotated[int | None, typer.Option(help="pixels of the long side at most [default: the model's]")] = None,
+    lr: Annotated[float | None, typer.Option(min=0.0, help="[default: the recipe's, scaled by the batch]")] = None,
+    min_size: MinSize = None,
+    max_size: MaxSize = None,
     shard: Annotated[
         bool, typer.Option("--shard", help="spread parameters and optimizer over torchrun's processes (FSDP2)")
     ] = False,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 [default: the recipe's]")] = None,
-    patience: Annotated[int | None, typer.Option(help="end after so many epochs without a better AP")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="end after so many epochs without a better AP")] = None,
     seed: int = 0,
-    workers: Annotated[int, typer.Option(help="processes that read pictures")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read pictures")] = 2,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="the same bits on every run")] = False,
     drop_empty: Annotated[bool, typer.Option("--drop-empty", help="leave out pictures without objects")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,

@@ -156,5 +156,7 @@ def json_parts(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, int, 
         except (ValueError, RecursionError) as error:
             file.seek(0)
             hint = ": XML, as Pascal VOC's files are; COCO's are JSON" if file.read(99).lstrip()[:1] == b"<" else ""
+            if isinstance(error, UnicodeDecodeError):
+                hint = f": its bytes are no text ({error.reason})"
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise ValueError(f"{path}: not JSON{hint or f' ({reason})'}") from None

@@ -20,8 +20,10 @@ from fastrcnn.models.faster_rcnn import FasterRCNN
 from fastrcnn.models.padded import Padded
 from fastrcnn.models.rpn import RPN
 from fastrcnn.ops.conv_plan import load_plan, plan_beside
-from fastrcnn.weights.load import coco_address, infer_model
+from fastrcnn.weights.load import coco_address, infer_model, load_weights
 from fastrcnn.weights.named import named_model
+from fastrcnn.weights.start import is_config
+from fastrcnn.zoo.mmdet_config import from_mmdet_config
 from fastrcnn.zoo.recipes import NAMES, RPNS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,15 +121,17 @@ def _failure(error: Exception, picture: _Picture) -> Exception:
 class Detector:
     """Finds objects: `Detector("r50_fpn", weights="coco")("street.jpg")[0].boxes`.
 
-    model_or_name: a FasterRCNN, RetinaNet or RPN (copied, not changed; also as torch.compile or DataParallel wraps
-    it), a name from `fastrcnn models`, or a checkpoint (file, address or state dict) from which the model is inferred.
-    weights: a checkpoint of MMDetection, torchvision or Detectron2, "coco" for published ones, or None. device:
-    "auto", "cpu", "cuda", "cuda:1"... precision: "fp32", "bf16", "fp16"; "auto" is fp32 on a CPU, so that a checkpoint
+    model_or_name: a FasterRCNN, RetinaNet or RPN (copied, not changed; also as torch.compile or DataParallel wraps it), a
+    name from `fastrcnn models`, with weights a config file of MMDetection's, or a checkpoint (file, address or state dict)
+    from which the model is inferred. weights: a checkpoint of MMDetection, torchvision or Detectron2, "coco" for published
+    ones, or None. device: "auto", "cpu", "cuda", "cuda:1"...
+    precision: "fp32", "bf16", "fp16"; "auto" is fp32 on a CPU, so that a checkpoint
     gives its old numbers, and bf16 on CUDA. On a CPU bf16 pays with AMX; without AVX-512 it is computed in fp32 and
     rounded, and gains nothing. Objects below score_threshold are left out. compile: the whole way from pixels to
     detections goes through torch.compile, once for each batch size, which takes minutes for a large network.
     features: of a Faster R-CNN, Detections have class_scores and features, of the proposal that each object was made from.
-    max_per_img, iou_threshold (of NMS): the model's own where they are None.
+    max_per_img, iou_threshold (of NMS), min_size and max_size (pixels of the short side, and of the long side at most, that
+    pictures are resized to): the model's own where they are None.
 
     On CUDA the way from bytes to detections is one CUDA graph a shape (`captured`). A shape's first call measures which
     convolutions are the fastest, on a CPU Winograd's or oneDNN's of the 3x3 in fp32 (with compile always Winograd's;
@@ -146,6 +150,8 @@ class Detector:
         features: bool = False,
         max_per_img: int | None = None,
         iou_threshold: float | None = None,
+        min_size: int | None = None,
+        max_size: int | None = None,
     ):
         if not isinstance(score_threshold, int | float) or not 0.0 <= score_threshold <= 1.0:
             raise ValueError(f"score_threshold: expected a number in [0, 1], got {score_threshold!r}")
@@ -161,6 +167,7 @@ class Detector:
             if isinstance(source, str | os.PathLike) and plan_beside(source).is_file():
                 load_plan(plan_beside(source))
         model = self._model(model_or_name, weights).eval()
+        model.data_preprocessor.resize_to(min_size, max_size)
         model.requires_grad_(False)
         if features and (compile or not isinstance(model, FasterRCNN)):
             raise ValueError("features: expected a Faster R-CNN without compile, " + ("got compile" if compile else
@@ -199,18 +206,23 @@ class Detector:
             return infer_model(model_or_name)
         if not isinstance(model_or_name, str | os.PathLike):
             expected = "a FasterRCNN, RetinaNet or RPN of fastrcnn, a model's name, or a checkpoint"
-            raise TypeError(f"model_or_name: expected {expected}, got {type(model_or_name).__name__}")
+            kind, hint = type(model_or_name), ""
+            if isinstance(model_or_name, nn.Module):
+                hint = f" of {kind.__module__}: if it is torchvision's or another peer's, hand over its state_dict()"
+            raise TypeError(f"model_or_name: expected {expected}, got a {kind.__name__}{hint}")
         if not isinstance(weights, str | os.PathLike | Mapping | None):
             raise TypeError(f"weights: expected a path, an address or a state dict, got {type(weights).__name__}")
+        if isinstance(weights, os.PathLike):
+            weights = os.fsdecode(weights)
         name = str(model_or_name)
+        if weights is not None and is_config(name):
+            return load_weights(from_mmdet_config(name), weights)
         if name not in (*NAMES, *RPNS):
             if weights is not None:
                 raise ValueError(f"model_or_name: unknown model {name!r}, expected one of {', '.join((*NAMES, *RPNS))}")
             return infer_model(name)
         if weights is None:
             return named_model(name)
-        if isinstance(weights, os.PathLike):
-            weights = os.fsdecode(weights)
         return infer_model(coco_address(name) if weights == "coco" else weights, name)
 
     def __call__(self, images: Any, batch_size: int | None = None) -> list[Detections]:

@@ -46,6 +46,15 @@ class DataPreprocessor(nn.Module):
         self.in_channels = in_channels
         self.set_profile(profile, mean, std, bgr_to_rgb)
 
+    def resize_to(self, min_size: int | None = None, max_size: int | None = None) -> None:
+        """Other sizes than the model was built with, where they are given. Raises ValueError naming the argument."""
+        for name, size in (("min_size", min_size), ("max_size", max_size)):
+            if size is None:
+                continue
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected a whole number of pixels above 0, got {size!r}")
+            setattr(self, name, size)
+
     def set_profile(self, profile: Profile, mean=None, std=None, bgr_to_rgb: bool | None = None) -> None:
         own = self.colours(profile)
         mean, std = tuple(mean or own[0]), tuple(std or own[1])

@@ -287,7 +287,8 @@ def _laid_over(base: dict, child: dict, path: Path, where: str = "") -> dict:
 def _parsed(path: Path) -> tuple[list[ast.stmt] | dict, list]:
     """(statements of a .py file or the content of a .json file, its bases as they are written there)."""
     if path.suffix not in (".py", ".json"):
-        raise ValueError(f"{path}: expected a .py or .json config")
+        hint = ": Detectron2's are not read, its checkpoint tells the model" if path.suffix in (".yaml", ".yml") else ""
+        raise ValueError(f"{path}: expected a .py or .json config{hint}")
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path}: expected a config of at most {LARGEST} bytes, got {path.stat().st_size}")
     try:
