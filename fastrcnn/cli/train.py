@@ -37,9 +37,9 @@ def train(
         str | None, typer.Option(help="1x, 2x, 3x, 90k, ms-3x, tv, tv-v2, lsj-100e, lsj-200e, lsj-400e, config or finetune "
                                       "[default: finetune; of a config file its own]"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="[default: the recipe's]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="[default: the recipe's]")] = None,
     batch: Annotated[str | None, typer.Option(help="pictures a process and step, or auto [default: the recipe's]")] = None,
-    lr: Annotated[float | None, typer.Option(min=0.0, help="[default: the recipe's, scaled by the batch]")] = None,
+    lr: Annotated[float | None, typer.Option(help="[default: the recipe's, scaled by the batch]")] = None,
     min_size: MinSize = None,
     max_size: MaxSize = None,
     shard: Annotated[
