@@ -5,8 +5,8 @@ start, schedule, batch size, augmentation and number of epochs.
 
 DATA is a folder with images/, train.json and val.json in COCO's format. SIDE is torchvision (its dataset, transforms,
 model, loop and detections), plain (recipe tv: the same schedule in our trainer) or default (recipe finetune, with its own
-optimizer and rate). The model is a ResNet-18 of few channels with FPN, from random weights that the seed gives, all of
-which train; or, with --weights, what that file holds. The weights after the last epoch are judged by pycocotools on the
+optimizer, rate and batch). The model is a ResNet-18 of few channels with FPN, from random weights that the seed gives, all
+of which train; or, with --weights, what that file holds. The weights after the last epoch are judged by pycocotools on the
 held-out pictures. Prints a line of JSON.
 """
 
@@ -155,7 +155,7 @@ def main() -> None:
             model = ours(theirs(len(truth.cats), args.size, args.seed).state_dict(), args.size)
             assert all(p.requires_grad for p in model.parameters())
         model.class_names, model.category_ids = dataset.class_names, [int(i) for i in dataset.category_ids]
-        recipe = get_recipe("finetune" if own else "tv", epochs=epochs, batch_size=BATCH)
+        recipe = get_recipe("finetune", epochs=epochs) if own else get_recipe("tv", epochs=epochs, batch_size=BATCH)
         model = train(model, dataset, recipe, args.out, lr=lr, seed=args.seed)
         found = detect_ours(model, truth, args.data)
     minutes = round((time.perf_counter() - start) / 60, 1)

@@ -51,7 +51,7 @@ def test_a_run_leaves_its_folder(data, tmp_path):
     assert float(rows[0]["loss"]) == pytest.approx(sum(row["loss"] for row in steps[:3]) / 3)
     config = json.loads((out / "config.json").read_text())
     assert config["recipe"] == json.loads(json.dumps(dataclasses.asdict(get_recipe(epochs=2, batch_size=2))))
-    assert config["steps"] == 6 and config["lr"] == pytest.approx(5e-4 * 0.5**0.5)
+    assert config["steps"] == 6 and config["lr"] == pytest.approx(0.002 * (2 / 16) ** 0.5)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["last"]["epoch"] == 2 and {"AP", "APs", "AR100", "val_loss"} <= set(metrics["best"])
     assert len(list((out / "samples").glob("*.jpg"))) == 2
@@ -61,7 +61,7 @@ def test_a_run_leaves_its_folder(data, tmp_path):
     assert all(map(torch.equal, kept.state_dict().values(), mean.state_dict().values()))
     said = " ".join(lines)
     numbers = {k: v for k, v in dataclasses.asdict(get_recipe(epochs=2, batch_size=2)).items() if v is not None}
-    assert all(f"{k} {v}" in said for k, v in numbers.items() if k != "name") and "full rate 0.000353553" in said
+    assert all(f"{k} {v}" in said for k, v in numbers.items() if k != "name") and "full rate 0.000707107" in said
     assert lines[0].startswith("6 images") and not mean.training and kept.class_names == data.class_names
 
 

@@ -89,9 +89,9 @@ def test_a_rate_may_grow_with_the_root_of_the_batch():
 
 
 @pytest.mark.parametrize("epoch_steps, epochs, steps, warmup", [
-    (52, None, 52 * 36, 187),  # 205 pictures: what the recipe says
-    (5, None, 1000, 100),  # 20: the least number of steps, in whole epochs
-    (7, None, 7 * 143, 100), (5000, None, 180000, 500),
+    (103, None, 103 * 36, 371),  # 205 pictures: what the recipe says
+    (10, None, 1000, 100),  # 20: the least number of steps, in whole epochs
+    (7, None, 7 * 143, 100), (10000, None, 360000, 500),
     (52, 13, 676, 68), (52, 3, 156, 16), (5, 3, 15, 2), (1, 1, 1, 0), (5000, 3, 15000, 500),
 ])  # fmt: skip
 def test_the_default_fits_its_length_and_warm_up_to_the_data(epoch_steps, epochs, steps, warmup):
@@ -147,6 +147,11 @@ def test_parameters_are_grouped_by_decay_and_depth():
     assert sorted({g["lr"] for g in optimizer.param_groups}) == pytest.approx(
         [0.1 * 0.5**k for k in (5, 4, 3, 2, 1, 0)]
     )
+    slow = get_recipe("1x", fixed_norm_mult=0.25)
+    assert {g["scale"] for g in parameter_groups(model, slow)} == {1}  # norms of this one train
+    model.backbone.norm_eval = True
+    found = {names[id(p)]: g["scale"] for g in parameter_groups(model, slow) for p in g["params"]}
+    assert found["backbone.layer2.0.conv1.weight"] == 0.25 and found["neck.fpn_convs.0.conv.weight"] == 1
     model.backbone.frozen_stages = 4
     model.train()
     assert "backbone.layer3.0.conv1.weight" not in {

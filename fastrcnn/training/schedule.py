@@ -54,6 +54,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """The parameters that train, by weight decay and `scale` of the rate, each group in the order of the model."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
     owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    fixed = recipe.fixed_norm_mult if getattr(getattr(model, "backbone", None), "norm_eval", False) else 1.0
     groups: dict[tuple[float, float], list] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -62,7 +63,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
                 decay *= recipe.norm_decay
             elif name.endswith("bias"):
                 decay *= recipe.bias_decay
-            groups.setdefault((decay, recipe.layer_decay ** _stage(name)), []).append(p)
+            scale = recipe.layer_decay ** _stage(name) * (fixed if name.startswith("backbone.") else 1.0)
+            groups.setdefault((decay, scale), []).append(p)
     return [dict(params=params, weight_decay=decay, scale=scale) for (decay, scale), params in groups.items()]
 
 
