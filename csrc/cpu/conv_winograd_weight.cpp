@@ -59,7 +59,8 @@ Tensor winograd_weight(const Tensor& weight, int64_t lanes, bool turned) {
   const int64_t piece = lanes * 2 * lanes, point_stride = panels * chunks * piece;
   float* const points = out.mutable_data_ptr<float>();
   const auto pack = BY_LANES(lanes, pack);
-  share(panels * chunks, 1, threads_for(point_stride * 64, kSmall), [&](int64_t first, int64_t last, int64_t) {
+  const int64_t threads = threads_for(point_stride * 36 * 16, kSmall);  // memory that is written for the first time is slow
+  share(panels * chunks, 1, threads, [&](int64_t first, int64_t last, int64_t) {
     for (int64_t i = first; i < last; ++i)
       pack(taps, i / chunks * 2 * lanes, i % chunks * lanes, points + i * piece, point_stride);
   });
