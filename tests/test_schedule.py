@@ -1,5 +1,7 @@
 """training/schedule.py and recipe.py: the rate of every step, the groups, and the numbers of each recipe."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -84,6 +86,12 @@ def test_a_rate_may_grow_with_the_root_of_the_batch():
     recipe = Recipe("root", lr=0.01, base_batch=4, scaling="sqrt")
     assert [base_rate(recipe, n) for n in (1, 4, 16, 64)] == pytest.approx([0.005, 0.01, 0.02, 0.04])
     assert base_rate(recipe, 64, 0.3) == 0.3
+    default = RECIPES["finetune"]
+    with pytest.warns(UserWarning, match="lr: 0.02 is 28 times what recipe finetune takes for AdamW .0.00071."):
+        assert base_rate(default, 2, 0.02) == 0.02
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert base_rate(default, 2, 0.002) == 0.002 and base_rate(RECIPES["1x"], 2, 0.5) == 0.5
     with pytest.raises(ValueError, match="scaling: expected one of linear, sqrt, got 'log'"):
         get_recipe("1x", scaling="log")
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import torch
 from torch import nn
@@ -11,11 +12,17 @@ from fastrcnn.training.recipe import Recipe
 
 def base_rate(recipe: Recipe, pictures: int, lr: float | None = None) -> float:
     """The full rate of a run with so many pictures a step in all: `lr` as it is where it is said, else the recipe's, which
-    grows with their number as SGD's does (Goyal et al., 2017), or with its root as Adam's does (Malladi et al., 2022)."""
-    if lr is not None:
-        return lr
+    grows with their number as SGD's does (Goyal et al., 2017), or with its root as Adam's does (Malladi et al., 2022).
+    Warns of a rate for AdamW that can only be meant for SGD."""
     share = pictures / recipe.base_batch
-    return recipe.lr * (share if recipe.scaling == "linear" else math.sqrt(share))
+    own = recipe.lr * (share if recipe.scaling == "linear" else math.sqrt(share))
+    if lr is not None and recipe.optimizer == "AdamW" and lr > 5 * own:
+        warnings.warn(
+            f"lr: {lr:g} is {lr / own:.0f} times what recipe {recipe.name} takes for AdamW ({own:.2g}), and is likely to end "
+            "in nothing; rates of that size are for SGD (recipe 1x, 2x, 3x or tv)",
+            stacklevel=2,
+        )
+    return own if lr is None else lr
 
 
 def total_steps(recipe: Recipe, epoch_steps: int) -> int:
