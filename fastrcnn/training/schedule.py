@@ -18,8 +18,8 @@ def base_rate(recipe: Recipe, pictures: int, lr: float | None = None) -> float:
     own = recipe.lr * (share if recipe.scaling == "linear" else math.sqrt(share))
     if lr is not None and recipe.optimizer == "AdamW" and lr > 5 * own:
         warnings.warn(
-            f"lr: {lr:g} is {lr / own:.0f} times what recipe {recipe.name} takes for AdamW ({own:.2g}), and is likely to end "
-            "in nothing; rates of that size are for SGD (recipe 1x, 2x, 3x or tv)",
+            f"lr: {lr:g} is {lr / own:.0f} times what recipe {recipe.name} takes for AdamW ({own:.2g}), and is likely to "
+            "end in nothing; rates of that size are for SGD (recipe 1x, 2x, 3x or tv)",
             stacklevel=2,
         )
     return own if lr is None else lr
