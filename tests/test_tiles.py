@@ -81,6 +81,31 @@ def test_a_part_that_no_whole_object_covers_is_kept():
     assert sorted(found.boxes.tolist()) == [[90, 40, 100, 60], [100, 40, 110, 60]]
 
 
+def test_a_whole_object_of_the_same_tile_is_another_one():
+    """A part is left out for a whole object of its class that another tile shows; beside one in its own tile it stays."""
+    boxes = torch.tensor([[60.0, 10, 110, 40], [80, 10, 110, 40], [80, 10, 110, 40]])
+    one = Detections(boxes, torch.tensor([0.5, 0.9, 0.8]), torch.tensor([0, 0, 1]), ["a", "b"], [1, 2])
+    cut = torch.tensor([False, True, True])
+    assert len(merge_tiles([one], cut, 0.9)) == 3
+    found = merge_tiles([one[:1], one[1:]], cut, 0.9)
+    assert sorted(zip(found.labels.tolist(), found.boxes[:, 0].tolist())) == [(0, 60.0), (1, 80.0)]
+
+
+def test_the_whole_picture_answers_for_what_no_tile_holds():
+    """What it sees too small to tell apart from others: a tile that holds the object whole does not see it there."""
+
+    class Dreamer(Finder):
+        def one(self, image):
+            found = super().one(image)
+            if max(image.shape) <= 100:
+                return found
+            boxes = torch.tensor([[10.0, 10, 60, 60], [80, 20, 190, 90]])  # the second is wider than a tile
+            return Detections(boxes, torch.tensor([0.95, 0.9]), torch.zeros(2, dtype=torch.int64), ["bright"], [1])
+
+    (found,) = Tiled(Dreamer(), 100, 0.2)([scene(100, 300, (210, 40, 240, 60))])
+    assert sorted(found.boxes.tolist()) == [[80, 20, 190, 90], [210, 40, 240, 60]]
+
+
 def test_what_is_left_is_nms_of_the_whole_ones():
     """Against torchvision, of boxes that no border goes through."""
     g = torch.Generator().manual_seed(3)

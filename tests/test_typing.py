@@ -20,6 +20,37 @@ for index, image, result in detector.stream(["a.jpg"]):
 wrong: int = found[0].names
 """
 
+WIDER = """
+import torch
+
+import fastrcnn
+from fastrcnn import Detections, Detector, models, ops
+from fastrcnn.data import check, open_dataset
+from fastrcnn.evaluation import evaluate, measure, predict
+from fastrcnn.export import export
+from fastrcnn.training import get_recipe, train
+from fastrcnn.weights import infer_model, pretrained_model
+
+keep: torch.Tensor = ops.nms(torch.rand(3, 4), torch.rand(3), 0.5)
+pooled: torch.Tensor = ops.roi_align(torch.rand(1, 2, 8, 8), torch.rand(3, 5), 7)
+batched: torch.Tensor = ops.batched_nms(torch.rand(3, 4), torch.rand(3), torch.zeros(3), 0.5)
+model = models.faster_rcnn("r18_fpn", num_classes=3)
+other = infer_model("a.pth")
+third = pretrained_model("a.pth", 3)
+dataset = open_dataset("photos")
+names: list[str] = dataset.class_names
+recipe = get_recipe("finetune", epochs=1)
+trained = train(model, dataset, recipe, out="runs/a", val=dataset)
+scores: dict[str, float] = evaluate(Detector(model), dataset)
+found = predict(Detector(model), dataset)
+measure(dataset, found)
+export(model, "a.onnx", to="onnx")
+fastrcnn.load_weights(model, "a.pth")
+fastrcnn.save(model, "a.safetensors")
+print(len(check("photos")))
+wrong: int = keep
+"""
+
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     pytest.importorskip("mypy")
@@ -38,3 +69,10 @@ def test_a_users_checker_sees_the_types(tmp_path):
     errors = [line for line in done.stdout.splitlines() if "use.py" in line and ": error:" in line]
     assert len(errors) == 1 and 'expression has type "list[str]", variable has type "int"' in errors[0], done.stdout
     assert 'Revealed type is "list[str]"' in done.stdout
+
+
+def test_a_user_of_models_operators_and_training_is_checked_strictly(tmp_path):
+    (tmp_path / "use.py").write_text(WIDER)
+    done = run("--strict", "--follow-imports=silent", str(tmp_path / "use.py"))
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert len(errors) == 1 and 'expression has type "Tensor", variable has type "int"' in errors[0], done.stdout

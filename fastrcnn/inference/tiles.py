@@ -42,20 +42,29 @@ def _cut(boxes: Tensor, tile: Tile, height: int, width: int) -> Tensor:
     return (((boxes - torch.tensor(tile, dtype=boxes.dtype)).abs() <= near) & inner).any(1)
 
 
+def _held(boxes: Tensor, tiles: Sequence[Tile]) -> Tensor:
+    """bool [N]: the boxes [N, 4] that lie whole in one of the tiles."""
+    inner = torch.tensor(tiles, dtype=boxes.dtype)
+    return ((boxes[:, None, :2] >= inner[:, :2]) & (boxes[:, None, 2:] <= inner[:, 2:])).all(2).any(1)
+
+
 def merge_tiles(
     parts: Sequence[Detections], cut: Tensor, iou_threshold: float, max_per_img: int | None = None
 ) -> Detections:
     """Detections of one picture from those of its tiles, all in the picture's pixels.
 
     cut: bool [N], of all of them in order: whether a tile's border goes through the object. Such a part is left out where a
-    whole object of its class covers half of it; then NMS within each class (`fastrcnn.ops.batched_nms`), whole objects
-    before parts.
+    whole object of its class in another of `parts` covers half of it; then NMS within each class
+    (`fastrcnn.ops.batched_nms`), whole objects before parts.
     """
     boxes, scores, labels = (torch.cat([getattr(p, key) for p in parts]) for key in ("boxes", "scores", "labels"))
+    view = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
     whole = torch.nonzero(~cut)[:, 0]
     low = torch.maximum(boxes[:, None, :2], boxes[None, whole, :2])
     high = torch.minimum(boxes[:, None, 2:], boxes[None, whole, 2:])
-    shared = (high - low).clamp(min=0).prod(2) * (labels[:, None] == labels[whole])
+    # What one view shows twice, it holds for two objects.
+    others = (labels[:, None] == labels[whole]) & (view[:, None] != view[whole])
+    shared = (high - low).clamp(min=0).prod(2) * others
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     kept = torch.nonzero(~cut | ~(shared > COVERED * area[:, None]).any(1))[:, 0]
     rank = scores[kept] - cut[kept].to(scores.dtype)  # scores are at most 1: every part comes after the whole ones
@@ -69,7 +78,7 @@ def merge_tiles(
 
 class Tiled:
     """A Detector that looks at pictures larger than `tile` pixels in tiles, and at the whole, too, as the model resizes it:
-    objects that are larger than the overlap come from there. Calls and `stream` are the Detector's own.
+    objects that no tile holds whole come from there. Calls and `stream` are the Detector's own.
 
     overlap: part of a tile's side that neighbours share, 0 to below 1: an object up to this size lies whole in one of them.
     Raises ValueError naming the argument.
@@ -111,6 +120,8 @@ class Tiled:
         views = [Tile(0, 0, width, height), *tiles_of(height, width, self.tile, self.overlap)]
         parts, cut = [], []
         for view, found in zip(views, self.detector([image[:, t.y1 : t.y2, t.x1 : t.x2] for t in views], batch_size)):
+            if view is views[0]:
+                found = found[~_held(found.boxes, views[1:])]
             boxes = found.boxes + torch.tensor([view.x1, view.y1] * 2)
             cut.append(_cut(boxes, view, height, width))
             found.boxes = boxes
