@@ -1,6 +1,6 @@
 """Tiles of a large picture beside its parts alone: what is found, what is found twice, how long it takes.
 
-    python benchmarks/tiles_bench.py --bccd path/to/bccd [--tile 480] [--overlap 0.2] [--save picture.png]
+    python benchmarks/tiles.py --bccd path/to/bccd [--tile 480] [--overlap 0.2] [--save picture.png]
 
 The picture is 6 x 6 photographs of BCCD's validation set side by side, 3840 x 2880, with their truth. An object counts as
 found when a detection of its class overlaps it by half (IoU); a detection is double when the object that it overlaps by
