@@ -165,7 +165,8 @@ def test_mmdetection_weights(tmp_path, layout, history_buffer):
     else:
         if layout == "ddp":
             state = {f"module.{k}": v for k, v in state.items()}
-        state |= {"data_preprocessor.mean": torch.zeros(3)}
+        more = {"data_preprocessor.mean": torch.zeros(3), "ema_backbone_conv1_weight": torch.ones(3)}
+        state |= {f"module.{k}": v for k, v in more.items()} if layout == "ddp" else more
         meta = dict(dataset_meta=dict(CLASSES=("rbc", "wbc", "platelet")), cfg="style='pytorch'", epoch=12)
         history_buffer(dict(meta=meta, state_dict=state), path)
     loaded = load_weights(tiny_model(seed=1), path)

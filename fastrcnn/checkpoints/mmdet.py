@@ -38,11 +38,12 @@ def check_version(state: dict[str, Tensor], meta: dict) -> None:
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict in our keys. Early checkpoints keep the layer that predicts a deformable convolution's offsets beside
-    it."""
+    it. mmcv's EMAHook leaves the other of two versions of each weight as `ema_backbone_conv1_weight`: the plain names hold
+    the one that was evaluated."""
     out = {}
     for key, value in state.items():
         key = re.sub(r"\.conv(\d)_offset\.", r".conv\1.conv_offset.", key)
-        if not key.startswith("data_preprocessor."):
+        if not key.startswith(("data_preprocessor.", "ema_")):
             out[key] = value
     return out
 
