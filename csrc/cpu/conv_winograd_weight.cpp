@@ -45,7 +45,7 @@ END_TARGET
 #define BY_LANES(lanes, function) (lanes == 16 ? lanes16::function : lanes == 8 ? lanes8::function : lanes4::function)
 
 constexpr int64_t kSmall = 1 << 26;  // multiply-adds, about a millisecond of one thread's
-constexpr int64_t kBlock = 96;       // tiles whose points lie in memory at once
+constexpr int64_t kBlock = 64;       // tiles whose points lie in memory at once
 
 // weight [O, C, 3, 3] to [36, panels of 2 * lanes filters, channels, 2 * lanes], both filled up with zeros.
 Tensor winograd_weight(const Tensor& weight, int64_t lanes, bool turned) {
@@ -91,7 +91,7 @@ Tensor winograd_weight_gradient(const Tensor& input, const Tensor& gradient, std
   // Some lines more than needed: 36 streams a power of two apart would meet in the same sets of the cache.
   const int64_t input_stride = block * chunks * lanes + 16, gradient_stride = block * panels * 2 * lanes + 16;
   Tensor sums = empty_like_device(input, {36, panels, chunks, piece}, ScalarType::Float);
-  torch::stable::zero_(sums);
+  if (tiles == 0) torch::stable::zero_(sums);
   Tensor buffer = empty_like_device(input, {36 * (input_stride + gradient_stride)}, ScalarType::Float);
   torch::stable::zero_(buffer);  // where a panel or a chunk is not full
   float *const sum = sums.mutable_data_ptr<float>(), *const a = buffer.mutable_data_ptr<float>();
@@ -115,7 +115,7 @@ Tensor winograd_weight_gradient(const Tensor& input, const Tensor& gradient, std
       for (int64_t i = first; i < last; ++i)
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
           accumulate(a + i / panels * input_stride + chunk * block * lanes,
-                     b + i / panels * gradient_stride + i % panels * block * 2 * lanes, count,
+                     b + i / panels * gradient_stride + i % panels * block * 2 * lanes, count, begin == 0,
                      sum + (i * chunks + chunk) * piece);
     });
   }

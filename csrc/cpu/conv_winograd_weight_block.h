@@ -90,13 +90,13 @@ static void transform_gradient(const float* const pixel[16], int64_t filters, fl
   }
 }
 
-// LANES channels x a panel of filters at one point: sum[channel][filter] += over the tiles, input * gradient.
-static void accumulate(const float* input, const float* gradient, int64_t tiles, float* sum) {
+// LANES channels x a panel of filters at one point: sum[channel][filter] (+)= over the tiles, input * gradient.
+static void accumulate(const float* input, const float* gradient, int64_t tiles, bool first, float* sum) {
   constexpr int kRows = LANES / 2;
   for (int half = 0; half < 2; ++half, sum += kRows * 2 * LANES) {
-    Vec own[kRows][2];
+    Vec own[kRows][2] = {};
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; !first && r < kRows; ++r)
       own[r][0] = load(sum + r * 2 * LANES, LANES), own[r][1] = load(sum + r * 2 * LANES + LANES, LANES);
     for (int64_t t = 0; t < tiles; ++t) {
       const Vec b0 = load(gradient + t * 2 * LANES, LANES), b1 = load(gradient + t * 2 * LANES + LANES, LANES);
