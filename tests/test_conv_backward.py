@@ -219,3 +219,19 @@ def test_fakes_say_the_shapes(name):
     }
     for call in calls[name]:
         torch.library.opcheck(getattr(torch.ops.fastrcnn, name).default, call, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("stride", [1, 2, (2, 3)])
+def test_half_precision_sees_a_narrow_kernel_of_one_pixel_through_its_stride(two_threads, stride):
+    """torch's own convolution would have a stride and, on two threads, end the process in its gradient."""
+    conv, norm = nn.Conv2d(8, 16, 1, stride, bias=False), nn.BatchNorm2d(16)
+    x = torch.randn(1, 8, 16, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv_norm_act(x, conv, norm, relu=False)
+    assert out.dtype == torch.bfloat16 and out.shape == conv(x).shape
+    gradient = torch.randn(out.shape)
+    found = torch.autograd.grad(out, (x, conv.weight), gradient.bfloat16())
+    right = F.batch_norm(F.conv2d(x.double(), conv.weight.double(), None, stride), None, None, training=True)
+    torch.testing.assert_close(out.double(), right, rtol=0, atol=0.05)
+    for a, b in zip(found, torch.autograd.grad(right, (x, conv.weight), gradient.double())):
+        assert (a - b).norm() < 0.02 * b.norm()

@@ -1,6 +1,7 @@
 """Convolution + normalisation + activation, through the fused operator wherever the normalisation is fixed."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrcnn.layers.builders import build_activation, build_conv, build_norm
@@ -20,6 +21,14 @@ def _is_prepared(conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> bool:
     if getattr(conv, "winograd", None) is None or torch.compiler.is_exporting():
         return False
     return not any(t is not None and t.requires_grad for t in (x, conv.weight, conv.bias, residual))
+
+
+def _convolved(x: Tensor, conv: nn.Module, plain: bool) -> Tensor:
+    """conv(x). In torch's own half precision the gradient of a narrow 1x1 with a stride may end the process (oneDNN writes
+    past its memory): through the strided view there is no stride."""
+    if plain and (*conv.kernel_size, *conv.padding, conv.groups) == (1, 1, 0, 0, 1) and conv.in_channels < 16:
+        return F.conv2d(x[:, :, :: conv.stride[0], :: conv.stride[1]], conv.weight, conv.bias)
+    return conv(x)
 
 
 def conv_norm_act(
@@ -46,7 +55,7 @@ def conv_norm_act(
             return conv_bn_relu(x, conv.weight, *statistics, *where, *epilogue)
         if norm.training:  # for the operator's gradients, which are the faster ones
             out = conv_bn_relu(x, conv.weight, None, conv.bias, None, None, 0.0, *where, None, False)
-    out = conv(x) if out is None else out
+    out = _convolved(x, conv, plain) if out is None else out
     out = out if norm is None else norm(out)
     if residual is not None:
         out = out + (upsampled(residual, out.shape[2:]) if upsample_residual else residual)
