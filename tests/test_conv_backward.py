@@ -17,7 +17,7 @@ WIDTHS = [lanes for lanes in (4, 8, 16) if lanes <= winograd.LANES]
 SIZES = [(1, 3, 5, 1, 1), (2, 16, 32, 9, 11), (1, 70, 45, 13, 21), (3, 33, 17, 5, 4), (1, 20, 40, 62, 83)]
 PADDINGS = [(1, 1), (0, 2), (2, 0)]
 CASES = [(s, p) for s, p in product(SIZES, PADDINGS) if min(s[3] + 2 * p[0], s[4] + 2 * p[1]) > 2]
-ROUNDINGS = 8  # of float32, of the sum of absolute terms; measured: 2.0
+ROUNDINGS = 8  # of float32, of the sum of absolute terms; measured: 4.3
 
 
 @pytest.fixture(autouse=True)
