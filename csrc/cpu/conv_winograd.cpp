@@ -55,8 +55,6 @@ namespace lanes16 {
 }  // namespace lanes16
 END_TARGET
 
-constexpr int64_t kSmall = 1 << 26;  // multiply-adds, about a millisecond of one thread's
-
 // Tiles of a block, in whole rows of registers and as many blocks for each thread: the more, the seldomer the weights are
 // read; the fewer, the nearer to the core what is transformed stays. About as many bytes of both is where the times are low.
 int64_t block_tiles(const WinogradConv& p, int64_t tiles, int64_t threads, int64_t rows) {

@@ -26,6 +26,8 @@ namespace {
 
 constexpr float kPoint1 = 0.70710678f, kPoint2 = 1.41421356f;
 
+constexpr int64_t kSmall = 1 << 26;  // multiply-adds, about a millisecond of one thread's
+
 inline int64_t multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 
 struct Tile {

@@ -44,8 +44,7 @@ END_TARGET
 
 #define BY_LANES(lanes, function) (lanes == 16 ? lanes16::function : lanes == 8 ? lanes8::function : lanes4::function)
 
-constexpr int64_t kSmall = 1 << 26;  // multiply-adds, about a millisecond of one thread's
-constexpr int64_t kBlock = 64;       // tiles whose points lie in memory at once
+constexpr int64_t kBlock = 64;  // tiles whose points lie in memory at once
 
 // weight [O, C, 3, 3] to [36, panels of 2 * lanes filters, channels, 2 * lanes], both filled up with zeros.
 Tensor winograd_weight(const Tensor& weight, int64_t lanes, bool turned) {
