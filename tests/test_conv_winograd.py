@@ -178,6 +178,21 @@ def test_the_plan_decides(asked, monkeypatch, fastest):
     assert kind.startswith("CPU ") and kind.endswith("float32, 16->32 3x3 /1 p1 d1 g1, 2^10.25 pixels")
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.device("meta")], ids=str)
+def test_the_process_defaults_of_torch_do_not_decide(default):
+    x, weight, bias, _ = make((1, 32, 48, 40, 52), (1, 1))
+    packed = prepared(weight, (1, 1), (1, 1), 1)
+    of_device = default if isinstance(default, torch.device) else torch.device("cpu")
+    torch.set_default_dtype(default if isinstance(default, torch.dtype) else torch.float32)
+    try:
+        with of_device:
+            out = conv_cpu.conv_prepared(x, weight, packed, bias, (1, 1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ((_, measured),) = conv_plan.PLAN.items()
+    assert set(measured) == {"onednn", "winograd"} and out.dtype == torch.float32 and out.device == x.device
+
+
 def test_deterministic_mode_measures_nothing(asked):
     x, weight, bias, _ = make((1, 16, 16, 9, 9), (1, 1))
     torch.use_deterministic_algorithms(True)

@@ -92,7 +92,6 @@ def conv_prepared(
     kind = conv_plan.kind_of(device, torch.float32, tuple(weight.shape), height * width, where, "")
 
     def sample(name: str) -> Tensor:
-        x = torch.ones(1, height, width, input.shape[1]).permute(0, 3, 1, 2)
-        return run(name, x, None, False)
+        return run(name, input.new_ones(1, height, width, input.shape[1]).permute(0, 3, 1, 2), None, False)
 
     return run(conv_plan.choose(kind, ("onednn", "winograd"), sample, conv_plan.host_milliseconds))
