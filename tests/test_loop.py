@@ -136,6 +136,20 @@ def test_out_of_memory_says_what_to_lower(monkeypatch):
         train(model, pictures(), plain(), log=quiet)
 
 
+def test_what_a_dataset_raises_reaches_the_caller_as_it_is():
+    class Failing(list):
+        asked = 0
+
+        def __getitem__(self, index):
+            self.asked += 1
+            if self.asked > len(self):  # each was read once before the first step
+                raise RuntimeError("a transform of the user's")
+            return super().__getitem__(index)
+
+    with pytest.raises(RuntimeError, match="^a transform of the user's$"):
+        train(Scripted(), Failing(pictures()), PLAIN, log=quiet)
+
+
 def test_a_diverged_run_names_its_pictures_and_keeps_the_good_state(data, tmp_path, monkeypatch):
     forward, steps = Losses.forward, []
 

@@ -146,7 +146,7 @@ class Run:
                     break
                 begun = time.perf_counter()
         except RuntimeError as error:
-            raise out_of_memory(error, f"step {s.step}", len(images), self.device) from None
+            raise out_of_memory(error, f"step {s.step}", recipe.batch_size, self.device) from None
         finally:
             loader.close()
         self.end_epoch()
