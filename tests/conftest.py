@@ -1,6 +1,7 @@
 """Shared by all tests: the devices, the guard against testing a reference with itself, the tolerance rule, and one small
 model."""
 
+import io
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from fastrcnn._extension import CUDA_REASON, has_kernel
 from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.evaluation import plots
 from fastrcnn.models.build import merge
 from fastrcnn.weights.named import named_model
 
@@ -65,6 +67,18 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+PIXEL = io.BytesIO()
+Image.new("RGB", (1, 1)).save(PIXEL, "PNG")
+
+
+@pytest.fixture(autouse=True)
+def no_charts(request, monkeypatch):
+    """A pixel in the place of each chart, which takes half a second to draw, but in tests that look at charts."""
+    if "charts" not in request.keywords:
+        for name in ("training_curves", "precision_recall", "confusion", "scores", "errors"):
+            monkeypatch.setattr(plots, name, lambda *numbers: PIXEL.getvalue())
 
 
 REFERENCE_ANSWERS = {("conv_bn_relu", "cpu", torch.float64)}  # on purpose: it never goes to oneDNN

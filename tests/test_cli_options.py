@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_cli import content_of, dataset, run, tiny, with_content  # noqa: F401
 from test_cli_face import VERBS
-from test_cli_train import no_charts  # noqa: F401
+from test_cli_train import no_report  # noqa: F401
 
 from fastrcnn import Detector
 from fastrcnn.data import read_image

@@ -35,7 +35,7 @@ def short(starts):
 
 
 @pytest.fixture(autouse=True)
-def no_charts(monkeypatch):
+def no_report(monkeypatch):
     monkeypatch.setattr("fastrcnn.training.loop.report", lambda *a: None)
 
 

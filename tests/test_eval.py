@@ -66,6 +66,7 @@ def test_json_is_percent_and_nothing_else_is_printed(folder, weights):
     assert "AR3" in fewer and "AR100" not in fewer and fewer["AP"] < scores["AP"]
 
 
+@pytest.mark.charts
 def test_a_folder_holds_the_report(folder, weights):
     out = folder / "new" / "out"
     printed, _ = run(folder, "--weights", weights, "--out", out, "--json")

@@ -38,6 +38,7 @@ def rows_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.charts
 def test_a_run_leaves_its_folder(data, tmp_path):
     out, lines = tmp_path / "run", []
     mean = train(tiny(), data, out=out, val=data, epochs=2, batch_size=2, log=lines.append)
@@ -158,7 +159,6 @@ def test_a_diverged_run_names_its_pictures_and_keeps_the_good_state(data, tmp_pa
         return {k: v * (math.nan if len(steps) == 8 else 1) for k, v in forward(self, *batch).items()}
 
     monkeypatch.setattr(Losses, "forward", diverging)
-    monkeypatch.setattr("fastrcnn.training.loop.report", lambda *a: None)
     with pytest.raises(
         FloatingPointError, match=r"step 7: the loss is nan.*images/\d.png.*step_000000006.pt is the last"
     ):
@@ -292,7 +292,6 @@ def test_early_stopping_keeps_the_best(data, tmp_path, monkeypatch):
         "fastrcnn.training.loop.measured", lambda *a: (dict.fromkeys(("AP", "AP50", "AP75"), next(scores)), None)
     )
     lines = []
-    monkeypatch.setattr("fastrcnn.training.loop.report", lambda *a: None)
     train(tiny(), data, out=tmp_path, val=data, epochs=9, batch_size=6, patience=2, log=lines.append)
     assert "stopped: no better AP for 2 epochs" in lines[-1]
     assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 4

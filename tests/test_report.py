@@ -16,6 +16,7 @@ from fastrcnn.data.rendered_cells import render_cells
 from fastrcnn.evaluation import plots
 from fastrcnn.evaluation.report import tag, training_report
 
+pytestmark = pytest.mark.charts
 HOSTILE = "<img src=x onerror=alert(1)>\"'&$\\frac{ \udcff\u202e</title></style><script>alert(2)</script>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EPOCHS, STEPS = 3, 240

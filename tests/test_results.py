@@ -19,6 +19,7 @@ from fastrcnn.evaluation import contact_sheet, measure, plots, predict, results,
 from fastrcnn.evaluation.diagnosis import Looked
 from fastrcnn.evaluation.report import CHARTS, training_report
 
+pytestmark = pytest.mark.charts
 IDS = [0, 3, 7, 12]
 
 
