@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastrcnn"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TIERS = [
-    {"_extension"},
+    {"_extension", "_write"},
     {"ops"},
     {"layers"},
     {"checkpoints"},

@@ -10,12 +10,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from fastrcnn.checkpoints.write import write_whole
+from fastrcnn._write import write_whole
 from fastrcnn.inference.detections import Detections
 
 FORMATS = ("json", "csv", "parquet", "yolo", "crops")
@@ -127,15 +128,22 @@ OF_A_RUN: dict[str, Callable[[BinaryIO, Path, list[dict[str, Any]], dict[str, An
 )
 
 
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """`write_whole` whose OSError names the path."""
-    path = Path(os.path.realpath(path))  # of a link what it points to
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path}: cannot be written (it is no regular file)")
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """The file that a path stands for, of a link what it points to, to be written. Raises OSError naming it where the block
+    does, and where there is something else than a file."""
+    path = Path(os.path.realpath(path))
     try:
-        write_whole(path, write)
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
+        yield path
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    with written(path) as place:
+        write_whole(place, write)
 
 
 def write_yolo(found: Detections, image: Tensor, folder: Path, stem: str) -> None:

@@ -17,12 +17,13 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
+from fastrcnn._write import replacing
 from fastrcnn.data.fetch import is_address
 from fastrcnn.data.images import ImageError
 from fastrcnn.inference.detections import Detections
 from fastrcnn.inference.detector import Detector
 from fastrcnn.inference.earlier import add_line, check_foreign, go_on, put_aside
-from fastrcnn.inference.formats import OF_A_RUN, check_formats, write_coco, write_crops, write_yolo
+from fastrcnn.inference.formats import OF_A_RUN, check_formats, write_coco, write_crops, write_yolo, written
 from fastrcnn.inference.video import is_video, open_video, video_writer
 
 NAME_BYTES = 200  # of a picture's name without its number and suffix; file systems take 255 in all
@@ -75,17 +76,10 @@ def write_picture(path: Path, picture: Tensor) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Puts a file in the place of `path` in one step, when it is whole. Raises OSError naming the path."""
-    path = Path(_resolved(path))  # of a link what it points to
-    part = path.with_name(f".{os.getpid()}.part")
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no regular file")
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
+    """Puts a file in the place of `path` in one step, when it is whole; of thousands of pictures none waits for the disk.
+    Raises OSError naming the path."""
+    with written(path) as place, replacing(place) as file:
+        file.write(content)
 
 
 def _open_lines(folder: Path) -> BinaryIO:

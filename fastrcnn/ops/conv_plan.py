@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastrcnn._write import replacing
+
 # kind -> milliseconds of its candidates, the fastest first
 PLAN: dict[str, dict[str, float]] = {}
 ROUNDS = 5
@@ -35,13 +37,8 @@ def choose(
 
 def save_plan(path: str | os.PathLike) -> None:
     """JSON of what has been measured or loaded; a file that is there is replaced at once or not at all."""
-    path = Path(path)
-    part = path.with_name(f".{path.name[:80]}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(PLAN, indent=1), encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(Path(path)) as file:
+        file.write(json.dumps(PLAN, indent=1).encode())
 
 
 def plan_beside(weights: str | os.PathLike) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastrcnn.checkpoints.write import write_whole
+from fastrcnn._write import write_whole
 from fastrcnn.weights import writable
 
 STATES = "states"  # the folder of them in a run's folder

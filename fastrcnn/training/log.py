@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastrcnn.checkpoints.write import write_whole
+from fastrcnn._write import write_whole
 from fastrcnn.evaluation.results import as_json
 from fastrcnn.inference.detections import Detections
 from fastrcnn.inference.output import write_picture

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastrcnn.checkpoints.write import write_whole
+from fastrcnn._write import write_whole
 from fastrcnn.data.batches import batches, steps_per_epoch
 from fastrcnn.models.base_detector import unwrapped
 from fastrcnn.models.sampling import seeded

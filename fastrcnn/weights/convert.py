@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrcnn._write import write_whole
 from fastrcnn.checkpoints.checkpoint import PEERS
 from fastrcnn.checkpoints.peer_options import EXTRA_STATE, PeerOptions
-from fastrcnn.checkpoints.write import write_whole
 from fastrcnn.models.base_detector import BaseDetector
 from fastrcnn.models.profiles import Profile, get_profile
 from fastrcnn.models.resnet import Bottleneck

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastrcnn._write import beside, write_whole
 from fastrcnn.checkpoints import detectron2
 from fastrcnn.checkpoints.checkpoint import PEERS
 from fastrcnn.checkpoints.peer_options import EXTRA_STATE, to_text
-from fastrcnn.checkpoints.write import beside, write_whole
 from fastrcnn.layers.builders import ConvWS2d
 from fastrcnn.models.build import merge
 from fastrcnn.models.resnet import Bottleneck

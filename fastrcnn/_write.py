@@ -1,7 +1,8 @@
 """Files that are whole at every moment."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,20 +12,29 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name[:80]}.{os.getpid()}.part")
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file beside `path`, brings it to the disk, and renames it: `path` is the old or the new file, never a part.
-    Raises OSError; the old file is still there then."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in, which takes the name `path` when the block ends, and is gone where that raises. Nothing waits for
+    the disk: a loss of power may leave it empty."""
     part = beside(path)
     try:
         with open(part, "wb") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file beside `path`, brings it to the disk, and renames it: `path` is the old or the new file, never a part.
+    Raises OSError; the old file is still there then."""
+    try:
+        with replacing(path) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
     except RuntimeError as error:  # torch.save ends its archive with one of its own over the disk's
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    finally:
-        part.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # else the renaming may be lost with the power
