@@ -166,6 +166,19 @@ def test_a_run_resumes_only_as_it_began(data, tmp_path):
     assert len(rows_of(tmp_path)) == STEPS
 
 
+def test_a_state_older_than_a_number_of_the_recipe_went_by_its_default(data, tmp_path):
+    run(data, tmp_path)
+    newest = checkpoint.state_files(tmp_path)[-1]
+    content = torch.load(newest, weights_only=True)
+    del content["identity"]["recipe"]["min_crop_size"], content["identity"]["drop_empty"]
+    torch.save(content, newest)
+    run(data, tmp_path, resume=True)
+    del content["identity"]["recipe"]["colour_jitter"]  # of which finetune has one
+    torch.save(content, newest)
+    with pytest.raises(ValueError, match=r"colour_jitter None, now 0\.2$"):
+        run(data, tmp_path, resume=True)
+
+
 def test_the_newest_states_stay_and_a_damaged_one_is_passed_over(tmp_path):
     for step in (1, 2, 10):
         checkpoint.save_state(tmp_path, dict(step=step, value=torch.tensor(step)), keep=2)

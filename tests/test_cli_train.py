@@ -130,6 +130,14 @@ def test_a_killed_command_goes_on(dataset, short, tmp_path, monkeypatch):
     assert tables[0] == tables[1] and len(tables[0]) == 3
 
 
+def test_a_run_goes_on_with_the_file_of_its_best_weights_named_or_not(dataset, short, tmp_path):
+    for given, named in (("a", "a.safetensors"), ("b.safetensors", "b")):
+        run("train", dataset, "--out", tmp_path / given, *short)
+        run("train", dataset, "--out", tmp_path / named, *short, "--resume")
+        folder = tmp_path / given[0]
+        assert folder.with_suffix(".safetensors").read_bytes() == (folder / "best.safetensors").read_bytes()
+
+
 def other_name(content):
     content["categories"][0]["name"] = "blue"
 
@@ -142,12 +150,7 @@ def other_name(content):
     (("--val", "other.json"), None, "blue are none of the model's 3 classes"),
     (("--val", "far.json"), None, "far.png"),
     (("--val", "bare.json"), None, "bare.json: no object is annotated"),
-    (("--epochs", -3), None, "epochs"),
-    (("--batch", 0), None, "batch_size"),
-    (("--batch", "many"), None, "batch: expected a whole number or auto, got 'many'"),
     (("--batch", "auto"), None, "batch: auto measures a GPU's memory"),
-    (("--lr", "nan"), None, "lr"),
-    (("--recipe", "5x"), None, "recipe: expected one of 1x"),
     (("--weights", "nowhere.pth"), None, "nowhere.pth"),
     ((), lambda c: c.update(annotations=[]), "no object is annotated"),
 ])  # fmt: skip
@@ -166,6 +169,17 @@ def test_what_a_run_lacks_is_said_before_its_first_step(
     printed = run("train", dataset, "--out", "run", *short, *options, status=1)
     assert message in printed.strip().splitlines()[-1]
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("option, value, status", [
+    ("--epochs", 0, 2), ("--batch", 0, 2), ("--batch", "many", 2), ("--lr", -1, 2), ("--lr", "nan", 2), ("--seed", -1, 2),
+    ("--min-size", -5, 2), ("--max-size", 0, 2), ("--patience", 0, 2), ("--workers", -1, 2), ("--recipe", "5x", 1),
+    ("--precision", "fp12", 1),
+])  # fmt: skip
+def test_numbers_that_no_run_has_are_named_before_the_data_is_looked_at(tmp_path, option, value, status):
+    printed = run("train", tmp_path / "nothing", "--out", tmp_path / "run", option, value, status=status)
+    assert (f"'{option}'" if status == 2 else f"{option[2:]}: expected one of") in printed and "nothing" not in printed
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("change, said", [

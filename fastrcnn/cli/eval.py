@@ -34,7 +34,9 @@ def evaluate(
     min_size: MinSize = None,
     max_size: MaxSize = None,
     max_dets: Annotated[str | None, typer.Option(help="detections a picture that count [default: 1,10,100]")] = None,
-    batch: Annotated[int | None, typer.Option(help="pictures at a time [default: 8 on CUDA, 1 on a CPU]")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="pictures at a time [default: 8 on CUDA, 1 on a CPU]")
+    ] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     as_json: Json = False,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,18 @@ def say_on(where, line: str) -> None:
     if is_first():
         with contextlib.suppress(OSError):
             where.print(line, markup=False, soft_wrap=True)
+
+
+def _whole_or_auto(text: str | None) -> str | None:
+    if text not in (None, "auto") and not (text.isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"expected a whole number from 1 up, or auto, got {text!r}")
+    return text
+
+
+def _above_0(number: float | None) -> float | None:
+    if number is not None and not 0 < number < math.inf:
+        raise typer.BadParameter(f"expected a number above 0, got {number!r}")
+    return number
 
 
 def train(
@@ -37,9 +50,14 @@ def train(
         str | None, typer.Option(help="1x, 2x, 3x, 90k, ms-3x, tv, tv-v2, lsj-100e, lsj-200e, lsj-400e, config or finetune "
                                       "[default: finetune; of a config file its own]"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="[default: the recipe's]")] = None,
-    batch: Annotated[str | None, typer.Option(help="pictures a process and step, or auto [default: the recipe's]")] = None,
-    lr: Annotated[float | None, typer.Option(help="[default: the recipe's, scaled by the batch]")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="[default: the recipe's]")] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(callback=_whole_or_auto, help="pictures a process and step, or auto [default: the recipe's]"),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(callback=_above_0, help="[default: the recipe's, scaled by the batch]")
+    ] = None,
     min_size: MinSize = None,
     max_size: MaxSize = None,
     shard: Annotated[
@@ -47,7 +65,7 @@ def train(
     ] = False,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 [default: the recipe's]")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="end after so many epochs without a better AP")] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     workers: Annotated[int, typer.Option(min=0, help="processes that read pictures")] = 2,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="the same bits on every run")] = False,
     drop_empty: Annotated[bool, typer.Option("--drop-empty", help="leave out pictures without objects")] = False,
@@ -74,7 +92,7 @@ def train(
     from fastrcnn.evaluation import match_classes
     from fastrcnn.evaluation.coco import require_hotcoco
     from fastrcnn.inference.detector import as_device
-    from fastrcnn.training import recipe_of
+    from fastrcnn.training import get_recipe, recipe_of
     from fastrcnn.training import train as run
     from fastrcnn.training.auto_batch import check_auto
     from fastrcnn.training.checkpoint import check_out
@@ -85,10 +103,11 @@ def train(
 
     say = partial(say_on, err if as_json else console)
     try:  # everything that the run needs, before its first step
+        get_recipe("finetune" if recipe in (None, "config") else recipe, precision=precision)  # checks them
         check_shards(shard, processes())
         folder, file = check_out(out, resume or not is_first())
         chosen = own_device(as_device(device))
-        size = None if batch in (None, "auto") else _whole("batch", batch)
+        size = None if batch in (None, "auto") else int(batch)
         held_out, split = None, None
         if val is None and {"train", "val"} <= set(detect_format(data).splits):  # a folder that has both
             val, split = data, "val"
@@ -150,9 +169,3 @@ def _its_pictures(val: Path, images: Path | None) -> Path | None:
         return None
     found = open_dataset(val)
     return None if found.picture(0).is_file() else images
-
-
-def _whole(name: str, text: str) -> int:
-    if not text.lstrip("-").isdigit():
-        raise ValueError(f"{name}: expected a whole number or auto, got {text!r}")
-    return int(text)

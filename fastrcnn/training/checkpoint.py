@@ -44,6 +44,11 @@ def check_out(out: str | Path, resume: bool) -> tuple[Path, Path | None]:
     return out, copy
 
 
+def copy_whole(source: Path, target: Path) -> None:
+    """`source` as `target`, in full or not at all. Raises OSError."""
+    write_whole(target, lambda file: file.write(source.read_bytes()))
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keeps a second process out of a run's folder; the lock goes with the process, however that ends. Raises OSError

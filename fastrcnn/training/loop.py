@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastrcnn._write import write_whole
 from fastrcnn.data.batches import batches, steps_per_epoch
 from fastrcnn.models.base_detector import unwrapped
 from fastrcnn.models.sampling import seeded
@@ -292,7 +291,7 @@ class Run:
             return
         kept = self.state.result()
         if self.rank == 0 and self.log.attempt(save, kept, self.out / name) and name == BEST and self.copy is not None:
-            self.log.attempt(write_whole, self.copy, lambda file: file.write((self.out / name).read_bytes()))
+            self.log.attempt(checkpoint.copy_whole, self.out / name, self.copy)
 
     def save(self) -> None:
         """The state, and the weights beside it."""
@@ -311,6 +310,8 @@ class Run:
         if patience is not None and s.stale >= patience:
             self.say(f"stopped: no better {SCORE[s.model.reads_labels]} for {s.stale} epochs")
         if self.rank == 0 and self.out is not None:
+            if self.copy is not None:  # which a run that began without it does not have yet
+                self.log.attempt(checkpoint.copy_whole, self.out / BEST, self.copy)
             for path in filter(None, (self.out / BEST, self.out / "last.safetensors", self.copy)):
                 if not path.exists():
                     raise OSError(f"{path}: could not be written")

@@ -149,9 +149,13 @@ def description(model: BaseDetector) -> dict:
 
 
 def differences(before: dict, now: dict) -> str:
-    """What is otherwise than it was, of a run's identity and of its recipe; empty where nothing is."""
-    pairs = [(now, before), (now["recipe"], before["recipe"])]
-    changed = [(k, its.get(k), v) for mine, its in pairs for k, v in mine.items() if k != "recipe" and v != its.get(k)]
+    """What is otherwise than it was, of a run's identity and of its recipe; empty where nothing is.
+
+    A state may be older than a number of the recipe: it went by that number's default, which changes nothing.
+    """
+    unsaid = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    pairs = [(now, {**now, **before}), (now["recipe"], {**unsaid, **before["recipe"]})]
+    changed = [(k, its[k], v) for mine, its in pairs for k, v in mine.items() if k != "recipe" and v != its[k]]
     return ", ".join(f"{k} {old!r}, now {new!r}" for k, old, new in changed)
 
 
