@@ -66,6 +66,32 @@ def test_what_detect_keeps_and_how_it_counts(weights, picture, tmp_path):
     assert [p.name for p in (tmp_path / "o").glob("earlier*")] == ["earlier-1"]
 
 
+def test_weights_that_name_no_classes_are_named_by_an_option(picture, dataset, tmp_path, monkeypatch):
+    model = tiny()
+    model.class_names = None
+    weights, names = save(model, tmp_path / "own.safetensors"), ["one", "two", "three"]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    given = "--weights", weights, "--names", tmp_path / "classes.txt"
+    detecting = "detect", picture, "--out", tmp_path / "out", "--score", 0
+    run(*detecting, *given)
+    assert [c["name"] for c in content_of(tmp_path / "out")["categories"]] == names
+    assert "had names" in run(*detecting, *given[:3], "three,two,one", "--resume", status=1)
+    assert "--names does" in run(*detecting, *given[:2])
+    assert "one for each of 3 classes (background is none), got 2" in run(*detecting, *given[:3], "one,two", status=1)
+    run("convert", weights, "--to", "fastrcnn", "--out", tmp_path / "named.safetensors", *given[2:])
+    assert Detector(str(tmp_path / "named.safetensors")).class_names == names
+    run("eval", dataset, *given[:2], "--names", dataset)
+    assert "none of the model's 3 classes: one, two, three" in run("eval", dataset, *given, status=1)
+    seen = []
+    monkeypatch.setattr("fastrcnn.export.export", lambda detector, *rest: seen.append(detector.class_names) or 1 / 0)
+    monkeypatch.setattr("fastrcnn.serve.create_app", lambda detector, *rest, **more: seen.append(detector.class_names))
+    monkeypatch.setattr("fastrcnn.serve.serve", lambda *rest: None)
+    run("serve", "--port", 0, *given)
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        run("export", weights, *given[2:])
+    assert seen == [names, names]
+
+
 def test_how_detect_draws(weights, picture, tmp_path):
     found = Detector(str(weights), score_threshold=0.0, max_per_img=2)(picture)[0]
     options = "detect", picture, "--weights", weights, "--score", 0, "--max-det", 2

@@ -130,6 +130,18 @@ def test_a_killed_command_goes_on(dataset, short, tmp_path, monkeypatch):
     assert tables[0] == tables[1] and len(tables[0]) == 3
 
 
+def test_val_is_the_part_of_a_set_that_is_for_it(dataset, short, tmp_path, monkeypatch):
+    sets, seen = tmp_path / "sets", []
+    run("data", "split", dataset, "--to", "yolo", "--val", 0.5, "--out", sets)
+    monkeypatch.setattr(
+        "fastrcnn.training.train", lambda net, data, plan, out, resume, val, **more: seen.append((data, val))
+    )
+    for number, more in enumerate(((), ("--val", sets), ("--val", sets / "data.yaml"))):
+        run("train", sets, *short, *more, "--out", tmp_path / f"run_{number}")
+    for data, val in seen:
+        assert (data.picture(0).parent.name, val.picture(0).parent.name) == ("train", "val")
+
+
 def test_a_run_goes_on_with_the_file_of_its_best_weights_named_or_not(dataset, short, tmp_path):
     for given, named in (("a", "a.safetensors"), ("b.safetensors", "b")):
         run("train", dataset, "--out", tmp_path / given, *short)

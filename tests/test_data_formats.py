@@ -258,7 +258,7 @@ def no_sizes(content):
     lambda c: c.update(info=None, licenses=[]),
     lambda c: [a.update(iscrowd=None, area=None, attributes={"occluded": False}) for a in c["annotations"]],
     names(lambda n: f"..\\..\\media\\{n}"), names(lambda n: f"some/folder/{n}"), names(lambda n: "/data/images/" + n),
-    names(lambda n: quote(f"my photos/{n}")), names(lambda n: n[:-3] + "PNG"),
+    names(lambda n: f"C:\\data\\images\\{n}"), names(lambda n: quote(f"my photos/{n}")), names(lambda n: n[:-3] + "PNG"),
     names(lambda n: f"/data/local-files/?d=upload/1/{n}"),
 ])  # fmt: skip
 def test_what_the_tools_export_is_read(tmp_path, change):

@@ -22,6 +22,11 @@ Weights = Annotated[
 ]  # fmt: skip
 Model = Annotated[str | None, typer.Option(help="name from `fastrcnn models`, or an MMDetection config file [default: told "
                            "by the weights]")]  # fmt: skip
+Names = Annotated[
+    str | None,
+    typer.Option("--names", help="the classes, where the weights do not name them: with commas, or a file that has them (a "
+                 "name a line, data.yaml, COCO's JSON)"),
+]  # fmt: skip
 Score = Annotated[float, typer.Option(min=0.0, max=1.0, help="leave out objects below this score")]
 MinSize = Annotated[int | None, typer.Option(min=1, help="pixels of the short side [default: the model's]")]
 MaxSize = Annotated[int | None, typer.Option(min=1, help="pixels of the long side at most [default: the model's]")]
@@ -82,17 +87,29 @@ def progress_bar(total: int | None) -> Progress:
     return Progress(*columns, console=err, transient=True, disable=quiet)
 
 
-def open_detector(model: str | None, weights: str | None, device: str, precision: str, score: float, **options):
-    """A Detector, or one sentence. options: further arguments of `Detector`."""
+def open_detector(
+    model: str | None,
+    weights: str | None,
+    device: str,
+    precision: str,
+    score: float,
+    names: str | None = None,
+    **options,
+):
+    """A Detector, or one sentence. names: as `read_names` takes them; options: further arguments of `Detector`."""
     from fastrcnn import Detector
+    from fastrcnn.data import read_names
     from fastrcnn.inference.memory import keep_memory
 
     keep_memory()
     if weights in (None, "coco"):
         model, weights = model or "r50_fpn", "coco"
     try:
-        if model is None:
-            return Detector(weights, None, device, precision, score, **options)
-        return Detector(model, weights, device, precision, score, **options)
+        options["class_names"] = None if names is None else read_names(names)
+        named = (weights, None) if model is None else (model, weights)
+        detector = Detector(*named, device, precision, score, **options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(error)
+    if detector.class_names[0] == "class 0":
+        warn("the weights do not name their classes: --names does")
+    return detector

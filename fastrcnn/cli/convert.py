@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Json, fail, say, say_json, warn
+from fastrcnn.cli.common import Json, Names, fail, say, say_json, warn
 
 
 def convert(
@@ -13,6 +13,7 @@ def convert(
                                                 "file or https address")],
     to: Annotated[str, typer.Option(help="mmdet, torchvision, detectron2, or fastrcnn (keeps the old numbers)")],
     out: Annotated[Path, typer.Option(help="file to write: .pth, or .safetensors to fastrcnn")],
+    names: Names = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a checkpoint of any peer as another's.
@@ -24,10 +25,11 @@ def convert(
       fastrcnn convert runs/mine/best.safetensors --to mmdet --out mine_mmdet.pth
       fastrcnn convert mine_mmdet.pth --to fastrcnn --out mine.safetensors
     """
+    from fastrcnn.data import read_names
     from fastrcnn.weights.convert import convert_checkpoint
 
     try:
-        notes = convert_checkpoint(weights, to, out)
+        notes = convert_checkpoint(weights, to, out, None if names is None else read_names(names))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(error)
     if as_json:

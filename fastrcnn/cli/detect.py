@@ -17,6 +17,7 @@ from fastrcnn.cli.common import (
     MaxSize,
     MinSize,
     Model,
+    Names,
     Precision,
     Score,
     Weights,
@@ -104,6 +105,7 @@ def detect(
     ],
     weights: Weights = None,
     model: Model = None,
+    names: Names = None,
     out: Annotated[Path, typer.Option(help="folder for everything that is written")] = Path("out"),
     formats: Annotated[
         str, typer.Option("--format", help="beside pictures: json (COCO, always), csv, parquet, yolo, crops; with commas")
@@ -161,7 +163,7 @@ def detect(
         found = [source for source in sources if is_remote(source)] + (
             find(own, recursive, None, out)[0] if own else []
         )
-        detect_on_ray(found, str(out), weights, model, classes, workers, resume, as_json, device=device,
+        detect_on_ray(found, str(out), weights, model, names, classes, workers, resume, as_json, device=device,
                       precision=precision, score_threshold=score, **limits)  # fmt: skip
         return
     from fastrcnn.inference.formats import check_formats
@@ -178,7 +180,7 @@ def detect(
         check_folder(out)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
-    detector = open_detector(model, weights, device, precision, score, **limits)
+    detector = open_detector(model, weights, device, precision, score, names, **limits)
     kept = selected(detector.class_names, classes)
     if tile is not None:
         detector = Tiled(detector, tile, overlap, max_det)
@@ -187,6 +189,8 @@ def detect(
     )
     if tile is not None:
         settings["overlap"] = overlap
+    if names is not None:
+        settings["names"] = detector.class_names
     start = time.perf_counter()
     images, objects = run_detector(
         detector, paths, out, classes=kept, batch_size=batch, pictures=pictures, formats=kinds, resume=resume,

@@ -19,6 +19,7 @@ def detect_on_ray(
     out: str,
     weights: str | None,
     model: str | None,
+    names: str | None,
     classes: str | None,
     workers: int | None,
     resume: bool,
@@ -26,6 +27,7 @@ def detect_on_ray(
     **options,
 ) -> None:
     """`fastrcnn.ray.detect` with a progress bar, and what failed named; options: further arguments of Detector."""
+    from fastrcnn.data import read_names
     from fastrcnn.ray import detect, find_pictures
 
     out = re.sub(r"^(\w+):/(?!/)", r"\1://", out)  # a path leaves out one of an address's slashes
@@ -35,6 +37,8 @@ def detect_on_ray(
     wanted = None if classes is None else [c.strip() for c in classes.split(",") if c.strip()]
     done, failed, objects, start = 0, 0, Counter(), time.perf_counter()
     try:
+        if names is not None:
+            options["class_names"] = read_names(names)
         pictures = find_pictures(sources)
         if not pictures:
             raise ValueError(f"no images found in {' '.join(sources)}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Device, Json, MaxSize, MinSize, Precision, fail, progress_bar, say, say_json
+from fastrcnn.cli.common import Device, Json, MaxSize, MinSize, Names, Precision, fail, progress_bar, say, say_json
 
 
 def print_scores(scores: dict[str, float]) -> None:
@@ -24,6 +24,7 @@ def _numbers(text: str | None) -> list[int] | None:
 def evaluate(
     data: Annotated[Path, typer.Argument(help="folder or annotation file: COCO, Pascal VOC or YOLO")],
     weights: Annotated[str, typer.Option(help="checkpoint of any peer, or trained here")],
+    names: Names = None,
     images: Annotated[Path | None, typer.Option(help="image folder [default: told by the annotations]")] = None,
     split: Annotated[
         str | None, typer.Option(help="train, val or test, of a folder that has them [default: val]")
@@ -51,7 +52,7 @@ def evaluate(
       fastrcnn eval photos/valid --weights runs/mine/best.safetensors
       fastrcnn eval photos --split val --weights runs/mine/best.safetensors --out report --json
     """
-    from fastrcnn.data import open_dataset
+    from fastrcnn.data import open_dataset, read_names
     from fastrcnn.data.detect_format import detect_format
     from fastrcnn.evaluation import as_detector, evaluate, evaluate_proposals, write_numbers
     from fastrcnn.inference.detector import as_device
@@ -69,6 +70,8 @@ def evaluate(
         about = dict(weights=weights, data=f"{data} ({split})" if split else str(data))
         model = infer_model(weights).to(chosen)
         model.data_preprocessor.resize_to(min_size, max_size)
+        if names is not None:
+            model.name_classes(read_names(names))
         detector = as_detector(model, precision, max(most or [0]))
         with progress_bar(len(dataset)) as progress:
             task = progress.add_task("detecting", total=len(dataset))

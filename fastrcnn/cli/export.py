@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastrcnn.cli.common import Json, MaxSize, MinSize, Model, fail, open_detector, say, say_json
+from fastrcnn.cli.common import Json, MaxSize, MinSize, Model, Names, fail, open_detector, say, say_json
 
 
 def export(
@@ -15,6 +15,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="file, or Triton's folder of the model "
                                                   "[default: named as the weights, here]")] = None,
     model: Model = None,
+    names: Names = None,
     precision: Annotated[str, typer.Option(help="fp32; fp16 (onnx, openvino, triton); bf16 (pt2)")] = "fp32",
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="leave out objects below this score")] = 0.05,
     min_size: MinSize = None,
@@ -38,7 +39,7 @@ def export(
     if to not in TARGETS:
         fail(f"--to: expected one of {', '.join(TARGETS)}, got {to!r}")
     out = out or Path(Path(weights).stem + TARGETS[to].SUFFIX)
-    detector = open_detector(model, weights, "cpu", "fp32", score, min_size=min_size, max_size=max_size)
+    detector = open_detector(model, weights, "cpu", "fp32", score, names, min_size=min_size, max_size=max_size)
     try:
         found = write(detector, out, to, precision, raw, dynamic)
     except (ValueError, OSError, ImportError, RuntimeError) as error:

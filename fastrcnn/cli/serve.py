@@ -11,6 +11,7 @@ from fastrcnn.cli.common import (
     MaxSize,
     MinSize,
     Model,
+    Names,
     Precision,
     Score,
     Weights,
@@ -24,6 +25,7 @@ from fastrcnn.cli.common import (
 def serve(
     weights: Weights = None,
     model: Model = None,
+    names: Names = None,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is every one of this machine")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
     device: Device = "auto",
@@ -59,7 +61,7 @@ def serve(
     except OSError as error:
         fail(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})")
     with listener:
-        detector = open_detector(model, weights, device, precision, score, min_size=min_size, max_size=max_size)
+        detector = open_detector(model, weights, device, precision, score, names, min_size=min_size, max_size=max_size)
         limits = dict(max_bytes=int(max_mb * 1e6), max_pixels=int(max_megapixels * 1e6), timeout=timeout)
         app = create_app(detector, max_batch, max_wait / 1000, queue, **limits)
         shown = f"[{host}]" if ":" in host else host

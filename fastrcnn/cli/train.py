@@ -110,9 +110,11 @@ def train(
         size = None if batch in (None, "auto") else int(batch)
         held_out, split = None, None
         if val is None and {"train", "val"} <= set(detect_format(data).splits):  # a folder that has both
-            val, split = data, "val"
+            val = data
         if val is not None:
             require_hotcoco()
+            if {"val", "test"} & set(detect_format(val).splits):
+                split = "val"
             held_out = open_dataset(val, val_images or _its_pictures(val, images), split)
             held_out.truth(range(len(held_out)))
         dataset = open_dataset(data, images)

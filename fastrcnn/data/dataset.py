@@ -23,10 +23,11 @@ PIECE = 1 << 20
 
 def _other_names(name: str) -> Iterator[str]:
     """How the picture of a `file_name` may be called on this machine: as it is written, with the slashes of Windows or the
-    escapes of an address undone, behind the query of a labelling server, without its folders; with the other letters for
-    the suffix, and for accents."""
+    escapes of an address undone, behind the query of a labelling server, without its folders, the outer ones first; with
+    the other letters for the suffix, and for accents."""
     plain = urllib.parse.unquote(name).rpartition("?d=")[2].replace("\\", "/")
-    for found in (name, plain, name.rpartition("/")[2], plain.rpartition("/")[2]):
+    parts = plain.split("/")[-8:]
+    for found in (name, plain, name.rpartition("/")[2], *("/".join(parts[k:]) for k in range(len(parts)))):
         stem, suffix = os.path.splitext(found)
         yield from (found, stem + suffix.lower(), stem + suffix.upper())
         yield from (unicodedata.normalize(form, found) for form in ("NFC", "NFD"))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from fastrcnn.data.coco import find_coco, read_coco
 from fastrcnn.data.dataset import DetectionDataset
-from fastrcnn.data.folders import SPLITS
+from fastrcnn.data.folders import SPLITS, read_text
 from fastrcnn.data.table import Table
-from fastrcnn.data.voc import find_voc, read_voc
+from fastrcnn.data.voc import find_voc, listed, read_voc
 from fastrcnn.data.yolo import Yolo, find_yaml, find_yolo, read_yolo
 
 
@@ -55,6 +55,12 @@ def detect_format(path: str | Path) -> Found:
         raise ValueError(f"{path}: no annotations found: expected {expected}")
     if path.suffix.lower() in (".yaml", ".yml"):
         return Found("yolo", _yolo(find_yaml(path)))
+    if path.suffix.lower() == ".txt" and path.parent.parent.name == "ImageSets":
+        belongs, folder = listed(path), path.parents[2]
+        return Found("voc", {None: lambda images, strict: read_voc(folder, belongs, images, strict)})
+    if path.suffix.lower() == ".xml":
+        read_text(path)  # or it is said here that it is not there
+        return Found("voc", {None: lambda images, strict: read_voc(path.parent, path.name.__eq__, images, strict)})
     if path.suffix.lower() == ".txt":
         return Found("yolo", _yolo({None: Yolo(path.parent, [path], None, None)}))
     return Found("coco", _coco({None: path}))
@@ -62,8 +68,9 @@ def detect_format(path: str | Path) -> Found:
 
 def open_dataset(path: str | Path, images: str | Path | None = None, split: str | None = None,
                  strict: bool = False) -> DetectionDataset:  # fmt: skip
-    """The pictures and boxes at a path: an annotation file of COCO's (JSON) or YOLO's (data.yaml, a list of pictures),
-    or a folder of COCO's, Pascal VOC's or YOLO's, as CVAT, Label Studio, Roboflow, ultralytics and others lay it out.
+    """The pictures and boxes at a path: an annotation file of COCO's (JSON), YOLO's (data.yaml, a list of pictures)
+    or VOC's (a list in ImageSets, or the XML of one picture), or a folder of COCO's, Pascal VOC's or YOLO's, as CVAT, Label
+    Studio, Roboflow, ultralytics and others lay it out.
 
     images: where the pictures are (default: looked for around the annotations). split: "train", "val" or "test" of a
     folder that has them ("val" is its test set where it has no other); None: the training set of such a folder, all of

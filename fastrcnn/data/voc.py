@@ -106,6 +106,14 @@ def _object(values: dict[str, str]) -> tuple[str, list[float], bool]:
     return values["name"], box, difficult.lower() in ("1", "true")
 
 
+def listed(path: Path) -> Callable[[str], bool]:
+    """Which of the XML files a list of ImageSets/Main names. Raises what `entries` raises."""
+    lines = entries(path)  # a name, in which there may be blanks, or a name and a flag
+    stems = {*lines, *(line.split()[0] for line in lines)}
+    stems |= {stem.rpartition("/")[2].rpartition(".")[0] for stem in stems if is_picture(stem)}
+    return lambda file: Path(file).stem in stems
+
+
 def find_voc(folder: Path) -> dict[str | None, Callable[[str], bool]]:
     """Which of the XML files (paths from the folder) belong to each split; {} where there are none, None: no splits."""
     files = [name for name in files_under(folder) if name.lower().endswith(".xml")]
@@ -115,10 +123,7 @@ def find_voc(folder: Path) -> dict[str | None, Callable[[str], bool]]:
         lists = {}
         for name in ("train", "trainval", "val", "test"):
             if (main / f"{name}.txt").is_file():
-                lines = entries(main / f"{name}.txt")  # a name, in which there may be blanks, or a name and a flag
-                stems = {*lines, *(line.split()[0] for line in lines)}
-                stems |= {stem.rpartition("/")[2].rpartition(".")[0] for stem in stems if is_picture(stem)}
-                lists.setdefault(split_of(name), lambda file, stems=stems: Path(file).stem in stems)
+                lists.setdefault(split_of(name), listed(main / f"{name}.txt"))
         if lists:
             return lists
     splits = {split_of(name.split("/")[0]) for name in files if "/" in name} - {None}
@@ -145,6 +150,9 @@ def read_voc(folder: Path, belongs: Callable[[str], bool], images: Path | None =
     findings, root = Findings(strict), images or folder
     everything = list(files_under(folder))
     pictures = [name for name in (everything if root == folder else files_under(root)) if is_picture(name)]
+    if images is None and not pictures:  # of Annotations/ alone
+        root = folder.absolute().parent
+        pictures = [name for name in files_under(root) if is_picture(name)]
     by_place = {name.rpartition(".")[0]: name for name in reversed(pictures)}
     by_stem = {Path(name).stem: name for name in reversed(pictures)}
     by_name = {Path(name).name: name for name in reversed(pictures)}

@@ -9,7 +9,7 @@ import math
 import os
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from fastrcnn.data.folders import entries, files_under, is_picture, read_text, s
 from fastrcnn.data.images import read_size
 from fastrcnn.data.table import Table, Texts, as_bytes
 
+YAMLS = ("data.yaml", "dataset.yaml")
 NAMES = ("classes.txt", "obj.names", "labels.txt", "_darknet.labels")
 ROUNDING = 1e-3
 
@@ -34,7 +35,8 @@ class Yolo:
     told_by: Path | None
 
 
-def _names(path: Path, found: dict) -> list[str] | None:
+def names_of(path: Path, found: dict) -> list[str] | None:
+    """The classes' names in a data.yaml that was read."""
     given = found.get("names")
     if isinstance(given, dict):
         if not all(k.isdecimal() and int(k) < 100_000 for k in given):
@@ -59,7 +61,7 @@ def _resolved(path: Path, base: Path, value: str) -> Path | None:
 def find_yaml(path: Path) -> dict[str | None, Yolo]:
     """What a data.yaml names, by split."""
     found = read_data_yaml(path)
-    names, base = _names(path, found), path.parent
+    names, base = names_of(path, found), path.parent
     if isinstance(found.get("path"), str) and found["path"]:
         base = base / os.path.expanduser(found["path"])
     splits, missing = {}, []
@@ -86,10 +88,32 @@ def _label_of(picture: str) -> list[str]:
     return [stem + ".txt"]
 
 
+def _above(folder: Path) -> dict[str | None, Yolo]:
+    """The same of a folder that is a part of what lies above it: of what a data.yaml there names, or of an images/ whose
+    labels/ lie beside it."""
+    here = folder.resolve()
+    for path in (place / name for place in here.parents[:2] for name in YAMLS):
+        try:
+            named = find_yaml(path) if path.is_file() else {}
+        except ValueError:  # which is about other folders
+            continue
+        inside = {}
+        for split, y in named.items():
+            if own := [s for s in y.sources if here in (s.resolve(), *s.resolve().parents)]:
+                inside[split] = replace(y, sources=own)
+        if inside:
+            return inside if len(inside) > 1 else dict.fromkeys([None], *inside.values())
+    base = next((place.parent for place in (here, *here.parents) if place.name == "images"), None)
+    if base is None or not any(os.path.isfile(_label_of(f"{here}/{n}")[0]) for n in files_under(here) if is_picture(n)):
+        return {}
+    told_by = next((base / name for name in NAMES if (base / name).is_file()), None)
+    return {None: Yolo(base, [here], entries(told_by) if told_by else None, told_by)}
+
+
 def find_yolo(folder: Path) -> dict[str | None, Yolo]:
     """What a folder holds in YOLO's format, by split, None: it has no splits; {} where there is nothing."""
     yamls = [p for p in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]) if "names" in read_text(p)]
-    yamls = [p for p in yamls if p.name in ("data.yaml", "dataset.yaml")] or yamls
+    yamls = [p for p in yamls if p.name in YAMLS] or yamls
     if yamls:
         return find_yaml(yamls[0])
     told_by = next((folder / name for name in NAMES if (folder / name).is_file()), None)
@@ -104,6 +128,11 @@ def find_yolo(folder: Path) -> dict[str | None, Yolo]:
             splits.setdefault(None if k is None else split_of(parts[k]), set()).add(source)
     if set(splits) - {None}:
         splits.pop(None, None)
+    if not splits or names is None:
+        above = _above(folder)
+        if not splits:
+            return above
+        names, told_by = next(((y.names, y.told_by) for y in above.values()), (names, told_by))
     return {split: Yolo(folder, sorted(sources), names, told_by) for split, sources in splits.items()}
 
 

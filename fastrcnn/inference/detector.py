@@ -131,7 +131,7 @@ class Detector:
     detections goes through torch.compile, once for each batch size, which takes minutes for a large network.
     features: of a Faster R-CNN, Detections have class_scores and features, of the proposal that each object was made from.
     max_per_img, iou_threshold (of NMS), min_size and max_size (pixels of the short side, and of the long side at most, that
-    pictures are resized to): the model's own where they are None.
+    pictures are resized to): the model's own where they are None, as are class_names, by label.
 
     On CUDA the way from bytes to detections is one CUDA graph a shape (`captured`). A shape's first call measures which
     convolutions are the fastest, on a CPU Winograd's or oneDNN's of the 3x3 in fp32 (with compile always Winograd's;
@@ -152,6 +152,7 @@ class Detector:
         iou_threshold: float | None = None,
         min_size: int | None = None,
         max_size: int | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         if not isinstance(score_threshold, int | float) or not 0.0 <= score_threshold <= 1.0:
             raise ValueError(f"score_threshold: expected a number in [0, 1], got {score_threshold!r}")
@@ -168,6 +169,8 @@ class Detector:
                 load_plan(plan_beside(source))
         model = self._model(model_or_name, weights).eval()
         model.data_preprocessor.resize_to(min_size, max_size)
+        if class_names is not None:
+            model.name_classes(class_names)
         model.requires_grad_(False)
         if features and (compile or not isinstance(model, FasterRCNN)):
             raise ValueError("features: expected a Faster R-CNN without compile, " + ("got compile" if compile else

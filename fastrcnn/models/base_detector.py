@@ -66,6 +66,14 @@ class BaseDetector(nn.Module):
         self.category_ids: list[int] | None = None  # by label, of the annotations that it was trained on
         self.config: dict | None = None  # MMDetection's whole one, data and schedule, where the model is from one
 
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Sets `class_names`. Raises ValueError where there are not as many as classes, background not counted."""
+        if len(names) != self.num_classes:
+            raise ValueError(
+                f"class_names: expected one for each of {self.num_classes} classes (background is none), got {len(names)}"
+            )
+        self.class_names = list(names)
+
     def _built(self, dense_head: nn.Module, arguments: dict) -> None:
         """What a subclass says when its parts stand: the head that proposes or detects on every level, and the arguments of
         its constructor (its first locals)."""

@@ -1,5 +1,6 @@
 """One peer's checkpoint as another's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastrcnn.weights.load import infer_model
 from fastrcnn.weights.save import export_weights, save, writable
 
 FORMATS = (*PEERS, "fastrcnn")
+UNNAMED = "the file does not name the classes"
 NORM_EPS = 1e-5  # of the norms that each peer builds for a checkpoint of one's own
 # What of a profile decides boxes and no tensor holds.
 RULES = dict(
@@ -101,9 +103,12 @@ def become(model: BaseDetector, peer: str) -> list[str]:
     return notes
 
 
-def convert_checkpoint(source: str | Path, to: str, out: str | Path) -> list[str]:
+def convert_checkpoint(
+    source: str | Path, to: str, out: str | Path, class_names: Sequence[str] | None = None
+) -> list[str]:
     """Writes the checkpoint of any peer as one of `to`: "mmdet" (state_dict, and meta with the class names), "torchvision"
     (a state dict), "detectron2" (model), or "fastrcnn" (what `save` writes, which gives the peer's own numbers).
+    class_names: by label, in the place of those that the checkpoint has.
 
     Returns a sentence on each thing to know that the file cannot hold. Raises ValueError where the peer has no such model,
     OSError.
@@ -112,9 +117,11 @@ def convert_checkpoint(source: str | Path, to: str, out: str | Path) -> list[str
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     path = writable(out)
     model = infer_model(source)
+    if class_names is not None:
+        model.name_classes(class_names)
     if to == "fastrcnn":
         save(model, path)
-        return []
+        return [] if model.class_names else [UNNAMED]
     if path.suffix.lower() == ".safetensors":
         raise ValueError(
             f"out: {to} reads what torch.save writes: expected a name that ends in .pth or .pt, got {path}"
@@ -130,7 +137,7 @@ def convert_checkpoint(source: str | Path, to: str, out: str | Path) -> list[str
     except ValueError:
         notes.append(f"{to} has no model of these depths and widths by name: build it there as this one was built")
     if names is None:
-        notes.append("the file does not name the classes")
+        notes.append(UNNAMED)
     elif to != "mmdet":
         notes.append(f"the classes are, in this order: {', '.join(names)}")
     o = model.peer_options
