@@ -322,8 +322,9 @@ def test_our_own_file_brings_its_architecture_along(tmp_path):
     assert (model.data_preprocessor.min_size, model.data_preprocessor.max_size) == (80, 96)
     again = tmp_path / "b.safetensors"
     save(model, again)
+    found = infer_model(again).state_dict()
     for key, value in model.state_dict().items():
-        assert torch.equal(value, infer_model(again).state_dict()[key]), key
+        assert torch.equal(value, found[key]), key
 
 
 def test_a_classifier_of_another_depth_is_named_key_by_key():

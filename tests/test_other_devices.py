@@ -16,19 +16,21 @@ from fastrcnn import Detector, _extension
 from fastrcnn.weights import save
 
 ROOT = Path(__file__).resolve().parent.parent
+MODELS = [("r18_fpn", "mmdet"), ("r18_fpn", "torchvision"), ("r18_fpn", "detectron2"), ("retinanet_r18_fpn", "mmdet")]
 SCRIPT = """
 import sys
 import torch
 import fastrcnn
 from fastrcnn._extension import CPU_REASON, kernel_table
-sys.path.insert(0, sys.argv[3])
+sys.path.insert(0, sys.argv.pop(1))
 from test_other_devices import NoDoubles
-images = torch.load(sys.argv[2])
-detector = fastrcnn.Detector(sys.argv[1], device="cpu", score_threshold=0.2)
 assert CPU_REASON.endswith("is not built") and kernel_table()["nms_padded"]["cpu"] == "reference"
-with NoDoubles():
-    found = detector(images)
-torch.save([(d.boxes, d.scores, d.labels) for d in found], sys.argv[2])
+images = torch.load("images.pt")
+for weights in sys.argv[1:]:
+    detector = fastrcnn.Detector(weights, device="cpu", score_threshold=0.2)
+    with NoDoubles():
+        found = detector(images)
+    torch.save([(d.boxes, d.scores, d.labels) for d in found], f"{weights}.found")
 """
 
 
@@ -51,18 +53,24 @@ def bare(tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("name, profile", [("r18_fpn", "mmdet"), ("r18_fpn", "torchvision"), ("r18_fpn", "detectron2"),
-                                           ("retinanet_r18_fpn", "mmdet")])  # fmt: skip
-def test_references_alone_find_what_kernels_find_without_float64(name, profile, bare, tmp_path):
-    weights = save(tiny_model(name, profile), tmp_path / "tiny.safetensors")
-    images = [picture(64, 96, 1), picture(80, 60, 2)]
-    torch.save(images, tmp_path / "images.pt")
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, weights, tmp_path / "images.pt", ROOT / "tests"]
-    done = subprocess.run([str(word) for word in command], cwd=bare, env={"PYTHONPATH": str(bare), "PATH": ""},
+@pytest.fixture(scope="module")
+def found_bare(bare, tmp_path_factory):
+    """A folder with the weights of each of MODELS, two pictures, and what the bare package found in them."""
+    place = tmp_path_factory.mktemp("found")
+    files = [save(tiny_model(*model), place / f"{'_'.join(model)}.safetensors") for model in MODELS]
+    torch.save([picture(64, 96, 1), picture(80, 60, 2)], place / "images.pt")
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, ROOT / "tests", *files]
+    done = subprocess.run([str(word) for word in command], cwd=place, env={"PYTHONPATH": str(bare), "PATH": ""},
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found = torch.load(tmp_path / "images.pt")
-    expected = Detector(weights, device="cpu", score_threshold=0.2)(images)
+    return place
+
+
+@pytest.mark.parametrize("name, profile", MODELS)
+def test_references_alone_find_what_kernels_find_without_float64(name, profile, found_bare):
+    weights = found_bare / f"{name}_{profile}.safetensors"
+    found = torch.load(f"{weights}.found")
+    expected = Detector(weights, device="cpu", score_threshold=0.2)(torch.load(found_bare / "images.pt"))
     assert sum(map(len, expected)) > 10
     for (boxes, scores, labels), wanted in zip(found, expected):
         ours = torch.cat([boxes, 1e3 * labels[:, None], 1e2 * scores[:, None]], 1)

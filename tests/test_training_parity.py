@@ -119,14 +119,14 @@ def beside_the_plain_one(data, epochs: int, milestones, out, model) -> list[floa
 
 
 def test_the_first_steps_are_torchvisions(first_come, tmp_path):
-    data = open_dataset(cells(tmp_path, 5))
+    data = open_dataset(cells(tmp_path, 3))
     found = beside_torchvision(data, 2, (1,), tmp_path / "run")
-    assert len(found) == 6 and max(found) < 1e-6, found
+    assert len(found) == 4 and max(found) < 1e-6, found
 
 
 @pytest.mark.parametrize("profile", ["mmdet", "detectron2"])
 def test_the_first_steps_are_those_of_the_formulas(first_come, tmp_path, profile):
-    data = open_dataset(cells(tmp_path, 5))
+    data = open_dataset(cells(tmp_path, 3))
     model = tiny(profile=profile, **SIZES)
     found = beside_the_plain_one(data, 2, (1,), tmp_path / "run", model)
-    assert len(found) == 6 and max(found) < 1e-10, found
+    assert len(found) == 4 and max(found) < 1e-10, found
