@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastrcnn.layers.builders import build_activation, build_conv, build_norm
 from fastrcnn.ops import conv_bn_relu
+from fastrcnn.ops.conv_backward import pointwise_view
 from fastrcnn.ops.conv_cpu import conv_prepared, prepared
 from fastrcnn.ops.conv_tile import upsampled
 
@@ -24,11 +25,12 @@ def _is_prepared(conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> bool:
 
 
 def _convolved(x: Tensor, conv: nn.Module, plain: bool) -> Tensor:
-    """conv(x). In torch's own half precision the gradient of a narrow 1x1 with a stride may end the process (oneDNN writes
-    past its memory): through the strided view there is no stride."""
-    if plain and (*conv.kernel_size, *conv.padding, conv.groups) == (1, 1, 0, 0, 1) and conv.in_channels < 16:
-        return F.conv2d(x[:, :, :: conv.stride[0], :: conv.stride[1]], conv.weight, conv.bias)
-    return conv(x)
+    """conv(x). Under autocast its gradient is torch's own, which a narrow 1x1 with a stride may not take: see
+    `pointwise_view`."""
+    seen = None
+    if plain and conv.in_channels < 16:
+        seen = pointwise_view(x, conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    return conv(x) if seen is None else F.conv2d(seen, conv.weight, conv.bias)
 
 
 def conv_norm_act(

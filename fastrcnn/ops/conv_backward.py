@@ -30,19 +30,29 @@ def _filled(input: Tensor, of_input: Tensor | None, of_weight: Tensor | None) ->
     return of_input, nothing if of_weight is None else of_weight.contiguous()
 
 
+def pointwise_view(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
+) -> Tensor | None:
+    """The places of x [B, C, H, W] that a 1x1 convolution with a stride reads, a view in which it has none; None for
+    another convolution. oneDNN's gradients of some such 1x1 write past the end of their memory, those of fewer than 16
+    channels on two threads: without the stride they do not."""
+    if (*kernel_size, *padding, groups) != (1, 1, 0, 0, 1) or max(stride) == 1:
+        return None
+    return x[:, :, :: stride[0], :: stride[1]]
+
+
 def _cpu(gradient, input, weight, stride, padding, dilation, groups, of_input, of_weight):
     if conv_winograd.pays(input, weight, stride, padding, dilation, groups):
         return _filled(input, *conv_winograd.gradients(gradient, input, weight, padding, of_input, of_weight))
-    if weight.shape[2:] == (1, 1) and max(stride) > 1 and max(padding) == 0 and groups == 1:
-        # oneDNN writes past the end of its memory for some of these with fewer than 16 channels, on two threads.
-        seen = input[:, :, :: stride[0], :: stride[1]]
-        part, of_weight = _reference(gradient, seen, weight, (1, 1), padding, (1, 1), 1, of_input, of_weight)
-        if not of_input:
-            return part, of_weight
-        whole = torch.zeros_like(input, memory_format=torch.channels_last)
-        whole[:, :, :: stride[0], :: stride[1]] = part
-        return whole, of_weight
-    return _reference(gradient, input, weight, stride, padding, dilation, groups, of_input, of_weight)
+    seen = pointwise_view(input, weight.shape[2:], stride, padding, groups)
+    if seen is None:
+        return _reference(gradient, input, weight, stride, padding, dilation, groups, of_input, of_weight)
+    part, of_weight = _reference(gradient, seen, weight, (1, 1), padding, (1, 1), 1, of_input, of_weight)
+    if not of_input:
+        return part, of_weight
+    whole = torch.zeros_like(input, memory_format=torch.channels_last)
+    whole[:, :, :: stride[0], :: stride[1]] = part
+    return whole, of_weight
 
 
 def _fake(gradient, input, weight, stride, padding, dilation, groups, of_input, of_weight):
