@@ -158,9 +158,8 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait(60)
-        loops.append(
-            bare_loop(detector, paths, max(requests // PICTURES // 2, 1))
-        )  # before and after: the same machine
+        # Before and after: the same machine.
+        loops.append(bare_loop(detector, paths, max(requests // PICTURES // 2, 1)))
     bare = 1e3 * statistics.mean(seconds for seconds, _ in loops)
     report(
         [row("serve", shape, torch.float32, args.device, ms, "bare loop", bare, 0, error) for shape, ms, error in rows],

@@ -1,5 +1,5 @@
 // Soft-NMS (Bodla et al., 2017): the best box is taken, the scores of the rest decay with their overlap, and so on.
-// Each round is one vectorised pass that decays and finds the next best, shared by the threads when there are many boxes.
+// Each round is one vectorised pass that decays and finds the next best, on one thread: a round waits for the one before.
 #include "soft_nms.h"
 
 #include <algorithm>
@@ -129,7 +129,7 @@ void run_padded(const PaddedBoxes& p, const SoftRules<T>& rules, int64_t max_out
                 int64_t* num_kept) {
   const int64_t batch = p.scores.size(0), n = p.scores.size(1);
   const int64_t *groups = p.group_ids(), *counts = p.count_ids();
-  for (int64_t i = 0; i < batch; ++i) {  // the threads share an image's rounds
+  for (int64_t i = 0; i < batch; ++i) {
     const int64_t valid = counts == nullptr ? n : std::min(std::max<int64_t>(counts[i], 0), n);
     const auto taken = run(p.boxes.const_data_ptr<T>() + i * n * 4, p.scores.const_data_ptr<T>() + i * n,
                            groups ? groups + i * n : nullptr, valid, rules);

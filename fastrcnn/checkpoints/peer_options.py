@@ -5,9 +5,7 @@ import json
 from dataclasses import dataclass
 
 Colour = tuple[float, ...]  # one for each channel
-EXTRA_STATE = (
-    "_extra_state"  # a detector's profile and options as the bytes of a text, among the keys of its state dict
-)
+EXTRA_STATE = "_extra_state"  # a state dict's key for a detector's profile and options, as the bytes of a text
 OURS = (EXTRA_STATE, ".loss_normalizer")  # ends of keys that no peer's model has
 
 

@@ -128,9 +128,8 @@ class GeneralizedAttention(nn.Module):
         key = torch.arange(size_kv, **like) * self.kv_stride
         quarter = self.position_embedding_dim // 4
         wave_length = 1000 ** (torch.arange(quarter, **like) / quarter)
-        phase = (
-            (query[:, None, None] - key[:, None]) * self.position_magnitude / wave_length
-        )  # [size, size_kv, quarter]
+        apart = query[:, None, None] - key[:, None]
+        phase = apart * self.position_magnitude / wave_length  # [size, size_kv, quarter]
         waves = torch.cat([phase.sin(), phase.cos()], 2).to(fc.weight.dtype)
         return fc(waves).unflatten(2, (self.num_heads, self.head_dim)) / 2**0.5
 

@@ -32,9 +32,8 @@ class DeltaXYWHBBoxCoder:
         size, gt_size = boxes[:, 2:] - boxes[:, :2], gt_boxes[:, 2:] - gt_boxes[:, :2]
         centre, gt_centre = (boxes[:, :2] + boxes[:, 2:]) * 0.5, (gt_boxes[:, :2] + gt_boxes[:, 2:]) * 0.5
         deltas = torch.cat([(gt_centre - centre) / size, torch.log(gt_size / size)], -1)
-        columns = zip(
-            deltas.unbind(-1), self.means, self.stds
-        )  # as numbers: a tensor of them would be copied each time
+        # Means and stds are numbers: a tensor of them would be copied to the device each time.
+        columns = zip(deltas.unbind(-1), self.means, self.stds)
         return torch.stack([(d - mean) / std for d, mean, std in columns], -1)
 
     def decode(self, boxes: Tensor, deltas: Tensor, max_shape=None) -> Tensor:

@@ -180,9 +180,8 @@ class RPNHead(DenseHead):
         # Positives come first, and no more than that.
         first = picked[:, : int(self.sampler.num * self.sampler.pos_fraction)]
         positive = torch.arange(first.shape[1], device=first.device) < counts[:, :1]
-        gts = pad_sequence(
-            [F.pad(t["boxes"], (0, 0, 0, 1)) for t in targets], True
-        )  # a row more: of what has no object
+        rows = [F.pad(t["boxes"], (0, 0, 0, 1)) for t in targets]  # a row more: of what has no object
+        gts = pad_sequence(rows, True)
         truth = take_boxes(gts, owners[:, : first.shape[1]].clamp(min=0)).flatten(0, 1)
         moves = take_boxes(flat_deltas, first).flatten(0, 1)
         return loss_cls, box_loss(self, moves, anchors[first].flatten(0, 1), truth, factor, positive.flatten())

@@ -11,9 +11,7 @@ _PLAIN = {"LoadImageFromFile", "LoadAnnotations", "PackDetInputs", "DefaultForma
 _OPTIMIZER = {"type", "lr", "momentum", "weight_decay"}
 
 
-def recipe_of(
-    model, recipe: str | Recipe | None = None, say: Callable[[str], None] = print, **changes
-) -> Recipe:  # fmt: skip
+def recipe_of(model, recipe: str | Recipe | None = None, say: Callable[[str], None] = print, **changes) -> Recipe:
     """`get_recipe`, and for "config" that of the configuration that the model came with; what of it cannot be done is said.
     Raises what they raise."""
     if recipe == "config":

@@ -52,13 +52,11 @@ class Recipe:
     # --- pictures
     flip: float = 0.5
     multi_scale: tuple[float, float] | None = None  # range of factors of the model's min_size
-    lsj: tuple[float, float] | None = (
-        None  # large-scale jitter: range of scales to `crop`, then a random crop of that size
-    )
+    # Large-scale jitter: range of scales to `crop`, then a random crop of that size.
+    lsj: tuple[float, float] | None = None
     crop: int = 1024
-    min_crop_size: float | None = (
-        None  # least share of each side that a random crop in front of all leaves; it holds a box
-    )
+    # Least share of each side that a random crop in front of all leaves; it holds a box.
+    min_crop_size: float | None = None
     photometric: bool = False  # MMDetection's: hue and the order of the colours, too
     colour_jitter: float | None = None  # brightness, contrast, saturation: factors from 1 - this to 1 + this
     # --- end

@@ -21,8 +21,8 @@ from fastrcnn.training import distributed
 from fastrcnn.training.pictures import on_device, picture_sizes
 from fastrcnn.weights import infer_model
 
-# A recipe's AP; of an RPN, whose objects have no classes, its recall.
 BEST = "best.safetensors"
+# What makes a model the best, by whether it has classes: an RPN's objects have none, and its recall counts.
 SCORE = {True: "AP", False: "AR@1000"}
 
 

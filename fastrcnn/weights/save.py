@@ -125,15 +125,14 @@ def save(model: Detector, path: str | Path, notes: Mapping[str, str] | None = No
     meta = dict(detector=description(model), peer=to_text(model.profile.name, model.peer_options), **_categories(model))
     if model.config is not None:
         meta["mmdet_config"] = json.dumps(model.config, default=str)
-    content, suffix = dict(meta={**(notes or {}), **meta}, state_dict=_tensors(model)), path.suffix.lower()
-    if suffix == ".safetensors":
+    meta, state = {**(notes or {}), **meta}, _tensors(model)
+    if path.suffix.lower() == ".safetensors":
         try:
             from safetensors.torch import save as to_bytes
         except ImportError:
             raise ImportError("writing .safetensors needs the package safetensors: pip install safetensors") from None
-    if suffix == ".safetensors":
-        encoded = to_bytes(content["state_dict"], content["meta"])
+        encoded = to_bytes(state, meta)
         write_whole(path, lambda file: file.write(encoded))
     else:
-        write_whole(path, lambda file: torch.save(content, file))
+        write_whole(path, lambda file: torch.save(dict(meta=meta, state_dict=state), file))
     return path
