@@ -107,6 +107,7 @@ def test_a_look_leaves_no_trace(tmp_path, monkeypatch):
 def test_a_run_takes_the_least_of_all_processes_and_keeps_it(card, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "report", lambda *a: None)
     monkeypatch.setattr(loop, "save", lambda model, path: path.touch())
+    monkeypatch.setattr(loop, "described", lambda model: {})
     monkeypatch.setattr(distributed, "gathered", lambda value, world: [value, 2] if value in (3, 4) else [value])
     out, recipe, few = tmp_path / "run", dataclasses.replace(PLAIN, epochs=1), pictures(3)
     train(Scripted(), few, recipe, out, batch_size="auto", log=lambda line: None)

@@ -145,8 +145,10 @@ def test_a_signal_waits_for_the_gradients_of_a_step(tmp_path, monkeypatch):
 
         patch.setattr(Scripted, "losses", interrupted)
         patch.setattr(loop, "save", lambda model, path: path.touch())
+        patch.setattr(loop, "described", lambda model: {})
         train(Scripted(), pictures(5), recipe, tmp_path, log=quiet)
     monkeypatch.setattr(loop, "save", lambda model, path: path.touch())
+    monkeypatch.setattr(loop, "described", lambda model: {})
     again = Scripted()
     train(again, pictures(5), recipe, tmp_path, resume=True, log=quiet)
     assert again.bias.item() == whole.bias.item() == pytest.approx(-0.25)

@@ -13,7 +13,7 @@ from PIL import Image
 from test_docs import place, words_of  # noqa: F401  place is a fixture
 from typer.testing import CliRunner
 
-from fastrcnn import Detector, __version__
+from fastrcnn import Detector, __version__, ops
 from fastrcnn.cli import app
 from fastrcnn.cli.common import console, say_table
 from fastrcnn.data.rendered_cells import render_cells
@@ -135,6 +135,11 @@ def test_a_table_is_boxed_in_a_terminal_alone(monkeypatch, capsys):
     monkeypatch.setattr(console, "_force_terminal", True)
     say_table(("op", "cpu"), [("nms", "kernel")])
     assert "┏" in capsys.readouterr().out
+
+
+def test_info_lists_every_operator():
+    listed = json.loads(process("fastrcnn", "info", "--json").stdout)["ops"]
+    assert set(listed) == {name for name in ops.__all__ if not name.endswith("_reference")}
 
 
 def test_exit_statuses(tmp_path):

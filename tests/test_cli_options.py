@@ -19,6 +19,7 @@ from test_cli_train import no_report  # noqa: F401
 from fastrcnn import Detector
 from fastrcnn.data import read_image
 from fastrcnn.data.rendered_cells import render_cells
+from fastrcnn.inference.tiles import Tiled
 from fastrcnn.weights import save
 
 HERE = Path(__file__).parent
@@ -90,6 +91,15 @@ def test_weights_that_name_no_classes_are_named_by_an_option(picture, dataset, t
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
         run("export", weights, *given[2:])
     assert seen == [names, names]
+
+
+def test_detect_looks_in_tiles_when_it_is_told_to(weights, picture, tmp_path):
+    run("detect", picture, "--weights", weights, "--out", tmp_path / "o", "--score", 0, "--tile", 64, "--overlap", 0.25)
+    wanted = Tiled(Detector(str(weights), score_threshold=0.0), 64, 0.25)(picture)[0].to_coco(1)
+    found = [row["bbox"] for row in content_of(tmp_path / "o")["annotations"]]
+    assert found == [row["bbox"] for row in wanted] and found
+    whole = Detector(str(weights), score_threshold=0.0)(picture)[0].to_coco(1)
+    assert found != [row["bbox"] for row in whole]
 
 
 def test_how_detect_draws(weights, picture, tmp_path):

@@ -14,6 +14,7 @@ from torchvision.models import detection
 
 from fastrcnn import load_weights
 from fastrcnn.checkpoints.peer_options import EXTRA_STATE
+from fastrcnn.models import faster_rcnn
 from fastrcnn.weights import infer_model, load_checkpoint, pretrained_model, save
 
 CLASSES = 3
@@ -275,6 +276,10 @@ def test_another_number_of_classes_is_explained(tmp_path):
     torch.save(tiny_model(num_classes=5).state_dict(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match="num_classes=5"):
         load_weights(tiny_model(), tmp_path / "model.pth")
+    torch.save(tiny_model().state_dict(), tmp_path / "narrow.pth")  # its classes are not what is otherwise
+    with pytest.raises(ValueError, match="wrong shapes: ") as error:
+        load_weights(faster_rcnn("r18_fpn", num_classes=CLASSES), tmp_path / "narrow.pth")
+    assert "num_classes" not in str(error.value)
 
 
 def test_a_detector_of_other_classes_keeps_all_but_its_last_layers():

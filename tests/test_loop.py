@@ -121,6 +121,7 @@ def test_gradients_that_are_not_finite_stop_training_before_they_are_saved(tmp_p
             return {**found, "loss_b": root} if len(self.trace) == 3 else found
 
     monkeypatch.setattr(loop, "save", lambda model, path: path.touch())
+    monkeypatch.setattr(loop, "described", lambda model: {})
     with pytest.raises(FloatingPointError, match=r"step 2: .*the norm of the gradients nan"):
         train(Broken(), pictures(), plain(epochs=2), tmp_path, save_every=0.0, log=quiet)
     assert not (tmp_path / "states").exists()
@@ -334,6 +335,12 @@ def test_what_would_end_a_run_later_is_found_before_its_first_step(arguments, me
     with pytest.raises(ValueError, match=message):
         train(model, **{**dict(dataset=pictures(), recipe=PLAIN), **arguments}, log=quiet)
     assert not model.trace and not list(tmp_path.iterdir())
+
+
+def test_a_model_that_no_file_can_hold_is_refused_before_its_first_step(tmp_path):
+    with pytest.raises(ValueError, match="got a Scripted of its own"):
+        train(model := Scripted(), pictures(), PLAIN, tmp_path / "run", log=quiet)
+    assert not model.trace
 
 
 class Waits(TorchDispatchMode):

@@ -13,7 +13,7 @@ def bench(
     model: Model = None,
     height: Annotated[int, typer.Option(min=32, help="of the rendered picture")] = 800,
     width: Annotated[int, typer.Option(min=32, help="of the rendered picture")] = 1344,
-    batch: Annotated[int, typer.Option(min=1, help="images a step, and of rendered ones in all")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="pictures a step; so many are rendered")] = 1,
     min_size: MinSize = None,
     max_size: MaxSize = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="how long to repeat it")] = 10.0,

@@ -30,8 +30,8 @@ Names = Annotated[
 Score = Annotated[float, typer.Option(min=0.0, max=1.0, help="leave out objects below this score")]
 MinSize = Annotated[int | None, typer.Option(min=1, help="pixels of the short side [default: the model's]")]
 MaxSize = Annotated[int | None, typer.Option(min=1, help="pixels of the long side at most [default: the model's]")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N")]
+Precision = Annotated[str, typer.Option(help="auto (bf16 on a GPU, else fp32), fp32, bf16 or fp16")]
 Json = Annotated[
     bool, typer.Option("--json", help="the result as one line of JSON, and nothing else, on standard output")
 ]

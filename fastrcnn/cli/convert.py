@@ -16,7 +16,7 @@ def convert(
     names: Names = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write a checkpoint of any peer as another's.
+    """Write a checkpoint in another project's form.
 
     Weights are made right for the other's input and norms; what it does otherwise is said.
 

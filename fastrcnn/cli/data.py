@@ -55,7 +55,7 @@ def check(
     else:
         print_findings(findings)
         dropped = sum(findings.dropped.values())
-        say(f"{path}: {sum(wrong.values())} faults; what is dropped is left out of training: {dropped} entries")
+        say(f"{path}: {sum(wrong.values())} faults, {dropped} entries that a training leaves out")
     if strict and wrong:
         fail(f"{path}: refused: {', '.join(f'{count} {kind}' for kind, count in wrong.items())}")
 
@@ -95,9 +95,9 @@ def convert(
 def split(
     path: Source,
     out: Out,
-    val: Annotated[float, typer.Option(help="part of the pictures")] = 0.2,
-    test: Annotated[float, typer.Option(help="part of the pictures")] = 0.0,
-    seed: int = 0,
+    val: Annotated[float, typer.Option(help="share of the pictures to validate on")] = 0.2,
+    test: Annotated[float, typer.Option(help="share of the pictures to test on")] = 0.0,
+    seed: Annotated[int, typer.Option(help="another one is another choice")] = 0,
     to: Annotated[str | None, typer.Option(help="coco, voc or yolo [default: as it is]")] = None,
     images: Images = None,
     as_json: Json = False,

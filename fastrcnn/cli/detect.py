@@ -112,17 +112,21 @@ def detect(
     ] = "json",
     score: Score = 0.5,
     iou: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="overlap that NMS lets stand [default: the model's]")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="boxes that overlap more (IoU) are one object [default: the model's]"),
     ] = None,
     max_det: Annotated[int | None, typer.Option(min=1, help="objects a picture at most [default: the model's]")] = None,
     min_size: MinSize = None,
     max_size: MaxSize = None,
-    classes: Annotated[str | None, typer.Option(help="names of the classes to keep, comma-separated")] = None,
-    tile: Annotated[int | None, typer.Option(min=32, help="look at larger pictures in tiles of so many pixels")] = None,
+    classes: Annotated[str | None, typer.Option(help="names of the classes to keep, with commas [default: all]")] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=32, help="look at larger pictures in tiles of so many pixels [default: whole]")
+    ] = None,
     overlap: Annotated[float, typer.Option(min=0.0, max=0.9, help="part of a tile that its neighbour sees, too")] = 0.2,
     recursive: Annotated[bool, typer.Option("--recursive", help="sub-folders, too")] = False,
     shard: Annotated[
-        str | None, typer.Option(help="i/n: every n-th picture, from the i-th, into shard-i-of-n below --out")
+        str | None,
+        typer.Option(help="i/n, on one of n machines: every n-th picture, from the i-th, into shard-i-of-n below --out"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out, nothing twice")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete an earlier run's results in --out")] = False,
@@ -131,7 +135,9 @@ def detect(
     hide_labels: Annotated[bool, typer.Option("--hide-labels", help="boxes alone")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
-    batch: Annotated[int | None, typer.Option(min=1, help="images of one shape per step")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="pictures of one shape a step [default: 8 on CUDA, 1 on a CPU]")
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="local, or ray: pictures from any path of fsspec (s3://...), Parquet with a row a picture")
     ] = "local",
@@ -147,7 +153,7 @@ def detect(
       fastrcnn detect street.jpg
       fastrcnn detect photos --recursive --format json,csv --score 0.3 --classes RBC,WBC
       fastrcnn detect photos/valid --weights runs/mine/best.safetensors --out found --json
-      fastrcnn detect street.jpg --tile 64 --overlap 0.25 --out tiles
+      fastrcnn detect street.jpg --tile 480 --out tiles
       fastrcnn detect list.txt --shard 1/2 --resume
     """
     limits = dict(max_per_img=max_det, iou_threshold=iou, min_size=min_size, max_size=max_size)

@@ -23,7 +23,7 @@ def _numbers(text: str | None) -> list[int] | None:
 
 def evaluate(
     data: Annotated[Path, typer.Argument(help="folder or annotation file: COCO, Pascal VOC or YOLO")],
-    weights: Annotated[str, typer.Option(help="checkpoint of any peer, or trained here")],
+    weights: Annotated[str, typer.Option(help="checkpoint of MMDetection, torchvision or Detectron2, or trained here")],
     names: Names = None,
     images: Annotated[Path | None, typer.Option(help="image folder [default: told by the annotations]")] = None,
     split: Annotated[
@@ -42,10 +42,10 @@ def evaluate(
     precision: Precision = "fp32",
     as_json: Json = False,
 ) -> None:
-    """COCO's numbers of a checkpoint on annotated pictures.
+    """Measure a detector on annotated pictures: COCO's numbers.
 
-    Twelve, in percent; of a region proposal network its recall. In JSON a number is null where there is no object to
-    count.
+    Twelve, in percent: AP (average precision), AR (average recall); of a region proposal network its recall. Where there is
+    no object to count a number is nan, in JSON null. Needs the extra eval.
 
     \b
     Examples

@@ -9,9 +9,9 @@ from fastrcnn.cli.common import Json, MaxSize, MinSize, Model, Names, fail, open
 
 
 def export(
-    weights: Annotated[str, typer.Argument(help="checkpoint of MMDetection, torchvision or Detectron2: file or https "
-                                                "address")],
-    to: Annotated[str, typer.Option(help="pt2 (AOTInductor), onnx, openvino or triton")] = "onnx",
+    weights: Annotated[str, typer.Argument(help="checkpoint of MMDetection, torchvision or Detectron2, or trained here: "
+                                                "file or https address")],
+    to: Annotated[str, typer.Option(help="pt2 (torch's AOTInductor), onnx, openvino or triton")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="file, or Triton's folder of the model "
                                                   "[default: named as the weights, here]")] = None,
     model: Model = None,
@@ -21,12 +21,13 @@ def export(
     min_size: MinSize = None,
     max_size: MaxSize = None,
     raw: Annotated[bool, typer.Option("--raw", help="take a batch that is resized and normalised already")] = False,
-    dynamic: Annotated[bool, typer.Option(help="any number and size of images, or one of the largest size")] = True,
+    dynamic: Annotated[bool, typer.Option(help="any number and size of pictures, or one of the largest size")] = True,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a detector as ONNX, OpenVINO, Triton or .pt2.
 
-    A file that runs without this package. What it finds is compared before it is left there.
+    ONNX, OpenVINO and Triton need nothing of this package to run, .pt2 its kernels. What a file finds is compared with what
+    the model finds before it is left there. Needs the extra export, .pt2 a C++ compiler.
 
     \b
     Examples

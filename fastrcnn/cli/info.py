@@ -15,7 +15,7 @@ def info(
 ) -> None:
     """Versions, devices, and what answers each operator.
 
-    A compiled kernel or the reference, and why.
+    A compiled kernel, or the slow reference in plain PyTorch, and why.
 
     \b
     Examples
@@ -27,7 +27,7 @@ def info(
         return
     import torch
 
-    import fastrcnn
+    import fastrcnn.ops  # declares what the table lists
     from fastrcnn import _extension
 
     devices = _extension.devices()

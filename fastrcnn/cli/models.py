@@ -14,7 +14,7 @@ def models(
 ) -> None:
     """List named models and published checkpoints.
 
-    With parameters, multiply-adds, AP, licence and address.
+    With parameters, multiply-adds of a picture of 800 x 1280 (G: 10^9), AP as it was published, licence and address.
 
     \b
     Examples
@@ -29,7 +29,7 @@ def models(
         say_json(entries)
         return
     for entry in entries:
-        size = f"{entry['parameters'] / 1e6:6.2f} M parameters {entry['flops'] / 1e9:6.1f} GFLOPs"
+        size = f"{entry['parameters'] / 1e6:6.2f} M parameters {entry['flops'] / 1e9:6.1f} G multiply-adds"
         console.print(f"[bold]{entry['model']:27}[/] {size}  {printable(entry['variant'])}", soft_wrap=True)
         for p in entry["published"]:
             say(

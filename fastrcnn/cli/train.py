@@ -38,25 +38,30 @@ def train(
     out: Annotated[Path, typer.Option(help="folder for weights, logs and report; NAME.safetensors: folder NAME, and "
                                            "the best weights in that file")] = Path("runs/train"),
     images: Annotated[Path | None, typer.Option(help="its picture folder [default: beside the annotations]")] = None,
-    val: Annotated[Path | None, typer.Option(help="folder or annotation file to measure AP on after each epoch")] = None,
+    val: Annotated[Path | None, typer.Option(help="folder or annotation file to measure AP on after each epoch [default: "
+                                                  "val or valid in the folder, if there]")] = None,
     val_images: Annotated[
         Path | None, typer.Option(help="picture folder of --val [default: beside its annotations, then --images]")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="name, or an MMDetection config file [default: told by the weights, else r50_fpn]")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="start: a detector, an ImageNet ResNet, or coco")] = None,
+    weights: Annotated[str | None, typer.Option(help="what to start from: a detector, an ImageNet ResNet, or coco, "
+                                                     "torchvision's [default: random weights]")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="1x, 2x, 3x, 90k, ms-3x, tv, tv-v2, lsj-100e, lsj-200e, lsj-400e, config or finetune "
                                       "[default: finetune; of a config file its own]"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="[default: the recipe's]")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="passes over the pictures [default: the recipe's]")] = None,
     batch: Annotated[
         str | None,
-        typer.Option(callback=_whole_or_auto, help="pictures a process and step, or auto [default: the recipe's]"),
+        typer.Option(
+            callback=_whole_or_auto, help="pictures a step, of each process, or auto [default: the recipe's]"
+        ),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(callback=_above_0, help="[default: the recipe's, scaled by the batch]")
+        float | None,
+        typer.Option(callback=_above_0, help="learning rate [default: the recipe's, scaled by the batch]"),
     ] = None,
     min_size: MinSize = None,
     max_size: MaxSize = None,
@@ -64,10 +69,12 @@ def train(
         bool, typer.Option("--shard", help="spread parameters and optimizer over torchrun's processes (FSDP2)")
     ] = False,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 [default: the recipe's]")] = None,
-    patience: Annotated[int | None, typer.Option(min=1, help="end after so many epochs without a better AP")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="end after so many epochs without a better AP [default: never]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of fresh weights, of the pictures' order and changes")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="processes that read pictures")] = 2,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="the same bits on every run")] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="the same bits on every run, slower")] = False,
     drop_empty: Annotated[bool, typer.Option("--drop-empty", help="leave out pictures without objects")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard's files, too")] = False,

@@ -40,7 +40,7 @@ from fastrcnn.training.state import (
     seed_of,
 )
 from fastrcnn.training.validate import BEST, SCORE, check_data, measured, report, unsaid, validation_loss
-from fastrcnn.weights import save
+from fastrcnn.weights import described, save
 
 LOOK = 10  # steps between two looks at the losses
 REPORT = 60.0  # seconds between two reports: charts take some
@@ -388,6 +388,7 @@ def train(
             if rank == 0:
                 stack.enter_context(checkpoint.locked(out))
             stop = stack.enter_context(checkpoint.stopping())
+            described(model)  # what no file can hold is refused now, not behind an epoch
         if deterministic:
             stack.enter_context(deterministic_algorithms())
         check_data(model, dataset, val, drop_empty, world, say)

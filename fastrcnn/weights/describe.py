@@ -158,6 +158,7 @@ def check_keys(own: dict[str, Tensor], checkpoint: Checkpoint, source: str) -> N
     ]
     if problems:
         hint, n = "", checkpoint.num_classes
-        if any(s.startswith(CLASS_LAYERS) for s in shapes):
+        rows = [k for k in own if k.startswith(CLASS_LAYERS) and k in state and state[k].shape[:1] != own[k].shape[:1]]
+        if rows:
             hint = f". The file has {n} classes: build the model with num_classes={n}"
         raise ValueError(f"{source} does not fit this model. " + "; ".join(problems) + hint)

@@ -113,19 +113,25 @@ def writable(path: str | Path) -> Path:
     return path
 
 
+def described(model: Detector) -> dict[str, str]:
+    """What a file says of a model beside its weights. Ask before a long training: raises ValueError for a model that a file
+    cannot describe, and for names or ids that are not one for each class."""
+    meta = dict(detector=description(model), peer=to_text(model.profile.name, model.peer_options), **_categories(model))
+    if model.config is not None:
+        meta["mmdet_config"] = json.dumps(model.config, default=str)
+    return meta
+
+
 def save(model: Detector, path: str | Path, notes: Mapping[str, str] | None = None) -> Path:
     """Writes a model so that `infer_model`, `load_weights` and `--weights` give the same model again: weights, structure,
     profile, class names and category ids. Returns the path.
 
     path: .safetensors (needs the package safetensors), .pth or .pt; its folder is made, and a file of that name is replaced
-    only when the new one is whole. notes: texts to keep in the file's metadata. Raises what `writable` raises, ImportError,
-    and ValueError for a model that a file cannot describe.
+    only when the new one is whole. notes: texts to keep in the file's metadata. Raises what `writable` and `described`
+    raise, and ImportError.
     """
     path = writable(path)
-    meta = dict(detector=description(model), peer=to_text(model.profile.name, model.peer_options), **_categories(model))
-    if model.config is not None:
-        meta["mmdet_config"] = json.dumps(model.config, default=str)
-    meta, state = {**(notes or {}), **meta}, _tensors(model)
+    meta, state = {**(notes or {}), **described(model)}, _tensors(model)
     if path.suffix.lower() == ".safetensors":
         try:
             from safetensors.torch import save as to_bytes
