@@ -50,9 +50,10 @@ def _plain(value, where: str, depth: int = 0):
 def description(model: Detector) -> str:
     """What `config_of` reads back: JSON of the arguments that a model was built with. Raises ValueError naming the part
     that is no data."""
-    if DETECTORS.get(model.built.arguments["type"]) is not type(model):
+    built = getattr(model, "built", None)
+    if built is None or DETECTORS.get(built.arguments["type"]) is not type(model):
         raise ValueError(f"a file describes {', '.join(DETECTORS)}, got a {type(model).__name__} of its own")
-    return json.dumps(_plain(model.built.arguments, ""))
+    return json.dumps(_plain(built.arguments, ""))
 
 
 def _named_by(state: dict[str, Tensor]) -> tuple[str, dict]:
