@@ -222,6 +222,10 @@ def placeholder(content):  # Roboflow
     content["categories"].insert(0, dict(id=0, name="pets", supercategory="none"))
 
 
+def written_by_hand(content):  # the placeholder alone has a super category
+    content["categories"].insert(0, dict(id=0, name="pets", supercategory="none"))
+
+
 def same_name(content):  # Roboflow, a project called as its class
     placeholder(content)
     content["categories"][0]["name"] = "cat"
@@ -254,7 +258,7 @@ def no_sizes(content):
 
 
 @pytest.mark.parametrize("change", [
-    strings, texts, placeholder, same_name, background, polygons, no_sizes,
+    strings, texts, placeholder, written_by_hand, same_name, background, polygons, no_sizes,
     lambda c: c.update(info=None, licenses=[]),
     lambda c: [a.update(iscrowd=None, area=None, attributes={"occluded": False}) for a in c["annotations"]],
     names(lambda n: f"..\\..\\media\\{n}"), names(lambda n: f"some/folder/{n}"), names(lambda n: "/data/images/" + n),

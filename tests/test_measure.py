@@ -20,6 +20,7 @@ from fastrcnn.data import CocoDataset, open_dataset
 from fastrcnn.evaluation import Predictions, as_detector, evaluate, measure, predict
 from fastrcnn.evaluation.coco import judge_dataset
 from fastrcnn.evaluation.predict import opened
+from fastrcnn.training import train
 
 IDS = [0, 3, 7, 12]
 NAMES = [f"c{i}" for i in IDS]
@@ -171,3 +172,10 @@ def test_a_detector_that_finds_fewer_objects_than_are_counted_is_warned_of(tmp_p
 def test_a_subset_of_a_subset_knows_where_its_pictures_lie(case):
     base, places = opened(Subset(Subset(case[0], [8, 6, 4, 2]), [3, 0]))
     assert base is case[0] and places == [2, 8]
+
+
+def test_the_path_of_a_dataset_is_no_dataset(tmp_path):
+    with pytest.raises(TypeError, match=r"dataset: expected .*open_dataset\('photos'\), got the path"):
+        evaluate(tiny_model(), "photos")
+    with pytest.raises(TypeError, match=r"val: expected .*open_dataset\('photos/val'\), got the path"):
+        train(tiny_model(), [], val=tmp_path.joinpath("photos/val").relative_to(tmp_path))

@@ -132,6 +132,13 @@ def test_what_training_has_counted_is_kept(tmp_path):
     assert not any("normalizer" in k for k in export_weights(model, "detectron2"))
 
 
+def test_the_sizes_are_those_of_now(tmp_path):
+    model = small()
+    model.data_preprocessor.resize_to(48, 80)
+    pixels = infer_model(save(model, tmp_path / "a.safetensors")).data_preprocessor
+    assert (pixels.min_size, pixels.max_size) == (48, 80) != (model.built.arguments["min_size"], 0)
+
+
 def test_loading_ones_own_state_changes_nothing_else():
     model = of_a_config()
     model.backbone.requires_grad_(False)

@@ -66,13 +66,15 @@ def _kept(ids, names: Texts, findings: Findings, path: Path) -> np.ndarray:
 
 def _classes(rows: list[dict], used: set[int], findings: Findings, path: Path) -> list[dict]:
     """The categories by ascending id, without a placeholder that no annotation has: the super category that Roboflow lists
-    beside its classes, or the 0 that others keep for what is no object."""
+    beside its classes, told by them or by its own "none", or the 0 that others keep for what is no object."""
     kept: list[dict] = []
     seen, above = set(), Counter(row["supercategory"] for row in rows if isinstance(row["supercategory"], str))
     for i, row in enumerate(rows):
         name, others = row["name"], len(rows) - 1
         over = others > 0 and above[name] - (row["supercategory"] == name) == others
-        if row["id"] not in used and others and (over or (row["id"] == 0 and name.strip("_ ").lower() in NOTHING)):
+        alone = row["supercategory"] == "none" and above["none"] == 1
+        nothing = row["id"] == 0 and (alone or name.strip("_ ").lower() in NOTHING)
+        if row["id"] not in used and others and (over or nothing):
             findings.note("placeholder category", path, entry("categories", i, row["id"]),
                           f"{short(name)} is no class of its own and has no object: left out")  # fmt: skip
         elif (row["id"], name) not in seen:

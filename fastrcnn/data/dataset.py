@@ -33,6 +33,14 @@ def _other_names(name: str) -> Iterator[str]:
         yield from (unicodedata.normalize(form, found) for form in ("NFC", "NFD"))
 
 
+def refuse_path(name: str, dataset) -> None:
+    """Raises TypeError where an argument is the path of a dataset."""
+    if isinstance(dataset, str | os.PathLike):
+        raise TypeError(
+            f"{name}: expected a dataset, such as fastrcnn.data.open_dataset({os.fspath(dataset)!r}), got the path"
+        )
+
+
 class _Each(Sequence):
     """`get(i)` of `count` items as a sequence."""
 

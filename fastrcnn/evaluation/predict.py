@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import ConcatDataset, Subset
 
 from fastrcnn.data import DetectionDataset, as_image, read_through
+from fastrcnn.data.dataset import refuse_path
 from fastrcnn.evaluation.classes import match_classes
 from fastrcnn.inference import Detector
 from fastrcnn.models.base_detector import BaseDetector, unwrapped
@@ -115,7 +116,8 @@ def most_detections(detector: Detector) -> float:
 
 def opened(dataset) -> tuple[object, list[int]]:
     """What a dataset is a Subset of, itself where it is none, and the places of its pictures there. Raises ValueError for
-    what cannot be measured on."""
+    what cannot be measured on, TypeError for a path."""
+    refuse_path("dataset", dataset)
     if isinstance(dataset, Subset):
         below, places = opened(dataset.dataset)
         if len(set(dataset.indices)) != len(dataset.indices):

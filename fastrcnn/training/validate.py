@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastrcnn.data import read_through
 from fastrcnn.data.batches import batches, steps_per_epoch
+from fastrcnn.data.dataset import refuse_path
 from fastrcnn.evaluation import as_detector, evaluate_proposals, match_classes, measure, predict, training_report
 from fastrcnn.evaluation.coco import require_hotcoco
 from fastrcnn.evaluation.predict import Predictions, predict_together
@@ -27,8 +28,10 @@ SCORE = {True: "AP", False: "AR@1000"}
 
 
 def check_data(model, dataset, val, drop_empty: bool, world: int, say: Callable[[str], None]) -> None:
-    """Raises ValueError for what would end a run later, before its first step, and says how much there is."""
-    for part in (dataset, val):
+    """Raises ValueError for what would end a run later, before its first step, TypeError for a path in the place of a
+    dataset, and says how much there is."""
+    for name, part in (("dataset", dataset), ("val", val)):
+        refuse_path(name, part)
         if hasattr(part, "channels"):
             part.channels = model.data_preprocessor.in_channels
     if hasattr(dataset, "objects"):

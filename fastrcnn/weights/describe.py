@@ -48,12 +48,13 @@ def _plain(value, where: str, depth: int = 0):
 
 
 def description(model: Detector) -> str:
-    """What `config_of` reads back: JSON of the arguments that a model was built with. Raises ValueError naming the part
-    that is no data."""
+    """What `config_of` reads back: JSON of the arguments that a model was built with, and the sizes that it resizes to now.
+    Raises ValueError naming the part that is no data."""
     built = getattr(model, "built", None)
     if built is None or DETECTORS.get(built.arguments["type"]) is not type(model):
         raise ValueError(f"a file describes {', '.join(DETECTORS)}, got a {type(model).__name__} of its own")
-    return json.dumps(_plain(built.arguments, ""))
+    pixels = model.data_preprocessor
+    return json.dumps(_plain(built.arguments | dict(min_size=pixels.min_size, max_size=pixels.max_size), ""))
 
 
 def _named_by(state: dict[str, Tensor]) -> tuple[str, dict]:
