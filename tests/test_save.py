@@ -132,6 +132,17 @@ def test_what_training_has_counted_is_kept(tmp_path):
     assert not any("normalizer" in k for k in export_weights(model, "detectron2"))
 
 
+def test_the_same_model_is_the_same_file(tmp_path):
+    model, files = small(), set()
+    model.class_names = ["é", "b", "c"]
+    for number in range(8):  # the package safetensors has an order of its own for each
+        files.add(save(model, tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(files) == 1
+    state, own = load_file(tmp_path / "0.safetensors"), model.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in state.items())
+    assert infer_model(tmp_path / "0.safetensors").class_names == model.class_names
+
+
 def test_the_sizes_are_those_of_now(tmp_path):
     model = small()
     model.data_preprocessor.resize_to(48, 80)

@@ -122,6 +122,17 @@ def described(model: Detector) -> dict[str, str]:
     return meta
 
 
+def _in_order(encoded: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the package writes them in another order each time, and the same
+    weights are to be the same file."""
+    end = 8 + int.from_bytes(encoded[:8], "little")
+    header = json.loads(encoded[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + encoded[end:]
+
+
 def save(model: Detector, path: str | Path, notes: Mapping[str, str] | None = None) -> Path:
     """Writes a model so that `infer_model`, `load_weights` and `--weights` give the same model again: weights, structure,
     profile, class names and category ids. Returns the path.
@@ -137,7 +148,7 @@ def save(model: Detector, path: str | Path, notes: Mapping[str, str] | None = No
             from safetensors.torch import save as to_bytes
         except ImportError:
             raise ImportError("writing .safetensors needs the package safetensors: pip install safetensors") from None
-        encoded = to_bytes(state, meta)
+        encoded = _in_order(to_bytes(state, meta))
         write_whole(path, lambda file: file.write(encoded))
     else:
         write_whole(path, lambda file: torch.save(dict(meta=meta, state_dict=state), file))
