@@ -3,6 +3,7 @@
 import pytest
 from training_stubs import tiny
 
+from fastrcnn.models import from_mmdet_config
 from fastrcnn.training import RECIPES, get_recipe, recipe_from_config, recipe_of
 
 THREE = dict(
@@ -79,6 +80,22 @@ def test_scales_and_what_cannot_be_done_is_said():
     assert len(notes) == 2 and "640 to 800 is drawn, not one of 3" in notes[0] and notes[1].startswith("Mosaic")
     ranged = dict(type="RandomResize", scale=[(1333, 640), (1333, 800)], keep_ratio=True)
     assert recipe_from_config(pipeline(ranged))[0].multi_scale == (0.8, 1.0)
+    other = dict(test_pipeline=[dict(type="Resize", scale=(1333, 400), keep_ratio=True)])
+    assert recipe_from_config(pipeline(ranged, **other))[0].multi_scale == (1.6, 2.0)
+
+
+def test_pictures_of_one_size_are_trained_on_in_that_size():
+    small = dict(type="Resize", scale=(128, 96), keep_ratio=True)
+    test = dict(test_pipeline=[dict(type="Resize", scale=(256, 192), keep_ratio=True)])
+    for config, factor, said in (
+        (pipeline(small), None, []),
+        (pipeline(small, **test), (0.5, 0.5), ["Resize: the long side"]),
+    ):
+        found, notes = recipe_from_config(config)
+        assert found.multi_scale == factor and len(notes) == len(said) and all(map(str.startswith, notes, said))
+        model = {k: v for k, v in tiny().built.arguments.items() if k not in ("profile", "min_size", "max_size")}
+        pixels = from_mmdet_config(dict(config, model=model)).data_preprocessor
+        assert (pixels.max_size, pixels.min_size) == ((256, 192) if said else (128, 96))
 
 
 def test_crops_of_the_whole_picture():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from fastrcnn.training.recipe import Recipe, get_recipe
+from fastrcnn.zoo.mmdet_config import all_pairs, config_sizes
 
 GPUS = 8  # that a config means where it does not say for how many pictures its rate is
 # Transforms that ask for nothing of their own here.
@@ -165,7 +166,7 @@ def _pictures(config: dict, notes: list[str]) -> dict:
                 notes.append(f"RandomFlip: flips horizontally, not {d['direction']}")
             numbers["flip"] = float(d.get("prob", d.get("flip_ratio", 0.5)) or 0.0)
         elif kind in ("Resize", "RandomResize", "RandomChoiceResize"):
-            numbers |= _scales(d, notes)
+            numbers |= _scales(d, notes, config_sizes(config))
             resized = True
         elif not resized and (kind == "MinIoURandomCrop" or d.get("crop_type") == "relative_range"):
             numbers["min_crop_size"] = _crop_share(d, notes)
@@ -197,17 +198,18 @@ def _crop_share(d: dict, notes: list[str]) -> float:
     return float(min(shares))
 
 
-def _scales(d: dict, notes: list[str]) -> dict:
-    """What a resize of the training pipeline draws, as factors of its largest short side, which is the test's."""
+def _scales(d: dict, notes: list[str], own: tuple[int, int]) -> dict:
+    """What a resize of the training pipeline draws, as factors of the model's own short side. own: (long, short)."""
     scales = d.get("scales", d.get("scale", d.get("img_scale")))
     if "ratio_range" in d:
         side = scales if isinstance(scales, int) else max(scales)
         return dict(lsj=tuple(d["ratio_range"]), crop=side)
-    if not isinstance(scales, list | tuple) or not scales or isinstance(scales[0], int) or len(scales) == 1:
+    if scales is None:
         return {}
-    shorts = [min(s) for s in scales]
-    if len({max(s) for s in scales}) > 1:
+    longs, shorts = zip(*all_pairs(scales))
+    if set(longs) != {own[0]}:
         notes.append(f"{_kind(d)}: the long side's limit stays the model's")
-    if _kind(d) == "RandomChoiceResize" or d.get("multiscale_mode", "range") == "value":
+    if len(set(shorts)) > 1 and (_kind(d) == "RandomChoiceResize" or d.get("multiscale_mode", "range") == "value"):
         notes.append(f"{_kind(d)}: a short side from {min(shorts)} to {max(shorts)} is drawn, not one of {len(shorts)}")
-    return dict(multi_scale=(min(shorts) / max(shorts), 1.0))
+    factors = min(shorts) / own[1], max(shorts) / own[1]
+    return {} if factors == (1.0, 1.0) else dict(multi_scale=factors)

@@ -24,13 +24,31 @@ def _typed(content, seen: set[int]) -> list[dict]:
 
 
 def _test_transforms(config: dict) -> list[tuple[str, dict]]:
-    """(type, dict) of the transforms of the test pipeline, without the scope before a type's name."""
+    """(type, dict) of the transforms of the test pipeline, without the scope before a type's name; where there is none, the
+    training pipeline's resize to one size."""
     data = config.get("data") if isinstance(config.get("data"), dict) else {}
     for part in (config.get("test_dataloader"), data.get("test"), config.get("test_pipeline")):
         found = [(d["type"].rpartition(".")[2], d) for d in _typed(part, set())]
         if any("Resize" in kind or kind == "MultiScaleFlipAug" for kind, _ in found):
             return found
+    for part in (config.get("train_dataloader"), data.get("train"), config.get("train_pipeline")):
+        found = [(d["type"].rpartition(".")[2], d) for d in _typed(part, set())]
+        if found := [("Resize", d) for kind, d in found if kind == "Resize" and d.get("keep_ratio")]:
+            scale = found[0][1].get("scale", found[0][1].get("img_scale"))
+            return found[:1] if isinstance(scale, int | list | tuple) and len(all_pairs(scale)) == 1 else []
     return []
+
+
+def all_pairs(scale) -> list[tuple[int, int]]:
+    """`_pair` of each of a resize's scales."""
+    several = isinstance(scale, list | tuple) and scale and isinstance(scale[0], list | tuple)
+    return [_pair(s) for s in scale] if several else [_pair(scale)]
+
+
+def config_sizes(config: dict) -> tuple[int, int]:
+    """(long side, short side) that a config's pictures are resized to where nothing is drawn."""
+    found = _size_options(_test_transforms(config))
+    return found.get("max_size", 1333), found.get("min_size", 800)
 
 
 def _pair(scale) -> tuple[int, int]:
