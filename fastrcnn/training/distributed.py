@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,23 +80,24 @@ def largest(sizes: Sequence[tuple[int, int]], world: int) -> tuple[int, int]:
     """The largest height and width of all processes' pictures: padded alike, they are one batch."""
     most = [max(sides) for sides in zip(*sizes)]
     if world > 1:
-        most = torch.tensor(most)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=host_group())
-        most = most.tolist()
-    return tuple(most)
+        shared = torch.tensor(most)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=host_group())
+        most = shared.tolist()
+    height, width = most
+    return height, width
 
 
 @functools.cache
-def host_group():
+def host_group() -> dist.ProcessGroup | None:
     """What processes say to each other about numbers on the host, for which no device is waited."""
     return dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_backend() != "gloo" else None
 
 
-def gathered(value, world: int) -> list:
+def gathered(value: Any, world: int) -> list[Any]:
     """What every process says, in the order of their ranks."""
     if world == 1:
         return [value]
-    found: list = [None] * world
+    found: list[Any] = [None] * world
     dist.all_gather_object(found, value, group=host_group())
     return found
 

@@ -1,9 +1,11 @@
 """MMDetection's schedule and training pipeline, of its versions 2 and 3, as a recipe."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from fastrcnn.training.recipe import Recipe, get_recipe
 from fastrcnn.zoo.mmdet_config import all_pairs, config_sizes
+from fastrcnn.zoo.recipes import Detector
 
 GPUS = 8  # that a config means where it does not say for how many pictures its rate is
 # Transforms that ask for nothing of their own here.
@@ -12,7 +14,9 @@ _PLAIN = {"LoadImageFromFile", "LoadAnnotations", "PackDetInputs", "DefaultForma
 _OPTIMIZER = {"type", "lr", "momentum", "weight_decay"}
 
 
-def recipe_of(model, recipe: str | Recipe | None = None, say: Callable[[str], None] = print, **changes) -> Recipe:
+def recipe_of(
+    model: Detector, recipe: str | Recipe | None = None, say: Callable[[str], None] = print, **changes: Any
+) -> Recipe:
     """`get_recipe`, and for "config" that of the configuration that the model came with; what of it cannot be done is said.
     Raises what they raise."""
     if recipe == "config":
@@ -24,7 +28,7 @@ def recipe_of(model, recipe: str | Recipe | None = None, say: Callable[[str], No
     return get_recipe(recipe or "finetune", **changes)
 
 
-def recipe_from_config(config: dict) -> tuple[Recipe, list[str]]:
+def recipe_from_config(config: dict[str, Any]) -> tuple[Recipe, list[str]]:
     """(recipe, what of the config it leaves out) of a whole MMDetection config as `model.config` has it. Raises ValueError
     where it holds no schedule, or one that cannot be followed."""
     notes: list[str] = []
@@ -50,11 +54,11 @@ def recipe_from_config(config: dict) -> tuple[Recipe, list[str]]:
         raise ValueError(f"config: {error}") from None
 
 
-def _kind(d: dict) -> str:
+def _kind(d: dict[str, Any]) -> str:
     return str(d.get("type")).rpartition(".")[2]
 
 
-def _datasets(config: dict) -> Iterator[dict]:
+def _datasets(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The training dataset, outermost wrapper first."""
     loader, data = config.get("train_dataloader"), config.get("data")
     part = (loader or {}).get("dataset") if isinstance(loader, dict) else (data or {}).get("train")
@@ -63,7 +67,7 @@ def _datasets(config: dict) -> Iterator[dict]:
         part = part.get("dataset")
 
 
-def _optimizer(given, notes: list[str]) -> dict:
+def _optimizer(given: object, notes: list[str]) -> dict[str, Any]:
     if not isinstance(given, dict) or _kind(given) not in ("SGD", "AdamW"):
         raise ValueError(f"config: optimizer: expected SGD or AdamW, got {given!r}")
     if odd := sorted(set(given) - _OPTIMIZER - {"paramwise_cfg"}):
@@ -72,14 +76,14 @@ def _optimizer(given, notes: list[str]) -> dict:
     return plain | (dict(momentum=given.get("momentum", 0.0)) if _kind(given) == "SGD" else {})
 
 
-def _paramwise(cfg: dict | None, notes: list[str]) -> dict:
+def _paramwise(cfg: dict[str, Any] | None, notes: list[str]) -> dict[str, Any]:
     names = dict(norm_decay_mult="norm_decay", bias_decay_mult="bias_decay")
     if odd := sorted(set(cfg or {}) - set(names) - {"bypass_duplicate"}):
         notes.append(f"paramwise_cfg options {', '.join(odd)} are left out")
     return {new: cfg[old] for old, new in names.items() if cfg and old in cfg}
 
 
-def _new(config: dict, wrapper: dict, notes: list[str]) -> dict:
+def _new(config: dict[str, Any], wrapper: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """MMDetection 3: optim_wrapper, param_scheduler, train_cfg, train_dataloader."""
     numbers = _optimizer(wrapper.get("optimizer"), notes) | _paramwise(wrapper.get("paramwise_cfg"), notes)
     numbers["accumulate"] = wrapper.get("accumulative_counts", 1)
@@ -112,7 +116,7 @@ def _new(config: dict, wrapper: dict, notes: list[str]) -> dict:
     return numbers | _batch(config, loader.get("batch_size", 2))
 
 
-def _old(config: dict, notes: list[str]) -> dict:
+def _old(config: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """MMDetection 2: optimizer, optimizer_config, lr_config, runner, data."""
     if not isinstance(config.get("optimizer"), dict):
         raise ValueError("config: expected optim_wrapper or optimizer, and a schedule: this is a model alone")
@@ -147,12 +151,12 @@ def _old(config: dict, notes: list[str]) -> dict:
     return numbers | _batch(config, (config.get("data") or {}).get("samples_per_gpu", 2))
 
 
-def _batch(config: dict, size: int) -> dict:
+def _batch(config: dict[str, Any], size: int) -> dict[str, Any]:
     base = (config.get("auto_scale_lr") or {}).get("base_batch_size")
     return dict(batch_size=size, base_batch=base or GPUS * size)
 
 
-def _pictures(config: dict, notes: list[str]) -> dict:
+def _pictures(config: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """flip, multi_scale, lsj, min_crop_size, photometric of the training pipeline."""
     pipeline = next((d["pipeline"] for d in _datasets(config) if isinstance(d.get("pipeline"), list | tuple)),
                     config.get("train_pipeline"))  # fmt: skip
@@ -185,7 +189,7 @@ def _pictures(config: dict, notes: list[str]) -> dict:
     return numbers
 
 
-def _crop_share(d: dict, notes: list[str]) -> float:
+def _crop_share(d: dict[str, Any], notes: list[str]) -> float:
     """The least share of a side that a random crop of the whole picture leaves."""
     if _kind(d) == "MinIoURandomCrop":
         notes.append(
@@ -198,9 +202,9 @@ def _crop_share(d: dict, notes: list[str]) -> float:
     return float(min(shares))
 
 
-def _scales(d: dict, notes: list[str], own: tuple[int, int]) -> dict:
+def _scales(d: dict[str, Any], notes: list[str], own: tuple[int, int]) -> dict[str, Any]:
     """What a resize of the training pipeline draws, as factors of the model's own short side. own: (long, short)."""
-    scales = d.get("scales", d.get("scale", d.get("img_scale")))
+    scales: Any = d.get("scales", d.get("scale", d.get("img_scale")))
     if "ratio_range" in d:
         side = scales if isinstance(scales, int) else max(scales)
         return dict(lsj=tuple(d["ratio_range"]), crop=side)

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrcnn.data.transforms import colour_jitter, crop_with_boxes, flip, large_scale_jitter, photometric
 from fastrcnn.models.base_detector import BaseDetector
@@ -12,7 +12,7 @@ from fastrcnn.models.preprocess import resized_size
 from fastrcnn.training.recipe import Recipe
 
 
-def training_transforms(recipe: Recipe):
+def training_transforms(recipe: Recipe) -> nn.Module | None:
     """Of torchvision.transforms.v2, for the workers; None where nothing changes the pictures."""
     steps = []
     if recipe.photometric:
@@ -29,7 +29,8 @@ def training_transforms(recipe: Recipe):
         return None
     from torchvision.transforms import v2
 
-    return v2.Compose(steps)
+    composed: nn.Module = v2.Compose(steps)
+    return composed
 
 
 def picture_sizes(
@@ -37,13 +38,14 @@ def picture_sizes(
 ) -> list[tuple[int, int]]:
     """(height, width) that each picture is resized to, by its own seed; without a recipe by the model's rule alone."""
     if recipe is not None and recipe.lsj is not None:  # the transforms have made them as large as they shall be
-        return [tuple(x.shape[1:]) for x in images]
+        return [(x.shape[1], x.shape[2]) for x in images]
     p, sizes, scale = model.data_preprocessor, [], 1.0
     for image, seed in zip(images, seeds):
         if recipe is not None and recipe.multi_scale is not None:
             scale = random.Random(seed).uniform(*recipe.multi_scale)
         most = round(p.max_size * max(1.0, scale))
-        sizes.append(resized_size(*image.shape[1:], round(p.min_size * scale), most, p.profile.resize))
+        height, width = image.shape[1:]
+        sizes.append(resized_size(height, width, round(p.min_size * scale), most, p.profile.resize))
     return sizes
 
 
@@ -53,10 +55,12 @@ def smallest_batch(recipe: Recipe) -> list[tuple[int, int]]:
     return [(recipe.crop, recipe.crop)] if recipe.graphs and recipe.lsj is not None else []
 
 
-def on_device(model: BaseDetector, images: Sequence[Tensor], targets: Sequence[dict], device: torch.device):
+def on_device(
+    model: BaseDetector, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """(images, targets) of a batch where the model is, the targets checked on the way; labels count from 0. Copies from
     pinned memory, for which nobody waits."""
     if device.type == "cuda":
         images = [image.pin_memory() for image in images]
     images = [image.to(device, non_blocking=True) for image in images]
-    return images, model.inside(model.outside(targets), len(images), device)
+    return images, model.inside(model.outside(list(targets)), len(images), device)

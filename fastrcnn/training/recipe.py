@@ -8,6 +8,7 @@ finetune is for few pictures of one's own, from a checkpoint.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Recipe:
     # --- end
     patience: int | None = None  # epochs without a better AP after which a run ends
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raises ValueError for a number that no run can have."""
         for name in ("epochs", "batch_size", "base_batch", "accumulate"):
             value = getattr(self, name)
@@ -111,17 +112,17 @@ class Recipe:
         return self.compile == "reduce-overhead"
 
 
-_MS = dict(multi_scale=(0.8, 1.0))  # the short side from 640 to 800
-_LSJ = dict(
-    base_batch=64, batch_size=8, lr=0.1, weight_decay=4e-5, norm_decay=0.0, sync_bn=True, frozen_stages=-1, lsj=(0.1, 2.0)
-)  # fmt: skip
+_LSJ = Recipe("lsj", base_batch=64, batch_size=8, lr=0.1, weight_decay=4e-5, norm_decay=0.0, sync_bn=True,
+              frozen_stages=-1, lsj=(0.1, 2.0))  # fmt: skip
 
 
 def _lsj(epochs: int) -> Recipe:
     """On COCO 100 epochs are 184,375 steps of 64 pictures, with drops at 163,889 and 177,546."""
     share = epochs / 184375
     drops = (163889 * share, 177546 * share)
-    return Recipe(f"lsj-{epochs}e", epochs, milestones=drops, warmup=500, warmup_factor=0.067, **_LSJ)
+    return dataclasses.replace(
+        _LSJ, name=f"lsj-{epochs}e", epochs=epochs, milestones=drops, warmup=500, warmup_factor=0.067
+    )
 
 
 RECIPES = {
@@ -131,9 +132,9 @@ RECIPES = {
         Recipe("2x", 24, milestones=(16, 22)),
         Recipe("3x", 36, milestones=(27, 33)),
         Recipe("90k", steps=90000, milestones=(60000, 80000)),
-        Recipe("ms-3x", 36, milestones=(27, 33), **_MS),
+        Recipe("ms-3x", 36, milestones=(27, 33), multi_scale=(0.8, 1.0)),  # the short side from 640 to 800
         Recipe("tv", 26, milestones=(16, 22), warmup=1000, warmup_epochs=1.0),
-        Recipe("tv-v2", 400, milestones=(352, 384), warmup=1000, warmup_epochs=1.0, **_LSJ),
+        dataclasses.replace(_LSJ, name="tv-v2", epochs=400, milestones=(352, 384), warmup=1000, warmup_epochs=1.0),
         _lsj(100),
         _lsj(200),
         _lsj(400),
@@ -153,7 +154,7 @@ RECIPES = {
 }  # fmt: skip
 
 
-def get_recipe(recipe: str | Recipe = "finetune", **changes) -> Recipe:
+def get_recipe(recipe: str | Recipe = "finetune", **changes: Any) -> Recipe:
     """The recipe of a name with what `changes` says otherwise, None standing for nothing said. Raises ValueError for an
     unknown name or a number that no run can have, TypeError for an unknown one."""
     if isinstance(recipe, str):

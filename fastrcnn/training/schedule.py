@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,12 +58,12 @@ def _stage(name: str) -> int:
     return 5 - int(stage[1]) if stage else 5
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """The parameters that train, by weight decay and `scale` of the rate, each group in the order of the model."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
     owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
     fixed = recipe.fixed_norm_mult if getattr(getattr(model, "backbone", None), "norm_eval", False) else 1.0
-    groups: dict[tuple[float, float], list] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             decay = recipe.weight_decay
@@ -80,11 +81,11 @@ def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.
     on the CPU, too: the other one reads its count of steps for every parameter. Not of shards, for which torch has no fused
     SGD."""
     groups = parameter_groups(model, recipe)
-    fused = () if recipe.shard else ("cuda",) if recipe.optimizer == "SGD" else ("cuda", "cpu")
-    options = dict(fused=True) if all(p.device.type in fused for g in groups for p in g["params"]) else {}
+    devices = () if recipe.shard else ("cuda",) if recipe.optimizer == "SGD" else ("cuda", "cpu")
+    fused = all(p.device.type in devices for g in groups for p in g["params"]) or None  # None: as torch thinks best
     if recipe.optimizer == "SGD":
-        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, **options)
-    return torch.optim.AdamW(groups, lr=lr, **options)
+        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,6 +1,7 @@
 """The model that a checkpoint is of, as the arguments of its class: from the keys, or as our own files say it."""
 
 import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,11 @@ _TELL = "name it, or build it with fastrcnn.models.from_mmdet_config and load th
 _LONGEST, _DEEPEST = 5000, 20  # lists and nests of a configuration in a file
 
 
-def _names_a_file(init_cfg) -> bool:
+def _names_a_file(init_cfg: object) -> bool:
     return isinstance(init_cfg, dict) and "checkpoint" in init_cfg
 
 
-def _plain(value, where: str, depth: int = 0):
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy of a configuration as JSON keeps it. What it names to start from (files, addresses) is left out: the weights
     are there. Raises ValueError for anything but data, or beyond what any model needs."""
     if depth > _DEEPEST:
@@ -57,15 +58,15 @@ def description(model: Detector) -> str:
     return json.dumps(_plain(built.arguments | dict(min_size=pixels.min_size, max_size=pixels.max_size), ""))
 
 
-def _named_by(state: dict[str, Tensor]) -> tuple[str, dict]:
+def _named_by(state: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """The zoo's name, and what differs from it, for a state dict in our keys, from its depths and widths."""
     c4 = "roi_head.shared_head.layer4.0.conv1.weight" in state
     stages = [f"backbone.layer{i}." for i in (1, 2, 3)] + ["roi_head.shared_head.layer4." if c4 else "backbone.layer4."]
     blocks = tuple(len({k.removeprefix(s).split(".")[0] for k in state if k.startswith(s)}) for s in stages)
     bottleneck = "backbone.layer1.0.conv3.weight" in state
-    depth = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}.get(
-        blocks
-    )
+    depths: dict[tuple[int, ...], int] = {
+        (2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}  # fmt: skip
+    depth = depths.get(blocks)
     has_neck = any(key.startswith("neck.") for key in state)
     if depth is not None and bottleneck and "roi_head.bbox_head.fc_cls.weight" in state and not has_neck:
         deeper = dict(backbone=dict(depth=depth), **(dict(roi_head=dict(shared_head=dict(depth=depth))) if c4 else {}))
@@ -86,13 +87,13 @@ def _named_by(state: dict[str, Tensor]) -> tuple[str, dict]:
     return name, {}
 
 
-def _own(checkpoint: Checkpoint, name: str | None, source: str) -> dict:
+def _own(checkpoint: Checkpoint, name: str | None, source: str) -> dict[str, Any]:
     """The configuration in one of our own files, after a look whether it is that of the weights beside it: nothing of its
     size is built before."""
     meta = checkpoint.meta
     try:
         if "detector" in meta:
-            config = _plain(metadata_json(meta, "detector", dict), "")
+            config: dict[str, Any] = _plain(metadata_json(meta, "detector", dict), "")
         else:  # version 0.1 kept what differs from a named model
             overrides = _plain(metadata_json(meta, "overrides", dict), "")
             config = recipe_config(name or str(meta.get("model")), checkpoint.num_classes, checkpoint.peer, overrides)
@@ -110,7 +111,9 @@ def _own(checkpoint: Checkpoint, name: str | None, source: str) -> dict:
     return config
 
 
-def config_of(checkpoint: Checkpoint, num_classes: int, name: str | None, overrides: dict, source: str) -> dict:
+def config_of(
+    checkpoint: Checkpoint, num_classes: int, name: str | None, overrides: dict[str, Any], source: str
+) -> dict[str, Any]:
     """The configuration, for `zoo.recipes.detector`, of the model that a checkpoint is of, with so many classes.
 
     name: the model, where the checkpoint does not tell; overrides: laid over it. Raises ValueError where it does not tell,
@@ -120,14 +123,15 @@ def config_of(checkpoint: Checkpoint, num_classes: int, name: str | None, overri
         config = _own(checkpoint, name, source)
         for parts in (("roi_head", "bbox_head"), ("bbox_head",)):
             if parts[0] in config:
-                changed = dict(num_classes=num_classes)
+                changed: dict[str, Any] = dict(num_classes=num_classes)
                 for part in reversed(parts):
                     changed = {part: changed}
                 config = merge(config, changed)
         return merge(config, overrides)
     told = checkpoint.meta.get("model")
     told = told if isinstance(told, str) else None  # of somebody else's file it may be anything
-    name, differs = (name or told, {}) if name or told in RECIPES else _named_by(checkpoint.state)
+    named = name or (told if told in RECIPES else None)
+    name, differs = (named, {}) if named else _named_by(checkpoint.state)
     unsaid = checkpoint.unsaid.said()
     own = dict(backbone=dict(style=unsaid["style"])) if "style" in unsaid else {}
     if "std" in unsaid:

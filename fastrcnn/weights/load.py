@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastrcnn.checkpoints.checkpoint import ANCHORS, Checkpoint, as_checkpoint, load_checkpoint, metadata_json
 from fastrcnn.checkpoints.peer_options import PeerOptions
@@ -16,7 +17,7 @@ from fastrcnn.zoo.published import coco_weights
 from fastrcnn.zoo.recipes import Detector, detector, recipe
 
 
-def _name(source) -> str:
+def _name(source: str | Path | Mapping[str, Tensor]) -> str:
     return "the state dict" if isinstance(source, Mapping) else str(source)
 
 
@@ -25,7 +26,7 @@ def coco_address(name: str, profile: str | None = None) -> str:
     return coco_weights(name, profile).address
 
 
-def infer_model(path_or_url: str | Path | Mapping, name: str | None = None, **overrides) -> Detector:
+def infer_model(path_or_url: str | Path | Mapping[str, Tensor], name: str | None = None, **overrides: Any) -> Detector:
     """Builds the model a checkpoint was saved from, from its keys, shapes and metadata, and loads it. In evaluation mode.
 
     name: the model, where the checkpoint does not tell; overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError
@@ -37,11 +38,11 @@ def infer_model(path_or_url: str | Path | Mapping, name: str | None = None, **ov
 
 
 def pretrained_model(
-    path_or_url: str | Path | Mapping,
+    path_or_url: str | Path | Mapping[str, Tensor],
     num_classes: int,
     name: str | None = None,
     class_names: Sequence[str] | None = None,
-    **overrides,
+    **overrides: Any,
 ) -> Detector:
     """A model of `num_classes` to train, that starts from a checkpoint: a detector of any peer, whose last layers are left
     fresh where it has other classes, or an image classifier (a torchvision ResNet or ResNeXt), for the backbone alone.
@@ -66,7 +67,7 @@ def pretrained_model(
 
 
 def start_from(
-    model: Detector, path_or_url: str | Path | Mapping, class_names: Sequence[str] | None = None
+    model: Detector, path_or_url: str | Path | Mapping[str, Tensor], class_names: Sequence[str] | None = None
 ) -> Detector:
     """Puts what `pretrained_model` takes, or a short name such as "torchvision://resnet50", into a model to train, in
     place, and returns it. Raises ValueError where it does not fit."""
@@ -83,7 +84,7 @@ def start_from(
     return _apply(model, _with_fresh_classes(checkpoint, model, class_names), source)
 
 
-def _with_backbone(model: Detector, classifier: dict, source: str) -> Detector:
+def _with_backbone(model: Detector, classifier: dict[str, Tensor], source: str) -> Detector:
     load_classifier(model.backbone, classifier, source)
     return model
 
@@ -99,7 +100,9 @@ def _with_fresh_classes(checkpoint: Checkpoint, model: Detector, class_names: Se
     return dataclasses.replace(checkpoint, state={**checkpoint.state, **fresh})
 
 
-def load_weights(model: Detector, path_or_url: str | Path | Mapping, norm_eps: float | None = None) -> Detector:
+def load_weights(
+    model: Detector, path_or_url: str | Path | Mapping[str, Tensor], norm_eps: float | None = None
+) -> Detector:
     """Loads a checkpoint of MMDetection, torchvision or Detectron2 into `model`, in place, and returns it.
 
     path_or_url: a file of `torch.save`, of safetensors or of pickled numpy arrays, an https address (kept in torch.hub's

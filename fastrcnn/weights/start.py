@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 
@@ -15,12 +16,14 @@ from fastrcnn.zoo.recipes import RPNS, Detector, detector
 ALL_TRAINS = dict(frozen_stages=-1, norm_eval=False, norm_cfg=dict(requires_grad=True))  # of random weights
 
 
-def is_config(name: str | None) -> bool:
+def is_config(name: str | None) -> TypeGuard[str]:
     """Whether `name` is that of a config file, by its ending, and not of a model."""
     return name is not None and Path(name).suffix in (".py", ".json", ".yaml", ".yml")
 
 
-def model_to_train(name: str | None, weights: str | Path | None, class_names: Sequence[str], **overrides) -> Detector:
+def model_to_train(
+    name: str | None, weights: str | Path | None, class_names: Sequence[str], **overrides: Any
+) -> Detector:
     """A detector of these classes. name: of a model, or an MMDetection config file; None is told by the weights, else
     r50_fpn; weights: "coco" for published ones, or what `pretrained_model` takes; without any, nothing stays frozen at
     random values. overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError or OSError."""
@@ -36,10 +39,12 @@ def model_to_train(name: str | None, weights: str | Path | None, class_names: Se
     return named_model(name or "r50_fpn", classes, **merge(dict(backbone=ALL_TRAINS), overrides))
 
 
-def _of_config(path: str, weights, class_names: Sequence[str], overrides: dict) -> Detector:
+def _of_config(
+    path: str, weights: str | Path | None, class_names: Sequence[str], overrides: dict[str, Any]
+) -> Detector:
     content = read_config(path)
 
-    def with_classes(part):
+    def with_classes(part: Any) -> Any:
         if isinstance(part, list | tuple):
             return type(part)(with_classes(v) for v in part)
         if not isinstance(part, dict):
