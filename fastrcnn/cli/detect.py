@@ -198,10 +198,14 @@ def detect(
     if names is not None:
         settings["names"] = detector.class_names
     start = time.perf_counter()
-    images, objects = run_detector(
-        detector, paths, out, classes=kept, batch_size=batch, pictures=pictures, formats=kinds, resume=resume,
-        overwrite=overwrite, ids=ids, settings=settings, line_width=line_width, labels=not hide_labels,
-    )  # fmt: skip
+    try:
+        images, objects = run_detector(
+            detector, paths, out, classes=kept, batch_size=batch, pictures=pictures, formats=kinds, resume=resume,
+            overwrite=overwrite, ids=ids, settings=settings, line_width=line_width, labels=not hide_labels,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        warn(f"interrupted: what was done is in {out}/, and --resume goes on from there")
+        raise
     seconds = time.perf_counter() - start
     failed = [f"{images[k]} {k}" for k in ("unreadable", "not written") if images[k]]
     before = len(paths) - images["done"] - images["unreadable"] - images["not written"]
