@@ -375,7 +375,7 @@ def train(
         raise ValueError(f"seed: expected a whole number from 0 up, got {seed!r}")
     device = next(model.parameters()).device
     fits = auto_batch(model, recipe, dataset, out if resume else None) if auto else None
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():  # a run's filters end with it
         rank, world = stack.enter_context(distributed.process_group(device))
         check_machine(recipe, device, world)
         if auto:
