@@ -6,7 +6,7 @@ MMDetection's and Detectron2's formulas (tests/plain_training.py).
 
 Both sides take the batches that our preprocessing makes, which works in float32. Prints the largest relative difference of
 the losses, of the norm of the gradients and of the rate, step by step; exit status 1 where one is above 1e-6.
-tests/test_training_parity.py does the same with six steps of a smaller body, and torchvision's preprocessing.
+tests/test_training_parity.py does the same in four steps of a smaller body and torchvision's preprocessing.
 """
 
 import argparse

@@ -55,12 +55,13 @@ def step(losses: dict, optimizer, trained, warm) -> dict:
     return row
 
 
-def theirs(data, epochs: int, milestones, body: str = "resnet18", pixels=None) -> tuple[dict, list[dict]]:
+def theirs(data, epochs: int, milestones, body: str, pixels, samples: int) -> tuple[dict, list[dict]]:
     """(weights at the start, losses of each step) of torchvision's model in torchvision's loop. pixels(images) makes the
     batch, which the model then takes as it is, in place of torchvision's transform, whose float64 ours has not."""
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name=body, weights=None, trainable_layers=3)
-    model = FasterRCNN(backbone, box_head=TwoMLPHead(256 * 49, 32), box_predictor=FastRCNNPredictor(32, 4), **SIZES)
+    model = FasterRCNN(backbone, box_head=TwoMLPHead(256 * 49, 32), box_predictor=FastRCNNPredictor(32, 4),
+                       box_batch_size_per_image=samples, **SIZES)  # fmt: skip
     model = model.double().train()
     if pixels is not None:
         model.transform.image_mean, model.transform.image_std = [0.0] * 3, [1.0] * 3
@@ -77,8 +78,9 @@ def theirs(data, epochs: int, milestones, body: str = "resnet18", pixels=None) -
     return start, rows
 
 
-def model_of(start):
-    model = infer_model(start, **SIZES, roi_head=dict(bbox_head=dict(fc_out_channels=32)))
+def model_of(start, samples: int):
+    head, stage = dict(bbox_head=dict(fc_out_channels=32)), dict(sampler=dict(num=samples))
+    model = infer_model(start, **SIZES, roi_head=head, train_cfg=dict(rcnn=stage))
     return load_weights(model, start, norm_eps=1e-5)  # torchvision's frozen norms at the start of a training
 
 
@@ -107,10 +109,13 @@ def differences(found: list[dict], expected: list[dict]) -> list[float]:
     return [max(abs(f[k] - e[k]) / max(abs(e[k]), 1e-9) for k in e) for f, e in zip(found, expected)]
 
 
-def beside_torchvision(data, epochs: int, milestones, out, body: str = "resnet18", pixels=None) -> list[float]:
-    start, expected = theirs(data, epochs, milestones, body, pixels)
+def beside_torchvision(
+    data, epochs: int, milestones, out, body: str = "resnet18", pixels=None, samples=512
+) -> list[float]:
+    """samples: of the second stage, a picture."""
+    start, expected = theirs(data, epochs, milestones, body, pixels, samples)
     seed_everything(5)
-    return differences(ours(model_of(start).double(), data, epochs, milestones, out), expected)
+    return differences(ours(model_of(start, samples).double(), data, epochs, milestones, out), expected)
 
 
 def beside_the_plain_one(data, epochs: int, milestones, out, model) -> list[float]:
@@ -120,7 +125,7 @@ def beside_the_plain_one(data, epochs: int, milestones, out, model) -> list[floa
 
 def test_the_first_steps_are_torchvisions(first_come, tmp_path):
     data = open_dataset(cells(tmp_path, 3))
-    found = beside_torchvision(data, 2, (1,), tmp_path / "run")
+    found = beside_torchvision(data, 2, (1,), tmp_path / "run", samples=64)
     assert len(found) == 4 and max(found) < 1e-6, found
 
 
