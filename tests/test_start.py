@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_model, tiny_options
 from torch import nn
 
+from fastrcnn.checkpoints.pretrained import SHORT_NAMES
 from fastrcnn.models.build import merge
 from fastrcnn.weights import model_to_train, save
 from fastrcnn.zoo.recipes import model_config
@@ -46,6 +47,17 @@ def test_a_classifier_is_taken_for_the_backbone(config, tmp_path):
     torch.save({**start, "fc.weight": torch.zeros(3, 64), "fc.bias": torch.zeros(3)}, tmp_path / "classifier.pth")
     model = model_to_train(config, tmp_path / "classifier.pth", NAMES)
     assert all(torch.equal(v, start[k]) for k, v in model.backbone.state_dict().items())
+
+
+def test_a_named_model_starts_from_a_short_name(tmp_path, monkeypatch):
+    start = tiny_model().backbone.state_dict()
+    torch.save({**start, "fc.weight": torch.zeros(3, 64), "fc.bias": torch.zeros(3)}, tmp_path / "classifier.pth")
+    monkeypatch.setitem(SHORT_NAMES, "torchvision://resnet18", str(tmp_path / "classifier.pth"))
+    model = model_to_train("r18_fpn", "torchvision://resnet18", NAMES, **tiny_options())
+    assert all(torch.equal(v, start[k]) for k, v in model.backbone.state_dict().items())
+    for other in ("torchvision://resnet51", "open-mmlab://detectron/resnet50_caffe"):
+        with pytest.raises(ValueError, match=f"{other}: expected a file or an https address"):
+            model_to_train("r18_fpn", other, NAMES)
 
 
 def test_every_override_counts(config):

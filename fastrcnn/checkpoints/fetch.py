@@ -112,7 +112,7 @@ def fetch(path_or_url: str | Path) -> Path:
     text = str(path_or_url)
     if text.startswith(DETECTRON2[0]):
         text = DETECTRON2[1] + text.removeprefix(DETECTRON2[0])
-    if not re.match(r"\w+://", text):
+    if not re.match(r"[\w.+-]+://", text):
         path = Path(text).expanduser()
         if path.is_dir():
             weights = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pth", ".pkl"))

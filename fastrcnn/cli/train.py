@@ -46,8 +46,8 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="name, or an MMDetection config file [default: told by the weights, else r50_fpn]")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="what to start from: a detector, an ImageNet ResNet, or coco, "
-                                                     "torchvision's [default: random weights]")] = None,
+    weights: Annotated[str | None, typer.Option(help="what to start from: a detector, an ImageNet ResNet (or "
+                                                     "torchvision://resnet50), or coco [default: random weights]")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="1x, 2x, 3x, 90k, ms-3x, tv, tv-v2, lsj-100e, lsj-200e, lsj-400e, config or finetune "
                                       "[default: finetune; of a config file its own]"),

@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from fastrcnn.checkpoints.pretrained import SHORT_NAMES
 from fastrcnn.models.build import merge
 from fastrcnn.weights.load import coco_address, pretrained_model, start_from
 from fastrcnn.weights.named import named_model
@@ -25,8 +26,9 @@ def model_to_train(
     name: str | None, weights: str | Path | None, class_names: Sequence[str], **overrides: Any
 ) -> Detector:
     """A detector of these classes. name: of a model, or an MMDetection config file; None is told by the weights, else
-    r50_fpn; weights: "coco" for published ones, or what `pretrained_model` takes; without any, nothing stays frozen at
-    random values. overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError or OSError."""
+    r50_fpn; weights: "coco" for published ones, "torchvision://resnet50" and the like, or what `pretrained_model` takes;
+    without any, nothing stays frozen at random values. overrides: as in `fastrcnn.models.faster_rcnn`. Raises ValueError or
+    OSError."""
     classes = 1 if name in RPNS else len(class_names)
     if is_config(name):
         if weights == "coco":
@@ -34,6 +36,8 @@ def model_to_train(
         return _of_config(name, weights, class_names, overrides)
     if weights == "coco":
         weights = coco_address(name or "r50_fpn")
+    if str(weights).startswith("torchvision://"):  # the other short names are of other strides and pixels
+        weights = SHORT_NAMES.get(str(weights), weights)
     if weights is not None:
         return pretrained_model(weights, classes, name, class_names, **overrides)
     return named_model(name or "r50_fpn", classes, **merge(dict(backbone=ALL_TRAINS), overrides))
