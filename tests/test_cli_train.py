@@ -164,6 +164,7 @@ def other_name(content):
     (("--val", "bare.json"), None, "bare.json: no object is annotated"),
     (("--batch", "auto"), None, "batch: auto measures a GPU's memory"),
     (("--weights", "nowhere.pth"), None, "nowhere.pth"),
+    (("--patience", 3, "--images", "gone"), None, "patience: needs --val"),
     ((), lambda c: c.update(annotations=[]), "no object is annotated"),
 ])  # fmt: skip
 def test_what_a_run_lacks_is_said_before_its_first_step(

@@ -42,9 +42,12 @@ def test_the_data_yaml_of_other_pictures_says_nothing(tmp_path):
     assert open_dataset(tmp_path / "set").class_names == ["0", "1"]
 
 
-def test_no_such_xml_is_named(tmp_path):
+def test_an_xml_that_is_not_there_or_none_of_vocs_is_named(tmp_path):
     with pytest.raises(OSError, match=r"gone\.xml"):
         open_dataset(tmp_path / "gone.xml")
+    write(tmp_path, {"other.xml": "<a/>"})
+    with pytest.raises(ValueError, match=r"other\.xml: the root is 'a', where Pascal VOC's is 'annotation'"):
+        open_dataset(tmp_path / "other.xml")
 
 
 def test_classes_are_named_as_people_have_them(tmp_path, monkeypatch):

@@ -118,6 +118,8 @@ def train(
         held_out, split = None, None
         if val is None and {"train", "val"} <= set(detect_format(data).splits):  # a folder that has both
             val = data
+        if val is None and patience is not None:
+            raise ValueError("patience: needs --val, whose AP it watches")
         if val is not None:
             require_hotcoco()
             if {"val", "test"} & set(detect_format(val).splits):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from fastrcnn.data.coco import find_coco, read_coco
 from fastrcnn.data.dataset import DetectionDataset
-from fastrcnn.data.folders import SPLITS, read_text
+from fastrcnn.data.folders import SPLITS
 from fastrcnn.data.table import Table
-from fastrcnn.data.voc import find_voc, listed, read_voc
+from fastrcnn.data.voc import find_voc, listed, parse, read_voc
 from fastrcnn.data.yolo import Yolo, find_yaml, find_yolo, read_yolo
 
 
@@ -59,7 +59,10 @@ def detect_format(path: str | Path) -> Found:
         belongs, folder = listed(path), path.parents[2]
         return Found("voc", {None: lambda images, strict: read_voc(folder, belongs, images, strict)})
     if path.suffix.lower() == ".xml":
-        read_text(path)  # or it is said here that it is not there
+        try:
+            parse(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return Found("voc", {None: lambda images, strict: read_voc(path.parent, path.name.__eq__, images, strict)})
     if path.suffix.lower() == ".txt":
         return Found("yolo", _yolo({None: Yolo(path.parent, [path], None, None)}))
