@@ -48,11 +48,11 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A local cluster for three workers at a time."""
+    """A local cluster for two workers at a time."""
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
     environ = dict(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1")
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20,
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20,
              runtime_env=dict(env_vars=environ))  # fmt: skip
     yield ray
     ray.shutdown()
@@ -120,10 +120,10 @@ def test_pictures_are_found_wherever_fsspec_reads(photos):
 
 @pytest.fixture(scope="module")
 def first(cluster, weights, photos, tmp_path_factory):
-    """A run over sixteen of the pictures, of whose three workers one was killed: its folder, pictures, parts, the dead."""
+    """A run over sixteen of the pictures, of whose two workers one was killed: its folder, pictures, parts, the dead."""
     pictures, out = find_pictures([f"file://{photos}"]), tmp_path_factory.mktemp("found") / "out"
     parts, killed = [], None
-    for part in fastrcnn.ray.detect(pictures[:16], str(out), weights, workers=3, **OPTIONS):
+    for part in fastrcnn.ray.detect(pictures[:16], str(out), weights, workers=2, **OPTIONS):
         parts.append(part)
         if killed is None:
             killed = part["worker"]
