@@ -2,6 +2,7 @@
 model."""
 
 import io
+import signal
 import tempfile
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & lets it be ignored, here and in what we start
     if config.getoption("--emulate-cuda"):
         from emulated_cuda.build import build
 
