@@ -27,7 +27,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & lets it be ignored, here and in what we start
+    # What a shell starts with an & ignores Ctrl-C, and so does what that starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--emulate-cuda"):
         from emulated_cuda.build import build
 
