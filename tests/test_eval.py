@@ -98,7 +98,6 @@ def test_the_recall_of_a_proposal_network_has_its_page(folder):
     (("--split", "test"), lambda f: (f / "valid").rename(f / "other"), "no test split"),
     (("--split", "train"), None, "no object is annotated"),
     (("--weights", "nowhere.pth"), None, "nowhere.pth"),
-    (("--batch", "0"), None, "batch_size"),
     ((), lambda f: (f / "valid" / "2.png").unlink(), "2.png"),
     ((), lambda f: (f / "valid" / "2.png").write_bytes(b"no picture"), "2.png"),
     ((), lambda f: rename_class(f), "blue are none of the model's 3 classes"),
@@ -111,6 +110,10 @@ def test_what_is_wrong_is_one_line_before_the_first_picture(folder, weights, mon
     printed, said = run(folder, "--weights", weights, "--json", *options, status=1)
     assert not printed and len(said.strip().splitlines()) == 1
     assert re.search(message, said), said
+
+
+def test_a_batch_of_nothing_is_a_wrong_use(folder, weights):
+    assert "--batch" in run(folder, "--weights", weights, "--batch", 0, status=2)[1]
 
 
 def rename_class(folder):
