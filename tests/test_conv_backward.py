@@ -182,14 +182,16 @@ def test_which_convolutions_take_it():
 
 
 @pytest.mark.parametrize("batch, channels, stride", [(3, 4, (2, 2)), (1, 8, (2, 3)), (2, 20, (3, 1))])
-def test_narrow_kernels_of_one_pixel_with_a_stride(asked, batch, channels, stride):
-    """Through the strided view: torch's own call writes past its memory for some of them."""
+def test_narrow_kernels_of_one_pixel_with_a_stride(asked, monkeypatch, batch, channels, stride):
+    """Through the strided view: torch's own call with a stride writes past its memory for some of them."""
+    strides, reference = [], backward._reference
+    monkeypatch.setattr(backward, "_reference", lambda *a: strides.append(a[3]) or reference(*a))
     x, weight = torch.randn(batch, channels, 9, 11), torch.randn(6, channels, 1, 1)
     gradient = torch.randn_like(torch.conv2d(x, weight, stride=stride))
     found = backward.conv_backward(gradient, x, weight, stride, (0, 0), (1, 1), 1, True, True)
     for a, right in zip(found, exact(gradient, x, weight, (0, 0), stride)):
         check(a, *right)
-    assert asked == ["_reference"]
+    assert asked == ["_reference"] and strides == [(1, 1)]
 
 
 def test_a_training_norm_takes_the_operators_convolution(asked):
@@ -222,12 +224,17 @@ def test_fakes_say_the_shapes(name):
 
 
 @pytest.mark.parametrize("stride", [1, 2, (2, 3)])
-def test_half_precision_sees_a_narrow_kernel_of_one_pixel_through_its_stride(two_threads, stride):
+def test_half_precision_sees_a_narrow_kernel_of_one_pixel_through_its_stride(two_threads, monkeypatch, stride):
     """torch's own convolution would have a stride and, on two threads, end the process in its gradient."""
     conv, norm = nn.Conv2d(8, 16, 1, stride, bias=False), nn.BatchNorm2d(16)
     x = torch.randn(1, 8, 16, 24, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    strides, conv2d = [], F.conv2d
+    with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(
+            F, "conv2d", lambda x, w, b, stride=1, *more: strides.append(stride) or conv2d(x, w, b, stride, *more)
+        )
         out = conv_norm_act(x, conv, norm, relu=False)
+    assert strides in ([1], [(1, 1)])
     assert out.dtype == torch.bfloat16 and out.shape == conv(x).shape
     gradient = torch.randn(out.shape)
     found = torch.autograd.grad(out, (x, conv.weight), gradient.bfloat16())
